@@ -1,0 +1,36 @@
+"""The errors a user can cause, each one clear sentence; the command line turns them into exit code 2.
+
+Everything that is not one of these is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class QuantizeError(Exception):
+    """A mistake or a fault that the user can act on. ``str(error)`` is the whole message."""
+
+    exit_code = 2
+
+
+class RecipeError(QuantizeError):
+    """The recipe is wrong. The message opens with the place: ``file:line: key: ...``."""
+
+
+class SourceError(QuantizeError):
+    """The source model is missing, damaged, or of a kind that cannot be quantized."""
+
+
+class PlanError(QuantizeError):
+    """Recipe and model do not fit each other."""
+
+
+class CalibrationError(QuantizeError):
+    """The calibration text is missing or too short, or the forward pass gave unusable numbers."""
+
+
+class SolveError(QuantizeError):
+    """A module could not be quantized as the recipe demands."""
+
+
+class BuildError(QuantizeError):
+    """The build could not finish: full disk, a second build in the same dist, no such device."""

@@ -1,0 +1,72 @@
+"""The factor of the inverse Hessian that GPTQ walks along, with damping raised where it has to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from quantize.errors import SolveError
+
+RAISE_BY = 10.0
+DAMP_LIMIT = 10.0
+
+
+@dataclass(frozen=True)
+class Factor:
+    """H damped and factored: ``inverse(H) = U^T U`` with U upper triangular.
+
+    Attributes:
+        upper: U, [K, K], in solve order.
+        order: column of the weight that each step of the solve takes, [K]; None for the natural order.
+        damping: what was added to the diagonal, in units of H.
+        damp_percent: ``damping`` as a share of the diagonal's mean; above the wish where it was raised.
+        raised: whether it had to be raised.
+        dead_columns: input channels that were always zero; they are rounded to nearest.
+    """
+
+    upper: torch.Tensor
+    order: torch.Tensor | None
+    damping: float
+    damp_percent: float
+    raised: bool
+    dead_columns: int
+
+
+def factorize(hessian: torch.Tensor, damp_percent: float, by_activation: bool) -> Factor:
+    """Damp, order and factor ``hessian`` [K, K].
+
+    With P the reversal of the order, P H P = L L^T gives H = R R^T for the upper triangular R = P L P, and
+    U = inverse(R): one Cholesky factorization and one triangular inverse, where the usual way takes two
+    factorizations and an inverse.
+
+    Args:
+        by_activation: take columns in order of falling diagonal (act-order).
+
+    Raises:
+        SolveError: not finite, or not positive definite however much it is damped.
+    """
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise SolveError("its input statistics are not finite")
+    dead = diagonal <= 0
+    order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else None
+    mean = float(diagonal.double().mean()) or 1.0
+    wished = damp_percent
+    while damp_percent <= max(DAMP_LIMIT, wished):
+        damped = hessian[order][:, order] if order is not None else hessian.clone()
+        damped.diagonal().add_(damp_percent * mean)
+        if bool(dead.any()):
+            damped.diagonal()[dead[order] if order is not None else dead] = mean
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        del damped
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
+            if bool(torch.isfinite(upper.diagonal()).all()):
+                raised = damp_percent != wished
+                return Factor(upper, order, damp_percent * mean, damp_percent, raised, int(dead.sum()))
+        damp_percent *= RAISE_BY
+    raise SolveError(
+        f"its Hessian is not positive definite even with damp_percent {damp_percent / RAISE_BY:g}"
+    )

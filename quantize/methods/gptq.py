@@ -1,0 +1,225 @@
+"""GPTQ: rounding that spends each column's error on the columns still to come, for many variants at once.
+
+Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
+Pre-trained Transformers", 2022, https://arxiv.org/abs/2210.17323. In the paper's symbols: W is [N, K] (a
+linear's weight, or several stacked that read the same input X), H = X^T X, inverse(H) = U^T U; column j is
+rounded to q_j, its error e_j = (w_j - q_j) / U_jj, and every later column k loses e_j * U_jk.
+
+Because W - Q = E U and H = inverse(U) inverse(U)^T, the error tr((W - Q) H (W - Q)^T) is the sum of all
+e^2: the quality of a solve costs nothing to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from quantize.errors import SolveError
+from quantize.methods.columns import round_columns
+from quantize.methods.factor import Factor, factorize
+from quantize.methods.grid import Grid
+
+SOLVER_VERSION = 1
+"""Raise it when the same input gives other codes: finished variants are then rebuilt."""
+
+OUTER = 128  # columns between updates of the whole rest of W
+ROW_BUDGET = 192 * 2**20  # bytes of W (all variants) solved together
+
+
+@dataclass(frozen=True)
+class GptqParameters:
+    """What one solve is asked for. ``group_size`` -1 is one group per row; ``desc_act`` is act-order."""
+
+    bits: int
+    group_size: int
+    desc_act: bool | Literal["static"] = False
+    sym: bool = True
+    damp_percent: float = 0.1
+    mse: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.sym, self.mse)
+
+
+@dataclass
+class Solution:
+    """A quantized weight and how it came about.
+
+    Attributes:
+        codes: [N, K] uint8, columns in their natural order.
+        scales: [G, N] float16. zeros: [G, N] uint8.
+        g_idx: group of each column, [K] int32.
+        row_error: tr((W - Q) H (W - Q)^T) split by rows, [N] float64, damping not counted.
+        damp_percent: the damping that was used. damp_raised: whether it is more than was asked for.
+        dead_columns: input channels that were always zero.
+        fallback: None, or ``rtn`` where rounding to nearest had to do.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    g_idx: torch.Tensor
+    row_error: torch.Tensor
+    damp_percent: float
+    damp_raised: bool
+    dead_columns: int
+    fallback: str | None = None
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight that a loader computes, [N, K] float32."""
+        index = self.g_idx.long()
+        scales, zeros = self.scales.float().t(), self.zeros.float().t()
+        return scales[:, index] * (self.codes.float() - zeros[:, index])
+
+
+def solve(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    variants: Sequence[GptqParameters],
+    rtn_fallback: bool = False,
+    compiled: bool = True,
+) -> list[Solution]:
+    """Quantize ``weight`` [N, K] in every variant, from one ``hessian`` [K, K] in the same dtype.
+
+    Variants that share damping and order share one factorization and are solved side by side.
+
+    Args:
+        rtn_fallback: round to nearest where no damping makes H positive definite, instead of failing.
+        compiled: use the compiled CPU kernel.
+
+    Raises:
+        SolveError: statistics not finite, or H not positive definite (and no fallback allowed).
+    """
+    solutions: dict[int, Solution] = {}
+    batches: dict[tuple[float, bool], list[int]] = {}
+    for index, variant in enumerate(variants):
+        batches.setdefault((variant.damp_percent, bool(variant.desc_act)), []).append(index)
+    for (damp_percent, by_activation), members in batches.items():
+        asked = [variants[index] for index in members]
+        try:
+            factor = factorize(hessian, damp_percent, by_activation)
+        except SolveError:
+            if not rtn_fallback:
+                raise
+            found = [round_to_nearest(weight, hessian, parameters) for parameters in asked]
+        else:
+            found = _solve_together(weight, factor, asked, compiled)
+        solutions.update(zip(members, found, strict=True))
+    return [solutions[index] for index in range(len(variants))]
+
+
+def round_to_nearest(weight: torch.Tensor, hessian: torch.Tensor, parameters: GptqParameters) -> Solution:
+    """Plain rounding on the same grid: the fallback, and the yardstick of every table."""
+    rows, columns = weight.shape
+    size = columns if parameters.group_size == -1 else parameters.group_size
+    scales, zeros = _static_groups(weight, parameters.grid, size)
+    g_idx = torch.arange(columns, device=weight.device) // size
+    codes = parameters.grid.round(weight, scales[g_idx].t(), zeros[g_idx].t())
+    solution = Solution(
+        codes.to(torch.uint8), scales.half(), zeros.to(torch.uint8), g_idx.int(),
+        torch.zeros(rows, dtype=torch.float64), 0.0, False, int((hessian.diagonal() <= 0).sum()), "rtn",
+    )  # fmt: skip
+    difference = weight - solution.dequantize().to(weight.dtype)
+    solution.row_error = ((difference @ hessian) * difference).sum(dim=1).double().cpu()
+    return solution
+
+
+def _solve_together(
+    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool
+) -> list[Solution]:
+    """Solve variants of one factorization, a slice of rows at a time."""
+    rows, columns = weight.shape
+    step = max(1, ROW_BUDGET // (len(variants) * columns * weight.element_size()))
+    slices = [
+        _solve_rows(weight[start : start + step], factor, variants, compiled) for start in range(0, rows, step)
+    ]
+    if len(slices) == 1:
+        return slices[0]
+    return [_joined([part[index] for part in slices]) for index in range(len(variants))]
+
+
+def _joined(parts: Sequence[Solution]) -> Solution:
+    first = parts[0]
+    return Solution(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts], dim=1),
+        torch.cat([part.zeros for part in parts], dim=1),
+        first.g_idx,
+        torch.cat([part.row_error for part in parts]),
+        first.damp_percent, first.damp_raised, first.dead_columns,
+    )  # fmt: skip
+
+
+def _solve_rows(
+    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool
+) -> list[Solution]:
+    rows, columns = weight.shape
+    device, dtype, count = weight.device, weight.dtype, len(variants)
+    order = factor.order if factor.order is not None else torch.arange(columns, device=device)
+    sizes = [columns if variant.group_size == -1 else variant.group_size for variant in variants]
+    most = max(columns // size for size in sizes)
+
+    ordered = weight[:, order]
+    work = ordered.expand(count, rows, columns).contiguous()
+    scales = torch.ones(count, most, rows, device=device, dtype=dtype)
+    zeros = torch.zeros(count, most, rows, device=device, dtype=dtype)
+    groups = torch.empty(count, columns, device=device, dtype=torch.int64)
+    tops = torch.tensor([variant.grid.top for variant in variants], device=device, dtype=dtype)
+    codes = torch.empty(count, rows, columns, device=device, dtype=torch.uint8)
+    squares = torch.zeros(count, rows, device=device, dtype=torch.float64)
+    for index, (variant, size) in enumerate(zip(variants, sizes, strict=True)):
+        if variant.desc_act == "static":
+            # groups and grids of the unsorted layout, fixed before the solve: g_idx stays trivial on disk
+            groups[index] = order // size
+            fixed = _static_groups(weight, variant.grid, size)
+            scales[index, : columns // size], zeros[index, : columns // size] = fixed
+        else:
+            groups[index] = torch.arange(columns, device=device) // size
+
+    moving = [index for index, variant in enumerate(variants) if variant.desc_act != "static"]
+    inner = min([OUTER, *(sizes[index] for index in moving)])
+    upper = factor.upper
+    for start in range(0, columns, OUTER):
+        end = min(start + OUTER, columns)
+        errors = torch.empty(count, rows, end - start, device=device, dtype=dtype)
+        for first in range(start, end, inner):
+            last = min(first + inner, end)
+            for index in moving:
+                if first % sizes[index] == 0:
+                    group = first // sizes[index]
+                    member = work[index, :, first : first + sizes[index]]
+                    scales[index, group], zeros[index, group] = variants[index].grid.fit(member)
+            run = torch.empty(count, rows, last - first, device=device, dtype=dtype)
+            round_columns(work, first, last, upper, scales, zeros, groups, tops, codes, run, compiled)
+            errors[:, :, first - start : last - start] = run
+            if last < end:
+                work[:, :, last:end] -= run @ upper[first:last, last:end]
+        squares += errors.square().sum(dim=2, dtype=torch.float64)
+        if end < columns:
+            flat = work.view(count * rows, columns)
+            flat[:, end:].addmm_(errors.view(count * rows, -1), upper[start:end, end:], alpha=-1)
+
+    back = torch.argsort(order)
+    found = []
+    for index, size in enumerate(sizes):
+        used = columns // size
+        solution = Solution(
+            codes[index][:, back] if factor.order is not None else codes[index],
+            scales[index, :used].half(), zeros[index, :used].to(torch.uint8), groups[index][back].int(),
+            squares[index], factor.damp_percent, factor.raised, factor.dead_columns,
+        )  # fmt: skip
+        spread = (weight - solution.dequantize().to(dtype)).square_().sum(dim=1, dtype=torch.float64)
+        solution.row_error = (squares[index] - factor.damping * spread).clamp_(min=0).cpu()
+        found.append(solution)
+    return found
+
+
+def _static_groups(weight: torch.Tensor, grid: Grid, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros [G, N] of contiguous groups of the weight as it is."""
+    rows, columns = weight.shape
+    scale, zero = grid.fit(weight.reshape(rows * (columns // size), size))
+    return scale.view(rows, -1).t(), zero.view(rows, -1).t()

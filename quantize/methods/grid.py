@@ -1,0 +1,73 @@
+"""The grid that a group of weights is rounded to: w ~ scale * (code - zero), code in 0 .. 2^bits - 1.
+
+Scales are rounded to float16 at once, because that is what the file holds: codes are then chosen for the
+very scale that the loader multiplies with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+HALF_TINY = 2.0**-24  # smallest positive float16
+HALF_MAX = 65504.0
+MSE_STEPS, MSE_SHRINK, MSE_NORM = 100, 0.8, 2.4  # as the GPTQ authors' code searches
+
+
+@dataclass(frozen=True)
+class Grid:
+    """bits, and whether the zero point is fixed in the middle (``sym``) or chosen; ``mse`` shrinks the range.
+
+    An asymmetric zero point is at least 1: the v1 file stores zero minus one, and a wrapped zero is read
+    differently by different loaders.
+    """
+
+    bits: int
+    sym: bool = True
+    mse: bool = False
+
+    @property
+    def top(self) -> int:
+        return 2**self.bits - 1
+
+    def fit(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point for each row of ``weights`` [rows, group], both [rows] in the weights' dtype."""
+        low, high = torch.aminmax(weights, dim=1)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale, zero = self._between(low, high)
+        if not self.mse:
+            return scale, zero
+        best = torch.full_like(scale, torch.inf)
+        for step in range(int(MSE_SHRINK * MSE_STEPS)):
+            shrink = 1 - step / MSE_STEPS
+            trial, origin = self._between(low * shrink, high * shrink)
+            rounded = self.round(weights, trial[:, None], origin[:, None])
+            error = (trial[:, None] * (rounded - origin[:, None]) - weights).abs_().pow_(MSE_NORM).sum(dim=1)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale = torch.where(better, trial, scale)
+            zero = torch.where(better, origin, zero)
+        return scale, zero
+
+    def round(self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Nearest codes, as integers in the weights' dtype; ``scale`` and ``zero`` broadcast."""
+        return (torch.round(weights / scale) + zero).clamp_(0, self.top)
+
+    def _between(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.sym:
+            reach = torch.maximum(-low, high)
+            scale = _as_half(2 * reach / self.top)
+            return scale, torch.full_like(scale, (self.top + 1) // 2)
+        scale = _as_half((high - low) / self.top)
+        zero = torch.round(-low / scale).clamp(0, self.top)
+        # nothing below zero: give up one code rather than write zero point 0
+        positive = zero < 1
+        scale = torch.where(positive, _as_half(high / (self.top - 1)), scale)
+        return scale, torch.where(positive, torch.ones_like(zero), zero)
+
+
+def _as_half(scale: torch.Tensor) -> torch.Tensor:
+    """Rounded to float16 and back; an all-zero group gets a scale that divides safely."""
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale.clamp(HALF_TINY, HALF_MAX).to(torch.float16).to(scale.dtype)

@@ -1,0 +1,112 @@
+"""Which tensors of a checkpoint are the weights of quantizable linears: from names and shapes alone.
+
+A decoder's blocks are the longest numbered run of modules that carries two-dimensional weights
+(``model.layers.0 ...``). Every two-dimensional ``.weight`` inside a block is a linear: norms have one
+dimension, embeddings lie outside. The build checks this against the real modules before it starts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quantize.errors import PlanError
+from quantize.source.checkpoint import Checkpoint, TensorSpec
+
+CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Architectures whose linears are transformers' ``Conv1D``: weights stored [in_features, out_features]."""
+
+_NUMBERED = re.compile(r"^(?P<prefix>.*?)(?P<index>\d+)\.(?P<rest>.+)$")
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear as a checkpoint stores it.
+
+    Attributes:
+        name: module name in the checkpoint, without ``.weight``.
+        block: index of its block; ``local`` is its name inside the block.
+        in_features, out_features: K and N.
+        bias: dtype of its bias, or None.
+        weight: the stored weight tensor.
+    """
+
+    name: str
+    block: int
+    local: str
+    in_features: int
+    out_features: int
+    bias: str | None
+    weight: TensorSpec
+
+
+@dataclass(frozen=True)
+class ModuleTable:
+    """All linears of all blocks, in block order and file order."""
+
+    prefix: str
+    blocks: int
+    linears: tuple[LinearSpec, ...]
+
+    @property
+    def quantized_tensors(self) -> frozenset[str]:
+        """Names of the source tensors that quantization replaces: weights, and biases (rewritten as float16)."""
+        names = {f"{linear.name}.weight" for linear in self.linears}
+        return frozenset(names | {f"{linear.name}.bias" for linear in self.linears if linear.bias})
+
+
+def find_linears(checkpoint: Checkpoint) -> ModuleTable:
+    """Find the blocks and their linears.
+
+    Raises:
+        PlanError: no run of blocks, or blocks whose weights are not plain linears (experts fused in one tensor).
+    """
+    runs: dict[str, set[int]] = defaultdict(set)
+    for name, spec in checkpoint.tensors.items():
+        match = _NUMBERED.match(name)
+        if match and len(spec.shape) == 2 and name.endswith(".weight"):
+            runs[match["prefix"]].add(int(match["index"]))
+    if not runs:
+        raise PlanError(_unknown(checkpoint, "has no numbered decoder blocks with linear weights"))
+    prefix = max(runs, key=lambda run: (len(runs[run]), -len(run)))
+    count = checkpoint.text_config.get("num_hidden_layers") or checkpoint.text_config.get("n_layer")
+    if runs[prefix] != set(range(len(runs[prefix]))) or (count is not None and len(runs[prefix]) != count):
+        raise PlanError(
+            _unknown(checkpoint, f"its config says {count} blocks, its tensors {len(runs[prefix])} of '{prefix}N'")
+        )
+    linears = []
+    for name, spec in checkpoint.tensors.items():
+        if not name.startswith(prefix):
+            continue
+        index, _, rest = name[len(prefix) :].partition(".")
+        if not index.isdigit():
+            continue
+        if len(spec.shape) > 2 and spec.shape[-2] > 1 and _is_weight_like(rest, checkpoint.tensors, name):
+            raise PlanError(_unknown(checkpoint, f"{name} is {list(spec.shape)}: fused experts are not supported yet"))
+        if len(spec.shape) == 2 and rest.endswith(".weight"):
+            linears.append(_linear(checkpoint, name, int(index), rest, spec))
+    linears.sort(key=lambda linear: linear.block)  # stable: file order within a block
+    return ModuleTable(prefix, len(runs[prefix]), tuple(linears))
+
+
+def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, spec: TensorSpec) -> LinearSpec:
+    out_features, in_features = spec.shape
+    if checkpoint.model_type in CONV1D_TYPES:
+        in_features, out_features = spec.shape
+    module = name.removesuffix(".weight")
+    bias = checkpoint.tensors.get(f"{module}.bias")
+    return LinearSpec(
+        module, block, rest.removesuffix(".weight"), in_features, out_features, bias.dtype if bias else None, spec
+    )
+
+
+def _is_weight_like(rest: str, tensors: Mapping[str, TensorSpec], name: str) -> bool:
+    """Old GPT-2 files carry causal masks as [1, 1, n, n] buffers; those are no weights."""
+    spec = tensors[name]
+    return not (rest.endswith((".bias", ".masked_bias", ".mask")) or spec.dtype in {"BOOL", "U8"})
+
+
+def _unknown(checkpoint: Checkpoint, why: str) -> str:
+    return f"architecture '{checkpoint.model_type}' cannot be quantized: {why}"

@@ -1,0 +1,273 @@
+"""From a recipe file to a validated :class:`~quantize.recipe.schema.Recipe`.
+
+The order: read the YAML with its lines, lay it on what it ``extends``, apply ``--set``, validate, expand
+the matrix and name the branches. Each error names file, line and key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from quantize.errors import RecipeError
+from quantize.recipe.located import Key, Located, merge, read_located, set_value
+from quantize.recipe.presets import PRESETS
+from quantize.recipe.schema import GptqMatrix, GptqParameters, GptqVariant, Recipe
+from quantize.recipe.shipped import find_shipped
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A valid recipe and the tree it came from, which later errors use to name file and line.
+
+    Attributes:
+        recipe: the validated data; every GPTQ variant is explicit and has its ``branch``.
+        located: the merged tree with the place of each value.
+        variant_places: for each variant, the key path of what caused it.
+        name: what messages call the recipe.
+    """
+
+    recipe: Recipe
+    located: Located
+    variant_places: tuple[tuple[Key, ...], ...]
+    name: str
+
+    def error(self, path: Iterable[Key], message: str) -> RecipeError:
+        return self.located.error(path, message)
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Load, merge, validate and expand a recipe.
+
+    Args:
+        path: a recipe file, or the name of a shipped recipe (``demo``).
+        overrides: ``key.path=value`` assignments, applied last.
+
+    Raises:
+        RecipeError: anything wrong with it, in one sentence that names file, line and key.
+    """
+    file = _find(os.fspath(path))
+    located = _read_extended(file, ())
+    for assignment in overrides:
+        set_value(located, assignment)
+    located.data.pop("extends", None)
+    _resolve_paths(located)
+    try:
+        recipe = Recipe.model_validate(located.data)
+    except ValidationError as error:
+        raise _first_error(located, error) from None
+    _check_presets(located, recipe)
+    variants, places = _expand(located, recipe)
+    gptq = recipe.gptq.model_copy(update={"variants": variants, "matrix": None})
+    return LoadedRecipe(recipe.model_copy(update={"gptq": gptq}), located, places, os.fspath(path))
+
+
+def _find(path: str) -> Path:
+    file = Path(path)
+    if file.is_file():
+        return file
+    shipped = find_shipped(path)
+    if shipped is not None:
+        return shipped
+    if file.is_dir():
+        raise RecipeError(f"{path}: is a directory; name a recipe file in it")
+    raise RecipeError(f"{path}: no such recipe file; `quantize recipes` lists the shipped ones")
+
+
+def _read_extended(file: Path, chain: tuple[Path, ...]) -> Located:
+    tree = read_located(file, os.path.relpath(file) if file.is_relative_to(Path.cwd()) else str(file))
+    parent = tree.data.get("extends")
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise tree.error(("extends",), "must be the path or the name of one recipe")
+    target = file.parent / parent
+    found = target if target.is_file() else find_shipped(parent)
+    if found is None:
+        raise tree.error(("extends",), f"no recipe file '{parent}' beside this one, and none shipped")
+    chain = (*chain, file.resolve())
+    if found.resolve() in chain:
+        raise tree.error(("extends",), f"'{parent}' extends this recipe in turn; a recipe cannot extend itself")
+    return merge(_read_extended(found, chain), tree)
+
+
+def _resolve_paths(located: Located) -> None:
+    """Make relative local paths absolute: they are relative to the file that they are written in."""
+
+    def resolve(path: tuple[Key, ...], value: str) -> str:
+        origin = located.place(path).origin
+        base = Path.cwd() if origin.startswith("--set") else Path(origin).parent
+        local = base / Path(value).expanduser()
+        explicit = value.startswith(("/", "./", "../", "~")) or value in {".", ".."}
+        return os.path.abspath(local) if explicit or local.exists() else value
+
+    data = located.data
+    model = data.get("model")
+    if isinstance(model, dict) and isinstance(model.get("source"), str) and ":" not in model["source"]:
+        model["source"] = resolve(("model", "source"), model["source"])
+    calibration = data.get("calibration")
+    if not isinstance(calibration, dict):
+        return
+    dataset = calibration.get("dataset")
+    for holder, key in _corpus_slots(calibration, dataset):
+        value = holder[key]
+        if isinstance(value, str):
+            path = ("calibration", "dataset")
+            if holder is not calibration or isinstance(dataset, str):
+                holder[key] = resolve(path, value) if value not in PRESETS else value
+
+
+def _corpus_slots(calibration: dict[str, Any], dataset: Any) -> list[tuple[Any, Any]]:
+    if isinstance(dataset, str):
+        return [(calibration, "dataset")]
+    if isinstance(dataset, dict):
+        return [(dataset, "file")] if "file" in dataset else []
+    if isinstance(dataset, list):
+        slots: list[tuple[Any, Any]] = []
+        for index, item in enumerate(dataset):
+            slots += [(dataset, index)] if isinstance(item, str) else _corpus_slots({}, item)
+        return slots
+    return []
+
+
+def _check_presets(located: Located, recipe: Recipe) -> None:
+    for corpus in recipe.calibration.dataset:
+        if corpus.preset is not None and corpus.preset not in PRESETS:
+            hint = _nearest(corpus.preset, PRESETS)
+            raise located.error(
+                ("calibration", "dataset"),
+                f"no preset '{corpus.preset}'{hint}; presets are {', '.join(PRESETS)}, a hub dataset is "
+                "written org/name, a file ./name.txt",
+            )
+
+
+def _first_error(located: Located, error: ValidationError) -> RecipeError:
+    details = sorted(error.errors(), key=lambda item: located.place(_known(located, item["loc"])).line or 0)
+    first = details[0]
+    path = _known(located, first["loc"])
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        return located.error((*path[:-1], key), f"unknown key{_nearest(key, _fields(first['loc'][:-1]))}")
+    if first["type"] == "missing":
+        return located.error(path, f"needs the key '{first['loc'][-1]}'")
+    return located.error(path, _sentence(first))
+
+
+def _known(located: Located, loc: Sequence[Key]) -> tuple[Key, ...]:
+    """The part of a pydantic location that exists in the YAML; union tags and made-up indices fall out."""
+    path: tuple[Key, ...] = ()
+    for key in loc:
+        if (*path, key) in located.places:
+            path = (*path, key)
+    return path
+
+
+def _sentence(details: ErrorDetails) -> str:
+    kind, context, given = details["type"], details.get("ctx", {}), details.get("input")
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "literal_error":
+        return f"must be {context['expected']}, not {given!r}"
+    if kind == "model_type":
+        return f"must be a mapping of keys to values, not {given!r}"
+    message = details["msg"].removeprefix("Input ").removeprefix("should ")
+    message = message[0].lower() + message[1:]
+    return f"must {message}, not {given!r}" if details["msg"].startswith("Input should") else message
+
+
+def _fields(loc: Sequence[Key]) -> list[str]:
+    """The keys that the schema knows at a pydantic location."""
+    model: Any = Recipe
+    for key in loc:
+        if isinstance(key, int):
+            continue
+        field = model.model_fields.get(key) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is None:
+            continue
+        model = _model_in(field.annotation)
+    known = list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    return [*known, "extends"] if not loc else known
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _model_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _expand(
+    located: Located, recipe: Recipe
+) -> tuple[list[GptqVariant], tuple[tuple[Key, ...], ...]]:
+    """Explicit variants, then the matrix's combinations that none of them already is; all with a branch."""
+    gptq = recipe.gptq
+    defaults = {name: getattr(gptq, name) for name in GptqParameters.model_fields}
+    found: list[tuple[GptqVariant, tuple[Key, ...]]] = []
+    for index, variant in enumerate(gptq.variants):
+        given = {name: getattr(variant, name) for name in variant.model_fields_set}
+        found.append((GptqVariant(**{**defaults, **given}), ("gptq", "variants", index)))
+    for combination in _combinations(gptq.matrix):
+        try:
+            variant = GptqVariant(**{**defaults, **combination})
+        except ValidationError as error:
+            key = error.errors()[0]["loc"][0]
+            raise located.error(("gptq", "matrix", key), _sentence(error.errors()[0])) from None
+        if not any(_parameters(variant) == _parameters(known) for known, _ in found):
+            found.append((variant, ("gptq", "matrix")))
+    if not found:
+        raise located.error(("gptq",), "lists no variants; give `variants:` or `matrix:`")
+    named: dict[str, tuple[Key, ...]] = {}
+    variants = []
+    main_is_free = all(variant.branch != "main" for variant, _ in found)
+    for index, (variant, place) in enumerate(found):
+        branch = variant.branch or ("main" if index == 0 and main_is_free else branch_name(variant, gptq))
+        other = next((known for known in named if known.lower() == branch.lower()), None)
+        if other is not None:
+            raise located.error(
+                place,
+                f"gives the branch '{branch}', as line {located.place(named[other]).line} does; "
+                "give one of them a `branch:` of its own or remove it",
+            )
+        named[branch] = place
+        variants.append(variant.model_copy(update={"branch": branch}))
+    return variants, tuple(named.values())
+
+
+def branch_name(variant: GptqParameters, defaults: GptqParameters) -> str:
+    """The published form, ``gptq-4bit-32g-actorder_True``; unusual choices are appended to it."""
+    order = "static" if variant.desc_act == "static" else str(variant.desc_act)
+    name = f"gptq-{variant.bits}bit-{variant.group_size}g-actorder_{order}"
+    if not variant.sym:
+        name += "-asym"
+    if variant.damp_percent != defaults.damp_percent:
+        name += f"-damp_{variant.damp_percent:g}"
+    if variant.mse != defaults.mse:
+        name += f"-mse_{variant.mse}"
+    return name
+
+
+def _combinations(matrix: GptqMatrix | None) -> list[dict[str, Any]]:
+    if matrix is None:
+        return []
+    axes = {name: getattr(matrix, name) for name in GptqMatrix.model_fields if getattr(matrix, name)}
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
+
+
+def _parameters(variant: GptqVariant) -> dict[str, Any]:
+    return variant.model_dump(exclude={"branch"})

@@ -1,0 +1,217 @@
+"""YAML whose every value remembers the file and line it came from.
+
+The tree is plain data (dicts, lists, scalars); a side table maps the path of each value
+(``("gptq", "variants", 1, "bits")``) to its :class:`Place`, so that an error found much later, by the
+schema, can still point at the line that caused it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantize.errors import RecipeError
+
+Key = str | int
+KeyPath = tuple[Key, ...]
+
+MAX_RECIPE_BYTES = 1_000_000
+MAX_NODES = 50_000  # aliases can blow a small file up; a real recipe has a few hundred
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written: a file and a 1-based line, or the command line (``line`` None)."""
+
+    origin: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.origin}:{self.line}" if self.line else self.origin
+
+
+@dataclass
+class Located:
+    """A tree of plain data with the :class:`Place` of each of its values."""
+
+    data: Any
+    places: dict[KeyPath, Place] = field(default_factory=dict)
+
+    def place(self, path: Iterable[Key]) -> Place:
+        """The place of the value at ``path``, or of its nearest enclosing value that has one."""
+        keys = tuple(path)
+        while keys and keys not in self.places:
+            keys = keys[:-1]
+        return self.places.get(keys, Place("recipe"))
+
+    def error(self, path: Iterable[Key], message: str) -> RecipeError:
+        """A :class:`RecipeError` whose message opens with the place and the key of ``path``."""
+        keys = tuple(path)
+        label = dotted(keys)
+        return RecipeError(f"{self.place(keys)}: {label + ': ' if label else ''}{message}")
+
+
+def dotted(path: Iterable[Key]) -> str:
+    """``("gptq", "variants", 1, "bits")`` as a person writes it: ``gptq.variants[1].bits``."""
+    text = ""
+    for key in path:
+        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
+    return text
+
+
+def read_located(path: Path, shown: str | None = None) -> Located:
+    """Parse a YAML file into a :class:`Located` tree whose top level is a mapping.
+
+    Raises:
+        RecipeError: the file cannot be read, is not UTF-8 or not YAML, repeats a key, or is no mapping.
+    """
+    origin = shown or str(path)
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise RecipeError(f"{origin}: is larger than {MAX_RECIPE_BYTES:,} bytes, which no recipe is")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{origin}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{origin}: is not UTF-8 text (byte {error.start})") from None
+    return parse_located(text, origin)
+
+
+def parse_located(text: str, origin: str) -> Located:
+    """Parse YAML text; ``origin`` is what error messages call it. Raises as :func:`read_located`."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        tree = Located(None)
+        if node is None:
+            tree.data = {}
+            tree.places[()] = Place(origin, 1)
+            return tree
+        tree.data = _Reader(loader, origin, tree.places).read(node, ())
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{origin}{line}: is not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{origin}: is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError(f"{origin}: is nested too deeply to be a recipe") from None
+    finally:
+        loader.dispose()
+    if not isinstance(tree.data, dict):
+        raise RecipeError(f"{origin}:1: a recipe is a mapping of keys to values, not a {_kind(tree.data)}")
+    return tree
+
+
+class _Reader:
+    def __init__(self, loader: yaml.SafeLoader, origin: str, places: dict[KeyPath, Place]) -> None:
+        self.loader, self.origin, self.places = loader, origin, places
+        self.open: set[int] = set()
+
+    def read(self, node: yaml.Node, path: KeyPath) -> Any:
+        place = Place(self.origin, node.start_mark.line + 1)
+        self.places.setdefault(path, place)
+        if len(self.places) > MAX_NODES:
+            raise RecipeError(f"{place}: expands to more than {MAX_NODES:,} values, which no recipe does")
+        if id(node) in self.open:
+            raise RecipeError(f"{place}: an alias refers to itself")
+        self.open.add(id(node))
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, path)
+            if isinstance(node, yaml.SequenceNode):
+                return [self.read(item, (*path, index)) for index, item in enumerate(node.value)]
+            try:
+                return self.loader.construct_object(node)  # type: ignore[no-untyped-call]
+            except ValueError as error:
+                raise RecipeError(f"{place}: is not a valid value: {error}") from None
+        finally:
+            self.open.discard(id(node))
+
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            place = Place(self.origin, key_node.start_mark.line + 1)
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"{place}: a key must be a plain word")
+            key: str = key_node.value
+            if key in result:
+                raise RecipeError(f"{place}: {dotted((*path, key))}: is given twice; keep one of the two")
+            self.places[(*path, key)] = place
+            result[key] = self.read(value_node, (*path, key))
+        return result
+
+
+def merge(base: Located, over: Located) -> Located:
+    """``over`` laid on ``base``: mappings merge key by key, anything else (lists too) is replaced."""
+    places = {(): over.places.get((), Place("recipe"))}
+
+    def copy(tree: Located, path: KeyPath) -> None:
+        for key, place in tree.places.items():
+            if key[: len(path)] == path:
+                places[key] = place
+
+    def lay(low: Any, high: Any, path: KeyPath) -> Any:
+        if not (isinstance(low, dict) and isinstance(high, dict)):
+            copy(over, path)
+            return high
+        if path in over.places:
+            places[path] = over.places[path]
+        result = {}
+        for key in [*low, *(k for k in high if k not in low)]:
+            child = (*path, key)
+            if key not in high:
+                copy(base, child)
+                result[key] = low[key]
+            elif key not in low:
+                copy(over, child)
+                result[key] = high[key]
+            else:
+                result[key] = lay(low[key], high[key], child)
+        return result
+
+    return Located(lay(base.data, over.data, ()), places)
+
+
+def set_value(tree: Located, assignment: str) -> None:
+    """Apply one ``--set key.path=value`` to ``tree`` in place; the value is read as YAML.
+
+    Raises:
+        RecipeError: no ``=``, a list index that does not exist, or a value that is not YAML.
+    """
+    origin = f"--set {assignment}"
+    name, equals, text = assignment.partition("=")
+    parts = name.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"{origin}: must have the form key.path=value, such as gptq.damp_percent=0.01")
+    value = parse_located(f"value: {text}", origin).data["value"]
+    here, path = tree.data, ()
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        key: Hashable
+        if isinstance(here, list):
+            if not part.isdigit() or int(part) >= len(here):
+                raise RecipeError(f"{origin}: {dotted(path)} has entries 0 to {len(here) - 1}, not '{part}'")
+            key = int(part)
+        elif isinstance(here, dict):
+            key = part
+            if not last and not isinstance(here.get(part), dict | list):
+                here[part] = {}
+        else:
+            raise RecipeError(f"{origin}: {dotted(path)} is a plain value and has no '{part}'")
+        path = (*path, key)  # type: ignore[assignment]
+        if last:
+            here[key] = value  # type: ignore[index]
+        else:
+            here = here[key]  # type: ignore[index]
+    for known in [known for known in tree.places if known[: len(path)] == path]:
+        del tree.places[known]
+    tree.places[path] = Place(origin)
+
+
+def _kind(value: Any) -> str:
+    return {list: "list", str: "text", type(None): "empty value"}.get(type(value), type(value).__name__)

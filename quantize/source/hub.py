@@ -1,0 +1,131 @@
+"""A model on the hub, at one resolved commit. ``HF_ENDPOINT``, ``HF_TOKEN`` and the hub's own cache apply."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import SourceError
+from quantize.recipe.schema import Model
+from quantize.source.cache import cached_sha256
+from quantize.source.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    TensorSpec,
+    check_config,
+    is_carried_over,
+    read_checkpoint,
+)
+from quantize.source.resolve import Notify, Source, safe_name
+
+
+def open_hub(model: Model, *, weights: bool, notify: Notify) -> Source:
+    """Resolve a hub id to a commit and read it: headers alone, or the files it needs.
+
+    Raises:
+        SourceError: unknown or private repo, no such revision, no network, no safetensors weights.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    api = HfApi()
+    try:
+        info = api.model_info(model.source, revision=model.revision, files_metadata=True)
+        commit = str(info.sha)
+        files = {item.rfilename: item for item in info.siblings or []}
+        shards = _shards(model.source, api, commit, files)
+        carried = [name for name in files if is_carried_over(name) and not name.startswith(".")]
+        index = [INDEX_NAME] if INDEX_NAME in files else []
+        if weights:
+            size = sum(files[name].size or 0 for name in shards)
+            notify(f"downloading {model.source} at {commit[:12]} ({size / 1e9:.2f} GB)")
+            needed = [*shards, *carried, *index, "config.json", *(["README.md"] if "README.md" in files else [])]
+            folder = Path(snapshot_download(model.source, revision=commit, allow_patterns=needed))
+            checkpoint = read_checkpoint(folder)
+            _check_downloads(folder, {name: files[name].lfs for name in shards})
+        else:
+            checkpoint = _headers(model.source, api, commit)
+    except Exception as error:
+        if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OSError) or _is_network(error):
+            raise SourceError(_explain(model, error)) from None
+        raise
+    hashes = {
+        name: files[name].lfs.sha256 if files[name].lfs else f"git:{files[name].blob_id}"
+        for name in sorted([*shards, *carried, "config.json"])
+    }
+    return Source(
+        model.source,
+        safe_name(model.source.rsplit("/", 1)[-1]),
+        checkpoint,
+        commit=commit,
+        hub_id=model.source,
+        remote_hashes=hashes,
+    )
+
+
+def _shards(repo: str, api: Any, commit: str, files: dict[str, Any]) -> list[str]:
+    if INDEX_NAME in files:
+        path = api.hf_hub_download(repo, INDEX_NAME, revision=commit)
+        table = json.loads(Path(path).read_text(encoding="utf-8")).get("weight_map", {})
+        names = sorted({str(name) for name in table.values()})
+        missing = next((name for name in names if name not in files), None)
+        if missing:
+            raise SourceError(f"{repo}: its index names the shard {missing}, which the repo does not have")
+        return names
+    if SINGLE_NAME in files:
+        return [SINGLE_NAME]
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in files):
+        raise SourceError(
+            f"{repo}: holds its weights only as pickle, which can run code when it is read; "
+            "use a safetensors revision of the model"
+        )
+    raise SourceError(f"{repo}: holds no safetensors weights")
+
+
+def _check_downloads(folder: Path, wanted: dict[str, Any]) -> None:
+    """The hub client does not hash what it downloads; a silently damaged shard would ruin every branch."""
+    for name, lfs in wanted.items():
+        if lfs is not None and cached_sha256(folder / name) != lfs.sha256:
+            raise SourceError(
+                f"{folder / name}: its SHA-256 differs from the hub's; delete the file and download it again"
+            )
+
+
+def _headers(repo: str, api: Any, commit: str) -> Checkpoint:
+    path = api.hf_hub_download(repo, "config.json", revision=commit)
+    config = check_config(json.loads(Path(path).read_text(encoding="utf-8")), f"{repo}/config.json")
+    metadata = api.get_safetensors_metadata(repo, revision=commit)
+    tensors = {
+        key: TensorSpec(tensor.dtype, tuple(tensor.shape), name)
+        for name, file in metadata.files_metadata.items()
+        for key, tensor in file.tensors.items()
+    }
+    return Checkpoint(config, tensors, None, tuple(sorted(metadata.files_metadata)))
+
+
+def _is_network(error: Exception) -> bool:
+    """Errors of the HTTP library below the hub client, which has changed names between its versions."""
+    return type(error).__module__.split(".")[0].rstrip("2") in {"httpx", "httpcore", "requests", "urllib3"}
+
+
+def _explain(model: Model, error: Exception) -> str:
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"{model.source}: "
+    if isinstance(error, GatedRepoError):
+        return where + "the repo is gated; accept its terms on the hub and log in (`hf auth login`)"
+    if isinstance(error, RepositoryNotFoundError):
+        return where + "no such repo on the hub, or it is private; check the name, or log in (`hf auth login`)"
+    if isinstance(error, RevisionNotFoundError):
+        return where + f"the repo has no revision '{model.revision}'"
+    if isinstance(error, EntryNotFoundError):
+        return where + "the repo has no config.json"
+    reason = " ".join(str(error).split())[:200]
+    return where + f"the hub could not be reached ({type(error).__name__}: {reason}); a local directory works too"

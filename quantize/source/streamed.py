@@ -1,0 +1,349 @@
+"""A model that is never whole in memory: its blocks are read, run and dropped one at a time.
+
+The model is built on torch's meta device, which costs no memory. Everything outside the blocks (embeddings,
+rotary tables, final norm, head) is read for real; each block's weights are read when its turn comes. One
+run of the real ``forward`` with the blocks replaced by recorders tells how the architecture calls its
+blocks, with which masks and position embeddings, so no architecture needs code of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from quantize.errors import SourceError
+from quantize.source.resolve import Source
+
+BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of a loaded block. ``weight`` is [out_features, in_features] whatever the module stores."""
+
+    local: str
+    module: nn.Module
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.t() if isinstance(self.module, Conv1D) else weight
+
+    def set_weight(self, weight: torch.Tensor) -> None:
+        """Replace the weight's values by [out_features, in_features] values."""
+        with torch.no_grad():
+            self.weight.copy_(weight)
+
+
+class StreamedModel:
+    """A causal language model whose blocks are loaded one at a time.
+
+    Args:
+        source: a resolved source with local weights.
+        compute_dtype: dtype of weights and activations in the forward pass.
+        device: where blocks run; activations stay where the caller keeps them.
+        trust_remote_code: run the model code of the repo.
+        head: also read the output head, which only :meth:`logits` needs.
+
+    Raises:
+        SourceError: an architecture that transformers does not know, or tensors that do not fit it.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        prefix: str,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        trust_remote_code: bool = False,
+        head: bool = False,
+    ) -> None:
+        self.source, self.compute_dtype, self.device = source, compute_dtype, device
+        self.model = _empty_model(source, compute_dtype, trust_remote_code)
+        self.names = _match_names(self.model, source)
+        self.block_prefix, self.blocks = self._find_blocks(prefix)
+        self._load_outside(head)
+        self._returns_tuple: bool | None = None
+        self._calls: dict[int, list[BlockCall]] = {}
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    # -- weights
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as stored, by its name in the checkpoint.
+
+        Raises:
+            SourceError: it holds NaN or infinity, or its file cannot be read any more.
+        """
+        spec = self.source.checkpoint.tensors[name]
+        try:
+            with safe_open(self.source.folder / spec.file, framework="pt") as file:
+                tensor = file.get_tensor(name)
+        except Exception as error:
+            raise SourceError(f"{self.source.folder / spec.file}: cannot read {name}: {error}") from None
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise SourceError(f"{self.source.folder / spec.file}: {name} holds NaN or infinity; the source is damaged")
+        return tensor
+
+    @contextlib.contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """The block ``index`` with its weights in memory; they are dropped on leaving."""
+        module = self.blocks[index]
+        prefix = f"{self.block_prefix}{index}."
+        self._load(module, prefix)
+        try:
+            yield module
+        finally:
+            _drop(module)
+
+    def linears(self, block: nn.Module) -> list[Linear]:
+        """The quantizable linears of a loaded block, in module order."""
+        return [
+            Linear(name, module)
+            for name, module in block.named_modules()
+            if type(module) is nn.Linear or isinstance(module, Conv1D)
+        ]
+
+    def checkpoint_name(self, index: int, local: str) -> str:
+        """The name that a module of block ``index`` has in the checkpoint."""
+        return self.names[f"{self.block_prefix}{index}.{local}.weight"].removesuffix(".weight")
+
+    # -- running
+
+    @torch.inference_mode()
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states that enter block 0, [batch, length, width], for token ids [batch, length].
+
+        Also learns, once per batch size, how the architecture calls each of its blocks.
+        """
+        if self._returns_tuple is None:
+            self._returns_tuple = self._probe(input_ids[:1, :8])
+        batch = input_ids.shape[0]
+        entered, calls = self._record(input_ids)
+        known = self._calls.setdefault(batch, calls)
+        if known is not calls:
+            self._same_calls(known, calls)
+        return entered
+
+    @torch.inference_mode()
+    def run(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """One block's output for its input, both [batch, length, width]; ``embed`` has run for this batch size."""
+        arguments, keywords = self._calls[hidden.shape[0]][index]
+        output = block(hidden, *arguments, **keywords)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.inference_mode()
+    def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, length, vocabulary] from what the last block put out."""
+
+        def inject(index: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
+            return hidden
+
+        with self._replaced(inject):
+            return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
+
+    def _probe(self, input_ids: torch.Tensor) -> bool:
+        """Whether this architecture's blocks return a tuple: block 0 is asked, the rest is cut off."""
+        seen: list[bool] = []
+
+        def stop(module: nn.Module, arguments: Any, output: Any) -> None:
+            seen.append(isinstance(output, tuple))
+            raise _Stop
+
+        with self.block(0) as block:
+            handle = block.register_forward_hook(stop)
+            try:
+                with contextlib.suppress(_Stop):
+                    self.model(input_ids=input_ids.to(self.device), use_cache=False)
+            finally:
+                handle.remove()
+        return seen[0]
+
+    def _record(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
+        entered: list[torch.Tensor] = []
+        calls: list[BlockCall] = []
+
+        def record(index: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
+            keywords = dict(keywords)
+            hidden = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
+            if not calls:
+                entered.append(hidden)
+            calls.append((tuple(arguments[1:]), keywords))
+            return hidden
+
+        head = self.model.get_output_embeddings()
+        skip = _replace_forward(head, lambda hidden: hidden) if head is not None else contextlib.nullcontext()
+        with self._replaced(record), skip:
+            self.model(input_ids=input_ids.to(self.device), use_cache=False)
+        if len(calls) != len(self.blocks):
+            raise SourceError(
+                f"{self.source.named}: the model ran {len(calls)} of its {len(self.blocks)} blocks; "
+                "this architecture cannot be streamed"
+            )
+        return entered[0], calls
+
+    def _same_calls(self, known: list[BlockCall], calls: list[BlockCall]) -> None:
+        for index, (before, now) in enumerate(zip(known, calls, strict=True)):
+            if not _equal(before, now):
+                raise SourceError(
+                    f"{self.source.named}: block {index} gets inputs that depend on the tokens beside its hidden "
+                    "states; this architecture cannot be streamed"
+                )
+
+    @contextlib.contextmanager
+    def _replaced(self, replacement: Callable[[int, tuple[Any, ...], dict[str, Any]], torch.Tensor]) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for index, block in enumerate(self.blocks):
+
+                def forward(*arguments: Any, _index: int = index, **keywords: Any) -> Any:
+                    hidden = replacement(_index, arguments, keywords)
+                    return (hidden, None, None) if self._returns_tuple else hidden
+
+                stack.enter_context(_replace_forward(block, forward))
+            yield
+
+    # -- loading
+
+    def _find_blocks(self, prefix: str) -> tuple[str, nn.ModuleList]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList) and f"{name}.".endswith(prefix) and len(module):
+                return f"{name}.", module
+        raise SourceError(f"{self.source.named}: transformers has no blocks where the checkpoint has '{prefix}N'")
+
+    def _load_outside(self, head: bool) -> None:
+        inside = self.block_prefix
+        output = self.model.get_output_embeddings()
+        unused = set() if head or output is None else {id(parameter) for parameter in output.parameters()}
+        for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            if not name.startswith(inside) and name in self.names and id(value) not in unused:
+                self._assign(self.model, name, self.read(self.names[name]))
+        self.model.tie_weights()
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta and not name.startswith(inside) and id(parameter) not in unused:
+                raise SourceError(f"{self.source.named}: the checkpoint lacks the tensor {name}")
+        for name, buffer in self.model.named_buffers():
+            if not name.startswith(inside) and not buffer.is_meta and buffer.device != self.device:
+                self._set_buffer(self.model, name, buffer.to(self.device))
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        for name, _ in list(module.named_parameters()):
+            full = prefix + name
+            if full not in self.names:
+                raise SourceError(f"{self.source.named}: the checkpoint lacks the tensor {full}")
+            self._assign(module, name, self.read(self.names[full]))
+        for name, buffer in list(module.named_buffers()):
+            if prefix + name in self.names:
+                self._set_buffer(module, name, self.read(self.names[prefix + name]).to(self.device))
+            elif buffer.device != self.device:
+                self._set_buffer(module, name, buffer.to(self.device))
+
+    def _assign(self, root: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module = root.get_submodule(owner)
+        expected = getattr(module, leaf)
+        if tuple(expected.shape) != tuple(tensor.shape):
+            raise SourceError(
+                f"{self.source.named}: {name} is {list(tensor.shape)} in the checkpoint, "
+                f"but the config asks for {list(expected.shape)}"
+            )
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor.to(self.device)
+            return
+        value = tensor.to(device=self.device, dtype=self.compute_dtype)
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    @staticmethod
+    def _set_buffer(root: nn.Module, name: str, value: torch.Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        root.get_submodule(owner)._buffers[leaf] = value
+
+
+class _Stop(Exception):
+    """Cuts a forward pass short."""
+
+
+def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    from accelerate import init_empty_weights
+
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise SourceError(_unsupported(source, error)) from None
+    # sdpa leaves out Gemma 2's soft-capping of attention scores; eager does what the model was trained with
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                **({"attn_implementation": "eager"} if capped else {}),
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise SourceError(_unsupported(source, error)) from None
+    return model.eval()
+
+
+def _unsupported(source: Source, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    kind = source.checkpoint.model_type
+    return f"{source.named}: transformers does not know the architecture '{kind}' as a causal language model: {reason}"
+
+
+def _match_names(model: nn.Module, source: Source) -> dict[str, str]:
+    """Model parameter name -> checkpoint tensor name; a base model's files lack the model's own prefix."""
+    base = getattr(model, "base_model_prefix", "")
+    stored = source.checkpoint.tensors
+    names = {}
+    for name in model.state_dict():
+        short = name.removeprefix(f"{base}.")
+        if name in stored:
+            names[name] = name
+        elif short in stored:
+            names[name] = short
+        elif f"{base}.{name}" in stored:
+            names[name] = f"{base}.{name}"
+    return names
+
+
+def _drop(module: nn.Module) -> None:
+    for child in module.modules():
+        for leaf, parameter in child._parameters.items():
+            if parameter is not None:
+                child._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+
+@contextlib.contextmanager
+def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # min and max carry NaN and infinity and need no temporary of the tensor's size
+    low, high = torch.aminmax(tensor.reshape(-1)) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and left.shape == right.shape and torch.equal(left, right)
+    if isinstance(left, dict):
+        return isinstance(right, dict) and left.keys() == right.keys() and all(_equal(left[k], right[k]) for k in left)
+    if isinstance(left, list | tuple):
+        return isinstance(right, list | tuple) and len(left) == len(right) and all(map(_equal, left, right))
+    return left is right or isinstance(left, type(right)) or left == right
