@@ -22,8 +22,7 @@ from quantize.methods.columns import round_columns
 from quantize.methods.factor import Factor, factorize
 from quantize.methods.grid import Grid
 
-SOLVER_VERSION = 1
-"""Raise it when the same input gives other codes: finished variants are then rebuilt."""
+
 
 OUTER = 128  # columns between updates of the whole rest of W
 ROW_BUDGET = 192 * 2**20  # bytes of W (all variants) solved together

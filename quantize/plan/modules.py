@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantize.errors import PlanError
-from quantize.source.checkpoint import Checkpoint, TensorSpec
+from quantize.formats.tensors import TensorSpec
+from quantize.source.checkpoint import Checkpoint
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Architectures whose linears are transformers' ``Conv1D``: weights stored [in_features, out_features]."""

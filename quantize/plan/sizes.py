@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from quantize.errors import PlanError
 from quantize.plan.modules import LinearSpec, ModuleTable
 from quantize.recipe.schema import GROUP_SIZES, GptqVariant
-from quantize.source.checkpoint import SINGLE_NAME, Checkpoint, TensorSpec
+from quantize.formats.tensors import SINGLE_NAME, TensorSpec
+from quantize.source.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

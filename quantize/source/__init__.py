@@ -1,6 +1,6 @@
 """Reading a model: hub or local snapshot, GGUF, safetensors headers, and its blocks streamed one at a time."""
 
-from quantize.source.checkpoint import Checkpoint, TensorSpec, read_checkpoint
+from quantize.source.checkpoint import Checkpoint, read_checkpoint
 from quantize.source.resolve import Source, resolve
 
-__all__ = ["Checkpoint", "Source", "TensorSpec", "read_checkpoint", "resolve"]
+__all__ = ["Checkpoint", "Source", "read_checkpoint", "resolve"]

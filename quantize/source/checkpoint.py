@@ -6,7 +6,6 @@ Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON heade
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,32 +14,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from quantize.errors import SourceError
-
-DTYPE_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
+from quantize.formats.tensors import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, TensorSpec
 
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".npz",
     ".tflite", ".mlmodel", ".ot",
 )  # fmt: skip
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 NOT_COPIED = frozenset({"README.md", "config.json", "quantize_config.json", INDEX_NAME, "quantize-manifest.json"})
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor without its data: safetensors dtype name (``F16``), shape, and the shard it lies in."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

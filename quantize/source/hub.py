@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import SourceError
+from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME, TensorSpec
 from quantize.recipe.schema import Model
 from quantize.source.cache import cached_sha256
 from quantize.source.checkpoint import (
-    INDEX_NAME,
-    SINGLE_NAME,
     Checkpoint,
-    TensorSpec,
     check_config,
     is_carried_over,
     read_checkpoint,

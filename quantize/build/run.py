@@ -1,0 +1,212 @@
+"""Runs a plan: one streamed calibration pass, every stale variant solved from it, each put into place whole.
+
+The only module that knows the order of things.
+"""
+
+from __future__ import annotations
+
+import errno
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from quantize import __version__
+from quantize.errors import BuildError
+from quantize.plan import Plan, PlannedVariant, plan_recipe
+from quantize.plan.keys import key_of
+from quantize.recipe import LoadedRecipe
+from quantize.release.card import render_card
+from quantize.release.config import as_json, release_config
+from quantize.release.manifest import MANIFEST_NAME, LedgerEntry, manifest, oddities
+from quantize.release.tree import copy_file, describe_files, locked, publish, write_file
+from quantize.source.resolve import Notify
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass
+class BuildResult:
+    """What a build did.
+
+    Attributes:
+        plan: the plan it ran. built, fresh: branch names. seconds: by stage.
+        oddities: for each built branch, modules by what happened to them.
+    """
+
+    plan: Plan
+    built: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    oddities: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def build_recipe(
+    loaded: LoadedRecipe,
+    dist: Path | str = "dist",
+    only: Sequence[str] = (),
+    *,
+    device: str = "auto",
+    progress: bool | None = None,
+    notify: Notify = lambda line: None,
+) -> BuildResult:
+    """Build every selected branch that is not up to date.
+
+    Args:
+        loaded: a recipe from :func:`quantize.load_recipe`.
+        dist: where finished branches go, as ``dist/<repo name>/<branch>``.
+        only: branch patterns; none selects all.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        progress: show a progress bar; None shows it on a terminal only.
+        notify: told in one line what happens.
+
+    Raises:
+        QuantizeError: one of its kinds; finished branches are untouched then.
+    """
+    with locked(Path(dist)) as work:
+        plan = plan_recipe(loaded, dist, only, weights=True, notify=notify)
+        result = BuildResult(plan)
+        todo = plan.work
+        result.fresh = [item.branch for item in plan.variants if item.state == "fresh" and item.branch in plan.selected]
+        try:
+            if todo:
+                _check_disk(plan, todo)
+                _build(plan, todo, work, device, progress, notify, result)
+            _refresh_cards(plan)
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise BuildError(
+                    f"{dist}: no space left while writing ({error.strerror}); nothing unfinished was kept, "
+                    "free some space and build again"
+                ) from None
+            raise
+    return result
+
+
+def _check_disk(plan: Plan, todo: Sequence[PlannedVariant]) -> None:
+    carried = sum((plan.source.folder / name).stat().st_size for name in plan.source.carried_over)
+    needed = sum(item.nbytes + carried for item in todo)
+    free = shutil.disk_usage(plan.dist).free
+    if needed > free:
+        raise BuildError(
+            f"{plan.dist}: the build writes {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; "
+            "free some space, use another --dist, or build fewer branches with --only"
+        )
+
+
+def _build(
+    plan: Plan,
+    todo: Sequence[PlannedVariant],
+    work: Path,
+    device: str,
+    progress: bool | None,
+    notify: Notify,
+    result: BuildResult,
+) -> None:
+    from quantize.calibration.forward import choose_device, choose_dtype
+    from quantize.calibration.tokens import load_tokenizer, sample_tokens
+    from quantize.build.gptq_pass import Branch, GptqPass
+    from quantize.source.streamed import StreamedModel
+
+    recipe, source = plan.recipe, plan.source
+    where = choose_device(device)
+    shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]
+    dtype = choose_dtype(recipe.calibration.compute_dtype, where, shapes)
+    with result.timed("tokens"):
+        tokens = sample_tokens(recipe.calibration, load_tokenizer(source, recipe.model.trust_remote_code))
+    with result.timed("load"):
+        model = StreamedModel(source, plan.table.prefix, dtype, where, recipe.model.trust_remote_code)
+    compute = {"device": where.type, "dtype": str(dtype).removeprefix("torch.")}
+    notify(
+        f"calibrating once on {tokens.ids.size} tokens for {len(todo)} branch{'es' if len(todo) != 1 else ''} "
+        f"({compute['device']}, {compute['dtype']})"
+    )
+    with ExitStack() as stack:
+        branches = [stack.enter_context(Branch(item, work / "building" / item.branch)) for item in todo]
+        GptqPass(plan, model, tokens, branches, result.timed, progress).run()
+        with result.timed("write"):
+            for branch in branches:
+                branch.writer.finish()
+    for branch in branches:
+        with result.timed("write"):
+            data = _complete(plan, branch.item, branch.folder, branch.ledger, tokens, compute)
+            publish(branch.folder, branch.item.folder, work)
+        result.built.append(branch.item.branch)
+        if odd := oddities(data["ledger"]):
+            result.oddities[branch.item.branch] = odd
+
+
+def _complete(
+    plan: Plan, item: PlannedVariant, folder: Path, ledger: list[LedgerEntry], tokens: Any, compute: dict[str, str]
+) -> dict[str, Any]:
+    """Everything in a branch's folder beside its weights: configs, the source's files, manifest, card."""
+    from quantize.formats.gptq import quantize_config
+
+    recipe, source = plan.recipe, plan.source
+    config = quantize_config(
+        **item.variant.model_dump(include={"bits", "group_size", "desc_act", "sym", "damp_percent"}),
+        checkpoint_format=recipe.gptq.checkpoint_format,
+        version=__version__,
+    )
+    for name in source.carried_over:
+        copy_file(source.folder / name, folder / name)
+    write_file(folder / "quantize_config.json", as_json(config))
+    write_file(folder / "config.json", as_json(release_config(source.checkpoint.config, config)))
+    inputs = plan.key_inputs(item.variant)
+    data = manifest(
+        branch=item.branch,
+        repo=plan.repo,
+        key=key_of(inputs),
+        key_inputs=inputs,
+        source={
+            "name": source.hub_id or source.short_name,
+            "commit": source.commit,
+            "made_of": source.origin,
+            "files": source.hashes,
+        },
+        calibration={
+            **plan.calibration,
+            "tokens_sha256": tokens.sha256,
+            "tokens": int(tokens.ids.size),
+            "bos": tokens.bos,
+        },
+        compute=compute,
+        versions=_versions(),
+        tensor_bytes=item.nbytes,
+        files=describe_files(folder),
+        ledger=ledger,
+    )
+    write_file(folder / MANIFEST_NAME, as_json(data))
+    write_file(folder / "README.md", render_card(plan).encode())
+    return data
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "numba")
+    return {
+        "quantize": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+def _refresh_cards(plan: Plan) -> None:
+    """Every finished branch shows the same table, so a new branch also changes the cards of the old ones."""
+    card = render_card(plan).encode()
+    for item in plan.variants:
+        path = item.folder / "README.md"
+        if item.folder.is_dir() and (not path.is_file() or path.read_bytes() != card):
+            write_file(path, card)

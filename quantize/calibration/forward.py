@@ -1,0 +1,118 @@
+"""The one streamed pass: every block is run once over all windows, and its inputs' statistics gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from quantize.calibration.statistics import Collector, InputStatistics
+from quantize.errors import CalibrationError
+from quantize.source.streamed import StreamedModel
+
+CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
+
+
+class Activations:
+    """Hidden states of all windows as they roll from block to block, [samples, length, width].
+
+    Args:
+        model: the streamed model. ids: int64 [samples, length]. batch: windows run at a time.
+    """
+
+    def __init__(self, model: StreamedModel, ids: np.ndarray, batch: int) -> None:
+        self.model, self.batch = model, batch
+        self.ids = torch.from_numpy(ids)
+        self.hidden = torch.empty(0)
+        for start in range(0, len(ids), batch):
+            entered = model.embed(self.ids[start : start + batch])
+            if start == 0:
+                self.hidden = torch.empty(*ids.shape, entered.shape[-1], dtype=entered.dtype)
+            self.hidden[start : start + batch] = entered
+
+    def advance(self, index: int, block: nn.Module, collector: Collector | None = None) -> None:
+        """Run block ``index`` over all windows in place; ``collector`` gathers what its linears read.
+
+        Raises:
+            CalibrationError: the block puts out NaN or infinity.
+        """
+        for start in range(0, len(self.ids), self.batch):
+            window = self.hidden[start : start + self.batch]
+            output = self.model.run(index, block, window.to(self.model.device))
+            window.copy_(output)
+            if collector is not None:
+                collector.end_of_run()
+        low, high = torch.aminmax(self.hidden.reshape(-1))
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise CalibrationError(
+                f"{self.model.block_prefix}{index}: its output holds NaN or infinity; "
+                "the weights are damaged, or the compute dtype is too narrow (calibration.compute_dtype: float32)"
+            )
+
+
+def block_statistics(activations: Activations, index: int, block: nn.Module) -> list[InputStatistics]:
+    """Advance all windows through a block and return the statistics of its distinct inputs.
+
+    Raises:
+        CalibrationError: a linear that no token reached, or a bad output.
+    """
+    model = activations.model
+    collector = Collector(model.linears(block))
+    with torch.inference_mode(), collector.attached():
+        activations.advance(index, block, collector)
+    if unread := collector.unread():
+        raise CalibrationError(f"{model.block_prefix}{index}.{unread[0]}: no calibration token reached it")
+    return collector.groups
+
+
+def choose_device(wish: str) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` as a device.
+
+    Raises:
+        CalibrationError: cuda asked for and not there.
+    """
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise CalibrationError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return torch.device("cuda" if wish == "cuda" or (wish == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def choose_dtype(wish: str, device: torch.device, shapes: Sequence[tuple[int, int]]) -> torch.dtype:
+    """The dtype of the forward pass.
+
+    On a GPU bfloat16. On a CPU bfloat16 only where the processor has instructions for it and a matrix
+    product of this model's shape is clearly faster in it (software bfloat16 is a hundred times slower).
+    """
+    if wish != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wish]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if not _cpu_has_bfloat16():
+        return torch.float32
+    rows, columns = max(shapes, key=lambda shape: shape[0] * shape[1])
+    return torch.bfloat16 if _seconds(torch.float32, rows, columns) > 1.3 * _seconds(
+        torch.bfloat16, rows, columns
+    ) else torch.float32
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            line = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return False
+    return bool(set(line.split()) & set(CPU_FLAGS))
+
+
+def _seconds(dtype: torch.dtype, rows: int, columns: int) -> float:
+    import time
+
+    left = torch.ones(256, columns, dtype=dtype)
+    right = torch.ones(rows, columns, dtype=dtype)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        left @ right.t()
+        best = min(best, time.perf_counter() - start)
+    return best

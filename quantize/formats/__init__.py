@@ -1,0 +1,1 @@
+"""Bytes on disk: packing, configs, safetensors files. Knows no model."""

@@ -1,0 +1,97 @@
+"""The GPTQ checkpoint format: tensors of a linear, and the config that loaders read.
+
+Source: AutoGPTQ 0.7.1 (format ``gptq``, "v1") and GPTQModel (``gptq_v2``), as their loaders read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from quantize.formats.packing import pack, unpack
+
+Tensors = dict[str, torch.Tensor]
+
+
+def encode(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    g_idx: torch.Tensor,
+    bits: int,
+    checkpoint_format: str = "gptq",
+) -> Tensors:
+    """The tensors of a quantized linear with K inputs, N outputs and G groups.
+
+    Args:
+        codes: [N, K] uint8. scales: [G, N]. zeros: [G, N] integers. g_idx: [K].
+        checkpoint_format: ``gptq`` stores zeros minus one, ``gptq_v2`` stores them as they are.
+
+    Returns:
+        ``qweight`` int32 [K*bits/32, N], ``qzeros`` int32 [G, N*bits/32], ``scales`` float16 [G, N],
+        ``g_idx`` int32 [K].
+    """
+    stored = zeros.to(torch.int32)
+    if checkpoint_format == "gptq":
+        stored = (stored - 1) % 2**bits
+    return {
+        "qweight": pack(codes.t(), bits),
+        "qzeros": pack(stored.t(), bits).t().contiguous(),
+        "scales": scales.to(torch.float16).contiguous(),
+        "g_idx": g_idx.to(torch.int32).contiguous(),
+    }
+
+
+def decode(tensors: Mapping[str, torch.Tensor], bits: int, checkpoint_format: str = "gptq") -> torch.Tensor:
+    """The weight [N, K] float32 that a loader computes from the tensors of :func:`encode`."""
+    codes = unpack(tensors["qweight"], bits).t()
+    zeros = unpack(tensors["qzeros"].t().contiguous(), bits).to(torch.int32)
+    if checkpoint_format == "gptq":
+        zeros = (zeros + 1) % 2**bits
+    index = tensors["g_idx"].long()
+    scales = tensors["scales"].float().t()
+    return scales[:, index] * (codes.float() - zeros.float()[:, index])
+
+
+def quantize_config(
+    *,
+    bits: int,
+    group_size: int,
+    desc_act: bool | str,
+    sym: bool,
+    damp_percent: float,
+    checkpoint_format: str,
+    version: str,
+) -> dict[str, Any]:
+    """``quantize_config.json``, and the same object as ``quantization_config`` in ``config.json``.
+
+    The union of what AutoGPTQ, GPTQModel, transformers, vLLM, TGI and ExLlama read. Static act-order is no
+    act-order to a loader: its groups lie in the natural order.
+    """
+    dynamic = desc_act is True
+    return {
+        "bits": bits,
+        "group_size": group_size,
+        "damp_percent": damp_percent,
+        "desc_act": dynamic,
+        "static_groups": desc_act == "static",
+        "sym": sym,
+        "lm_head": False,
+        "true_sequential": False,
+        "model_name_or_path": None,
+        "model_file_base_name": "model",
+        "is_marlin_format": False,
+        "quant_method": "gptq",
+        "method": "gptq",
+        "checkpoint_format": checkpoint_format,
+        "format": checkpoint_format,
+        "pack_dtype": "int32",
+        "meta": {
+            "quantizer": [f"quantize:{version}"],
+            "damp_percent": damp_percent,
+            "static_groups": desc_act == "static",
+            "true_sequential": False,
+        },
+    }

@@ -1,0 +1,110 @@
+"""Safetensors files written tensor by tensor, in any order, at places fixed beforehand.
+
+The layout is known before the first tensor exists, so the header goes first and each tensor to its own
+offset as soon as it is ready: nothing is held in memory, and no shard is written twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from quantize.formats.tensors import DTYPE_BYTES, INDEX_NAME, TensorSpec
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+class ShardWriter:
+    """Writes the tensors of a layout into the shards of a folder.
+
+    Args:
+        folder: an existing folder; the files must not exist yet.
+        shards: for each file name the tensors it holds.
+    """
+
+    def __init__(self, folder: Path, shards: Mapping[str, Mapping[str, TensorSpec]]) -> None:
+        self.folder, self.shards = folder, shards
+        self._files: dict[str, int] = {}
+        self._places: dict[str, tuple[str, int, TensorSpec]] = {}
+        self._missing: set[str] = set()
+
+    def __enter__(self) -> ShardWriter:
+        for name, tensors in self.shards.items():
+            header, offsets = _header(tensors)
+            file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            self._files[name] = file
+            _write_all(file, header, 0)
+            for key, offset in offsets.items():
+                self._places[key] = (name, len(header) + offset, tensors[key])
+            self._missing.update(tensors)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor to its place.
+
+        Raises:
+            KeyError: not in the layout. ValueError: another dtype or shape than the layout says.
+        """
+        shard, offset, spec = self._places[name]
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
+            raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} where the layout has {spec}")
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        _write_all(self._files[shard], memoryview(data), offset)
+        self._missing.discard(name)
+
+    def finish(self) -> None:
+        """Check that every tensor was written, flush to the disk, and write the index of several shards.
+
+        Raises:
+            ValueError: a tensor is missing.
+        """
+        if self._missing:
+            raise ValueError(f"{len(self._missing)} tensors were never written, such as {min(self._missing)}")
+        for file in self._files.values():
+            os.fsync(file)
+        if len(self.shards) > 1:
+            total = sum(spec.nbytes for tensors in self.shards.values() for spec in tensors.values())
+            table = {key: name for name, tensors in self.shards.items() for key in tensors}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+            (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """Header bytes and data offsets: wide dtypes first, so that every tensor is aligned, then by name."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, end = {}, 0
+    for name in sorted(tensors, key=lambda key: (-DTYPE_BYTES[tensors[key].dtype], key)):
+        spec = tensors[name]
+        offsets[name] = end
+        table[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [end, end + spec.nbytes],
+        }
+        end += spec.nbytes
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offsets
+
+
+def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,206 @@
+"""From a recipe and a model's headers to a plan: branches, exact sizes, keys, what is fresh. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from quantize.calibration.corpus import title
+from quantize.calibration.tokens import calibration_identity
+from quantize.errors import PlanError
+from quantize.plan.estimate import Estimate, estimate
+from quantize.plan.keys import differences, key_inputs, key_of
+from quantize.plan.modules import ModuleTable, find_linears
+from quantize.plan.sizes import Layout, check_variant, variant_layout
+from quantize.recipe import LoadedRecipe
+from quantize.recipe.schema import GptqVariant, Recipe, RepoNameError, repo_id
+from quantize.release.manifest import is_complete, read_manifest
+from quantize.source.resolve import Notify, Source, resolve
+
+State = Literal["missing", "stale", "fresh"]
+
+
+@dataclass(frozen=True)
+class PlannedVariant:
+    """One branch to build.
+
+    Attributes:
+        variant: its parameters.
+        layout: its tensors, shard by shard; ``layout.nbytes`` is exact.
+        folder: where it will lie, ``dist/<repo name>/<branch>``.
+        state: ``missing``, ``stale`` or ``fresh``; ``why`` says why in one line.
+    """
+
+    variant: GptqVariant
+    layout: Layout
+    folder: Path
+    state: State
+    why: str
+
+    @property
+    def branch(self) -> str:
+        assert self.variant.branch
+        return self.variant.branch
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build of this recipe would do."""
+
+    loaded: LoadedRecipe
+    source: Source
+    table: ModuleTable
+    repo: str
+    dist: Path
+    variants: tuple[PlannedVariant, ...]
+    selected: frozenset[str]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    @property
+    def work(self) -> list[PlannedVariant]:
+        """The selected branches that are not fresh."""
+        return [item for item in self.variants if item.state != "fresh" and item.branch in self.selected]
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        return estimate(
+            self.source.checkpoint, self.table, self.recipe.calibration, [item.variant for item in self.work]
+        )
+
+    @cached_property
+    def calibration(self) -> dict[str, Any]:
+        return calibration_identity(self.recipe.calibration)
+
+    def key_inputs(self, variant: GptqVariant) -> dict[str, Any]:
+        return _key_inputs(self.recipe, self.source, self.calibration, variant)
+
+    def as_data(self) -> dict[str, Any]:
+        """The plan for machines."""
+        return {
+            "repo": self.repo,
+            "source": {"named": self.source.named, "commit": self.source.commit},
+            "calibration": {
+                "dataset": [title(corpus) for corpus in self.recipe.calibration.dataset],
+                "samples": self.recipe.calibration.samples,
+                "sequence_length": self.recipe.calibration.sequence_length,
+            },
+            "linears": len(self.table.linears),
+            "blocks": self.table.blocks,
+            "seconds": round(self.estimate.seconds, 1),
+            "peak_bytes": self.estimate.peak_bytes,
+            "variants": [
+                {
+                    "branch": item.branch,
+                    **item.variant.model_dump(exclude={"branch"}),
+                    "tensor_bytes": item.nbytes,
+                    "shards": len(item.layout.shards),
+                    "state": item.state,
+                    "why": item.why,
+                    "selected": item.branch in self.selected,
+                }
+                for item in self.variants
+            ],
+        }
+
+
+def plan_recipe(
+    loaded: LoadedRecipe,
+    dist: Path | str = "dist",
+    only: Sequence[str] = (),
+    *,
+    weights: bool = False,
+    notify: Notify = lambda line: None,
+) -> Plan:
+    """Plan a build.
+
+    Args:
+        loaded: a recipe from :func:`quantize.load_recipe`.
+        dist: where finished branches lie.
+        only: branch patterns such as ``gptq-4bit*``; none selects all.
+        weights: fetch a hub model's weights too (a build), not only its headers (a plan).
+        notify: told in one line before anything slow begins.
+
+    Raises:
+        SourceError: the model. PlanError: recipe and model do not fit. CalibrationError: no such text.
+    """
+    recipe = loaded.recipe
+    source = resolve(recipe.model, weights=weights, notify=notify)
+    table = find_linears(source.checkpoint)
+    _check_length(loaded, source)
+    repo = _repo(loaded, source)
+    identity = calibration_identity(recipe.calibration)
+    planned = []
+    for variant, place in zip(recipe.gptq.variants, loaded.variant_places, strict=True):
+        try:
+            check_variant(table, variant)
+        except PlanError as error:
+            raise loaded.error(place, f"branch {variant.branch}: {error}") from None
+        layout = variant_layout(
+            source.checkpoint, table, variant, recipe.release.max_shard_size, recipe.gptq.zero_bias
+        )
+        folder = Path(dist) / repo.rsplit("/", 1)[-1] / str(variant.branch)
+        state, why = _state(folder, lambda v=variant: _key_inputs(recipe, source, identity, v))
+        planned.append(PlannedVariant(variant, layout, folder, state, why))
+    selected = _select([item.branch for item in planned], only)
+    return Plan(loaded, source, table, repo, Path(dist), tuple(planned), selected)
+
+
+def _key_inputs(recipe: Recipe, source: Source, calibration: dict[str, Any], variant: GptqVariant) -> dict[str, Any]:
+    settings = {**calibration, "compute_dtype": recipe.calibration.compute_dtype}
+    return key_inputs(source.hashes, settings, recipe.gptq, variant, recipe.release)
+
+
+def _state(folder: Path, inputs: Any) -> tuple[State, str]:
+    if not folder.exists():
+        return "missing", "not built yet"
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return "stale", "has no manifest that can be read"
+    if not is_complete(folder, manifest):
+        return "stale", "files of it are missing or cut short"
+    now = inputs()
+    if manifest.get("key") == key_of(now):
+        return "fresh", "up to date"
+    changed = differences(manifest.get("key_inputs") or {}, now)
+    return "stale", "changed: " + (changed[0] if changed else "its key") + (
+        f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    )
+
+
+def _check_length(loaded: LoadedRecipe, source: Source) -> None:
+    length = loaded.recipe.calibration.sequence_length
+    config = source.checkpoint.text_config
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(limit, int) and length > limit:
+        raise loaded.error(
+            ("calibration", "sequence_length"),
+            f"{length} is more than the {limit} positions of this model; use at most {limit}",
+        )
+
+
+def _repo(loaded: LoadedRecipe, source: Source) -> str:
+    release = loaded.recipe.release
+    try:
+        return repo_id(release.repo, release.owner, source.short_name, "gptq")
+    except RepoNameError as error:
+        raise loaded.error(("release", "repo"), str(error)) from None
+
+
+def _select(branches: list[str], only: Sequence[str]) -> frozenset[str]:
+    for pattern in only:
+        if not any(fnmatchcase(branch, pattern) for branch in branches):
+            raise PlanError(f"--only '{pattern}' matches no branch; the branches are {', '.join(branches)}")
+    return frozenset(
+        branch for branch in branches if not only or any(fnmatchcase(branch, pattern) for pattern in only)
+    )

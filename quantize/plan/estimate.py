@@ -1,0 +1,101 @@
+"""How long a build takes and how much memory it needs, before it starts.
+
+Arithmetic is counted exactly and divided by the rate of this machine's own matrix product, measured in a few
+hundredths of a second; shares of that rate which the stages reach were measured (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quantize.plan.modules import LinearSpec, ModuleTable
+from quantize.recipe.schema import Calibration, GptqVariant
+from quantize.source.checkpoint import Checkpoint
+
+SHARE_FORWARD, SHARE_STATISTICS, SHARE_SOLVE = 0.55, 0.8, 0.25
+MSE_FACTOR = 8.0
+SETUP_SECONDS = 15.0
+PROCESS_BYTES = 700 * 2**20  # Python with torch, transformers and numba loaded
+SOLVE_BYTES = 3 * 192 * 2**20
+COMPUTE_BYTES = 4
+
+_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "wo", "w2")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predicted cost of a build on this machine's CPU: seconds and peak bytes of memory."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def estimate(
+    checkpoint: Checkpoint, table: ModuleTable, calibration: Calibration, variants: Sequence[GptqVariant]
+) -> Estimate:
+    """Predict time and peak memory of one calibration pass and the solves of ``variants``."""
+    tokens = calibration.samples * calibration.sequence_length
+    width = int(checkpoint.text_config.get("hidden_size") or checkpoint.text_config.get("n_embd") or 0)
+    inputs = _distinct_inputs(table)
+    forward = 2 * tokens * sum(linear.in_features * linear.out_features for linear in table.linears)
+    forward += 4 * tokens * calibration.sequence_length * width * table.blocks
+    statistics = 2 * tokens * sum(size * size for _, size in inputs)
+    trailing = sum(linear.out_features * linear.in_features**2 for linear in table.linears)
+    solve = sum(trailing * (MSE_FACTOR if variant.mse else 1) for variant in variants)
+    factors = len({(variant.damp_percent, bool(variant.desc_act)) for variant in variants})
+    solve += factors * sum(size**3 for _, size in inputs)
+    rate = _operations_per_second() if variants else 1.0
+    seconds = forward / SHARE_FORWARD + statistics / SHARE_STATISTICS + solve / SHARE_SOLVE
+    return Estimate(
+        seconds / rate + SETUP_SECONDS if variants else 0.0,
+        _peak(checkpoint, table, calibration, width, inputs),
+    )
+
+
+def _peak(
+    checkpoint: Checkpoint, table: ModuleTable, calibration: Calibration, width: int, inputs: list[tuple[int, int]]
+) -> int:
+    linears: dict[int, int] = defaultdict(int)
+    hessians: dict[int, int] = defaultdict(int)
+    for linear in table.linears:
+        linears[linear.block] += linear.in_features * linear.out_features * COMPUTE_BYTES
+    for block, size in inputs:
+        hessians[block] += size * size * 4
+    largest = max(size for _, size in inputs)
+    inside = sum(spec.nbytes for name, spec in checkpoint.tensors.items() if name.startswith(table.prefix))
+    outside = (checkpoint.nbytes - inside) // 2 * COMPUTE_BYTES
+    activations = calibration.samples * calibration.sequence_length * width * COMPUTE_BYTES
+    running = max(calibration.batch_tokens, calibration.sequence_length) * 12 * width * COMPUTE_BYTES
+    working = max(running, 3 * largest * largest * 4 + SOLVE_BYTES)
+    return int(
+        PROCESS_BYTES + outside + activations + max(linears.values()) + max(hessians.values()) + working
+    )
+
+
+def _distinct_inputs(table: ModuleTable) -> list[tuple[int, int]]:
+    """(block, in_features) of each distinct input: linears of one parent share one, output projections do not."""
+    found = {}
+    for linear in table.linears:
+        parent, _, leaf = linear.local.rpartition(".")
+        own = leaf if leaf in _OUTPUT_PROJECTIONS else ""
+        found[(linear.block, parent, own, linear.in_features)] = _size(linear)
+    return list(found.values())
+
+
+def _size(linear: LinearSpec) -> tuple[int, int]:
+    return linear.block, linear.in_features
+
+
+def _operations_per_second() -> float:
+    import numpy as np
+
+    left = np.ones((768, 768), dtype=np.float32)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        left @ left
+        best = min(best, time.perf_counter() - start)
+    return 2 * 768**3 / best

@@ -1,0 +1,58 @@
+"""Keys: what a finished variant depends on. Equal keys mean equal bytes, so it need not be built again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from quantize.recipe.schema import Gptq, GptqVariant, Release
+
+SOLVER_VERSION = 1
+"""Raised when the same source, tokens and parameters give other bytes: finished variants are then stale."""
+
+
+def key_inputs(
+    hashes: Mapping[str, str], calibration: Mapping[str, Any], gptq: Gptq, variant: GptqVariant, release: Release
+) -> dict[str, Any]:
+    """All that determines the bytes of a GPTQ branch's weights and configs, as plain data."""
+    return {
+        "solver": SOLVER_VERSION,
+        "source": dict(hashes),
+        "calibration": dict(calibration),
+        "parameters": variant.model_dump(exclude={"branch"}),
+        "method": {
+            "name": "gptq",
+            "propagate": gptq.propagate,
+            "checkpoint_format": gptq.checkpoint_format,
+            "zero_bias": gptq.zero_bias,
+            "rtn_fallback": gptq.rtn_fallback,
+        },
+        "max_shard_size": release.max_shard_size,
+    }
+
+
+def key_of(inputs: Mapping[str, Any]) -> str:
+    """SHA-256 of the inputs as canonical JSON."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    """What changed between two sets of inputs, one line each: ``parameters.bits: 4 -> 8``."""
+    lines = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        label = f"{path}.{name}" if path else name
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, label)
+        elif old != new:
+            lines.append(f"{label}: {_short(old)} -> {_short(new)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and len(value) > 20:
+        return value[:12] + "…"
+    return "(none)" if value is None else json.dumps(value, ensure_ascii=False)

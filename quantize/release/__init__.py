@@ -1,0 +1,1 @@
+"""Manifest and model card of a finished branch."""

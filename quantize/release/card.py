@@ -1,0 +1,117 @@
+"""The model card, rendered from a template. What comes from outside is data to it, never template code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from quantize.calibration.corpus import title, url
+from quantize.plan import Plan, PlannedVariant
+
+HUB = "https://huggingface.co"
+
+
+def render_card(plan: Plan) -> str:
+    """``README.md`` of every branch of the GPTQ repo: metadata, provided files, how to use."""
+    from huggingface_hub import ModelCardData
+    from jinja2 import PackageLoader, StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+
+    environment = SandboxedEnvironment(
+        loader=PackageLoader("quantize.release"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    recipe, source = plan.recipe, plan.source
+    front, original = source_card(source.checkpoint.folder)
+    name = recipe.model.name or source.short_name
+    tags = front.get("tags") if isinstance(front.get("tags"), list) else []
+    metadata = ModelCardData(
+        base_model=source.hub_id,
+        base_model_relation="quantized" if source.hub_id else None,
+        inference=False,
+        language=front.get("language"),
+        library_name="transformers",
+        license=recipe.model.license or front.get("license"),
+        license_link=front.get("license_link"),
+        license_name=front.get("license_name"),
+        model_creator=recipe.model.creator,
+        model_name=name,
+        model_type=source.checkpoint.model_type,
+        pipeline_tag="text-generation",
+        prompt_template=recipe.model.prompt_template,
+        quantized_by=recipe.release.quantized_by or recipe.release.owner,
+        tags=sorted({*(str(tag) for tag in tags), "gptq"}),
+    )
+    return environment.get_template("gptq.md.j2").render(
+        metadata=metadata.to_yaml(line_break="\n", original_order=False).strip(),
+        name=name,
+        creator=recipe.model.creator,
+        hub=HUB,
+        repo=plan.repo,
+        hub_id=source.hub_id,
+        license=recipe.model.license or front.get("license"),
+        prompt_template=recipe.model.prompt_template,
+        rows=[_row(plan, item) for item in plan.variants],
+        samples=recipe.calibration.samples,
+        original=original,
+    )
+
+
+def source_card(folder: Path | None) -> tuple[dict[str, Any], str]:
+    """Front matter and text of the source's README; a card that is missing or broken gives empty ones."""
+    import yaml
+
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace") if folder else ""
+    except OSError:
+        return {}, ""
+    match = re.match(r"\A﻿?---\s*\n(.*?)\n---\s*(?:\n|\Z)", text, re.DOTALL)
+    if not match:
+        return {}, text.strip()
+    try:
+        front = yaml.safe_load(match[1])
+    except yaml.YAMLError:
+        front = None
+    return front if isinstance(front, dict) else {}, text[match.end() :].strip()
+
+
+def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:
+    calibration, variant = plan.recipe.calibration, item.variant
+    datasets = [
+        f"[{title(corpus)}]({url(corpus)})" if url(corpus) else title(corpus) for corpus in calibration.dataset
+    ]
+    order = {True: "Yes", False: "No", "static": "Static"}[variant.desc_act]
+    exllama = variant.bits == 4 and plan.source.checkpoint.model_type in {"llama", "mistral"}
+    return {
+        "branch": item.branch,
+        "link": f"{HUB}/{plan.repo}/tree/{item.branch}",
+        "bits": variant.bits,
+        "group_size": "None" if variant.group_size == -1 else variant.group_size,
+        "order": order,
+        "damp": f"{variant.damp_percent:g}",
+        "dataset": ", ".join(datasets),
+        "length": calibration.sequence_length,
+        "size": f"{item.nbytes / 1e9:.2f} GB",
+        "exllama": "Yes" if exllama else "No",
+        "description": _description(item),
+    }
+
+
+def _description(item: PlannedVariant) -> str:
+    variant = item.variant
+    group = (
+        "no group size, for the lowest memory use"
+        if variant.group_size == -1
+        else f"group size {variant.group_size}"
+    )
+    order = {
+        True: "with act-order, for higher accuracy",
+        False: "without act-order, read by every loader",
+        "static": "with static act-order: its accuracy, and read by every loader",
+    }[variant.desc_act]
+    grid = "" if variant.sym else " Asymmetric grid."
+    return f"{variant.bits}-bit, {group}, {order}.{grid}"

@@ -1,0 +1,29 @@
+"""``config.json`` of a branch: the source's own, in words that transformers 4 and 5 both read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def release_config(source: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """The source's config with ``quantization_config``; where transformers 4 and 5 name a thing differently
+    (``torch_dtype``/``dtype``, ``rope_theta`` and ``rope_scaling``/``rope_parameters``), both names."""
+    config = dict(source)
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if isinstance(dtype, str):
+        config["dtype"] = config["torch_dtype"] = dtype
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        if scaling.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", scaling)
+    config["quantization_config"] = dict(quantization)
+    return config
+
+
+def as_json(data: Mapping[str, Any]) -> bytes:
+    """JSON as the ecosystem writes it, in UTF-8 with a final newline."""
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

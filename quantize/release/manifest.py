@@ -1,0 +1,90 @@
+"""``quantize-manifest.json``: what a branch was made of, how, and how each module came out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST_NAME = "quantize-manifest.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One quantized module.
+
+    Attributes:
+        outcome: ``solved``, ``damp_raised`` or ``rtn_fallback``.
+        damp_percent: the damping that was used.
+        dead_columns: input channels that were zero in every calibration token.
+        relative_error: tr((W-Q) H (W-Q)^T) / tr(W H W^T).
+        tokens: calibration tokens seen.
+    """
+
+    module: str
+    outcome: str
+    damp_percent: float
+    dead_columns: int
+    relative_error: float
+    tokens: int
+
+
+def manifest(
+    *,
+    branch: str,
+    repo: str,
+    key: str,
+    key_inputs: dict[str, Any],
+    source: dict[str, Any],
+    calibration: dict[str, Any],
+    compute: dict[str, Any],
+    versions: dict[str, str],
+    tensor_bytes: int,
+    files: dict[str, dict[str, Any]],
+    ledger: list[LedgerEntry],
+) -> dict[str, Any]:
+    """The manifest as plain data. It holds no time, no path of the machine and no name of a user."""
+    return {
+        "schema": SCHEMA,
+        "repo": repo,
+        "branch": branch,
+        "key": key,
+        "key_inputs": key_inputs,
+        "source": source,
+        "calibration": calibration,
+        "compute": compute,
+        "versions": versions,
+        "tensor_bytes": tensor_bytes,
+        "files": files,
+        "ledger": [asdict(entry) for entry in ledger],
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a finished branch, or None where there is none that can be read."""
+    try:
+        data = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) and data.get("schema") == SCHEMA else None
+
+
+def is_complete(folder: Path, data: dict[str, Any]) -> bool:
+    """Whether all files of the manifest are there in their full size."""
+    try:
+        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in data["files"].items())
+    except (OSError, KeyError, TypeError):
+        return False
+
+
+def oddities(ledger: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Modules that did not come out as ``solved``, or had dead input channels, by what happened to them."""
+    found: dict[str, list[str]] = {}
+    for entry in ledger:
+        if entry["outcome"] != "solved":
+            found.setdefault(entry["outcome"], []).append(entry["module"])
+        if entry["dead_columns"]:
+            found.setdefault("dead_columns", []).append(entry["module"])
+    return found
