@@ -1,0 +1,55 @@
+"""``quantize build``: run the plan."""
+
+from __future__ import annotations
+
+import click
+
+from quantize.cli.options import (
+    dist_option,
+    duration,
+    gigabytes,
+    json_option,
+    only_option,
+    print_json,
+    quiet_libraries,
+    recipe_options,
+    say,
+)
+
+
+@click.command()
+@recipe_options
+@dist_option
+@only_option
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@json_option
+def build(
+    recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], device: str, as_json: bool
+) -> None:
+    """Build every branch of RECIPE that is not up to date, all from one calibration pass."""
+    quiet_libraries()
+    from quantize.build import build_recipe
+    from quantize.recipe import load_recipe
+
+    result = build_recipe(load_recipe(recipe, overrides), dist, only, device=device, notify=say)
+    if as_json:
+        print_json({
+            "repo": result.plan.repo,
+            "built": result.built,
+            "fresh": result.fresh,
+            "seconds": {stage: round(value, 2) for stage, value in result.seconds.items()},
+            "oddities": result.oddities,
+        })  # fmt: skip
+        return
+    for item in result.plan.variants:
+        if item.branch in result.built:
+            click.echo(f"built  {item.folder}  {gigabytes(item.nbytes)}")
+        elif item.branch in result.fresh:
+            click.echo(f"fresh  {item.folder}  {gigabytes(item.nbytes)}")
+    for branch, found in result.oddities.items():
+        for what, modules in found.items():
+            shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
+            click.echo(f"note   {branch}: {what} in {shown} (see its manifest)")
+    if result.seconds:
+        stages = ", ".join(f"{stage} {duration(value)}" for stage, value in result.seconds.items())
+        say(f"{duration(sum(result.seconds.values()))}: {stages}")

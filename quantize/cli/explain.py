@@ -1,0 +1,45 @@
+"""``quantize explain``: why a branch is stale, and what its key is made of."""
+
+from __future__ import annotations
+
+import click
+
+from quantize.cli.options import dist_option, json_option, only_option, print_json, recipe_options, say
+
+
+@click.command()
+@recipe_options
+@dist_option
+@only_option
+@json_option
+def explain(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], as_json: bool) -> None:
+    """Say for each branch of RECIPE why it is fresh or stale: every input of its key that changed."""
+    from quantize.plan import plan_recipe
+    from quantize.plan.keys import differences, key_of
+    from quantize.recipe import load_recipe
+    from quantize.release.manifest import read_manifest
+
+    planned = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
+    answers = []
+    for item in planned.variants:
+        if item.branch not in planned.selected:
+            continue
+        inputs = planned.key_inputs(item.variant)
+        manifest = read_manifest(item.folder)
+        changed = differences(manifest.get("key_inputs") or {}, inputs) if manifest else []
+        answers.append({
+            "branch": item.branch,
+            "state": item.state,
+            "why": item.why,
+            "key": key_of(inputs),
+            "built_key": manifest.get("key") if manifest else None,
+            "changed": changed,
+        })  # fmt: skip
+    if as_json:
+        print_json(answers)
+        return
+    for answer in answers:
+        click.echo(f"{answer['branch']}: {answer['state']}, {answer['why']}")
+        click.echo(f"  key {answer['key'][:16]}, built {(answer['built_key'] or 'never')[:16]}")
+        for line in answer["changed"]:
+            click.echo(f"  {line}")

@@ -1,0 +1,24 @@
+"""``quantize validate``: is the recipe right, without looking at the model."""
+
+from __future__ import annotations
+
+import click
+
+from quantize.cli.options import json_option, print_json, recipe_options
+
+
+@click.command()
+@recipe_options
+@json_option
+def validate(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check RECIPE alone: keys, values, branch names. Looks at no model and no network."""
+    from quantize.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if as_json:
+        print_json(loaded.recipe.model_dump(mode="json"))
+        return
+    branches = [str(variant.branch) for variant in loaded.recipe.gptq.variants]
+    click.echo(f"{recipe}: valid; {len(branches)} GPTQ branches of {loaded.recipe.model.source}:")
+    for branch in branches:
+        click.echo(f"  {branch}")

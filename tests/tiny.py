@@ -1,0 +1,93 @@
+"""Small real models of every architecture, written as Hugging Face checkpoints with a real tokenizer."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 384
+WIDTH = 128
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"head_dim": 32, "sliding_window": 16, "query_pre_attn_scalar": 32},
+    "phi3": {"pad_token_id": 0},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 256, "word_embed_proj_dim": WIDTH},
+    "falcon": {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True, "alibi": False},
+    "stablelm": {},
+    "smollm3": {"pad_token_id": 0},
+    "olmo2": {},
+    "gpt2": {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": 256},
+}
+
+
+def write_model(
+    folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float16, **changes: Any
+) -> Path:
+    """A randomly initialised model of three blocks, saved with its tokenizer; always the same weights."""
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = AutoConfig.for_model(architecture, **{**common, **ARCHITECTURES.get(architecture, {}), **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.06)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.02)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    (folder / "LICENSE").write_text("A licence that has to travel with the model.\n")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- tiny\n---\n\n# A tiny model\n\nIts own card.\n")
+    return folder
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the Python language reference."""
+    from pydoc_data.topics import topics
+
+    inner = Tokenizer(models.BPE(unk_token=None))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([topics[key] for key in sorted(topics)[:20]], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def write_recipe(path: Path, source: Path, body: str = "", **calibration: Any) -> Path:
+    """A recipe for a tiny model; ``body`` is the ``gptq`` section's YAML, indented by two blanks."""
+    settings = {"dataset": "pydoc", "samples": 8, "sequence_length": 64, **calibration}
+    lines = [f"model: {{source: {source}, name: Tiny, creator: Nobody}}", "calibration:"]
+    lines += [f"  {key}: {value}" for key, value in settings.items()]
+    lines += ["gptq:", body or "  variants:\n    - {bits: 4, group_size: 32}\n"]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
