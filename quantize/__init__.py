@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from quantize.build import build_recipe as build
-    from quantize.plan import plan_recipe as plan
+    from quantize.pipeline import build_recipe as build
+    from quantize.planning import plan_recipe as plan
     from quantize.recipe import load_recipe
 
 __all__ = ["__version__", "build", "load_recipe", "plan"]
 
 _PUBLIC = {
     "load_recipe": ("quantize.recipe", "load_recipe"),
-    "plan": ("quantize.plan", "plan_recipe"),
-    "build": ("quantize.build", "build_recipe"),
+    "plan": ("quantize.planning", "plan_recipe"),
+    "build": ("quantize.pipeline", "build_recipe"),
 }
 
 

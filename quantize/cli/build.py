@@ -28,7 +28,7 @@ def build(
 ) -> None:
     """Build every branch of RECIPE that is not up to date, all from one calibration pass."""
     quiet_libraries()
-    from quantize.build import build_recipe
+    from quantize.pipeline import build_recipe
     from quantize.recipe import load_recipe
 
     result = build_recipe(load_recipe(recipe, overrides), dist, only, device=device, notify=say)

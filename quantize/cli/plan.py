@@ -34,7 +34,7 @@ def plan(
 
     Reads the model's config and headers only, not its weights.
     """
-    from quantize.plan import plan_recipe
+    from quantize.planning import plan_recipe
     from quantize.recipe import load_recipe
 
     planned = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)

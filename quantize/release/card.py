@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.calibration.corpus import title, url
-from quantize.plan import Plan, PlannedVariant
+from quantize.planning import Plan, PlannedVariant
 
 HUB = "https://huggingface.co"
 

@@ -112,7 +112,7 @@ class StreamedModel:
         return [
             Linear(name, module)
             for name, module in block.named_modules()
-            if type(module) is nn.Linear or isinstance(module, Conv1D)
+            if isinstance(module, nn.Linear | Conv1D)
         ]
 
     def checkpoint_name(self, index: int, local: str) -> str:
@@ -302,18 +302,21 @@ def _unsupported(source: Source, error: Exception) -> str:
 
 
 def _match_names(model: nn.Module, source: Source) -> dict[str, str]:
-    """Model parameter name -> checkpoint tensor name; a base model's files lack the model's own prefix."""
-    base = getattr(model, "base_model_prefix", "")
-    stored = source.checkpoint.tensors
+    """Model parameter name -> checkpoint tensor name, by transformers' own table of renamed tensors.
+
+    Only plain renamings count; a tensor that has to be split or merged on loading stays unmatched, and the
+    build then says which one is missing.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [item for item in get_model_conversion_mapping(model) if type(item) is WeightRenaming]
+    state = model.state_dict()
     names = {}
-    for name in model.state_dict():
-        short = name.removeprefix(f"{base}.")
-        if name in stored:
-            names[name] = name
-        elif short in stored:
-            names[name] = short
-        elif f"{base}.{name}" in stored:
-            names[name] = f"{base}.{name}"
+    for stored in source.checkpoint.tensors:
+        name, _ = rename_source_key(stored, renamings, [], getattr(model, "base_model_prefix", None), state)
+        if name in state:
+            names[name] = stored
     return names
 
 

@@ -1,5 +1,5 @@
 """Runs a plan; the only place that knows the order of things."""
 
-from quantize.build.run import BuildResult, build_recipe
+from quantize.pipeline.run import BuildResult, build_recipe
 
 __all__ = ["BuildResult", "build_recipe"]

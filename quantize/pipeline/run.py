@@ -18,8 +18,8 @@ from typing import Any
 
 from quantize import __version__
 from quantize.errors import BuildError
-from quantize.plan import Plan, PlannedVariant, plan_recipe
-from quantize.plan.keys import key_of
+from quantize.planning import Plan, PlannedVariant, plan_recipe
+from quantize.planning.keys import key_of
 from quantize.recipe import LoadedRecipe
 from quantize.release.card import render_card
 from quantize.release.config import as_json, release_config
@@ -118,7 +118,7 @@ def _build(
 ) -> None:
     from quantize.calibration.forward import choose_device, choose_dtype
     from quantize.calibration.tokens import load_tokenizer, sample_tokens
-    from quantize.build.gptq_pass import Branch, GptqPass
+    from quantize.pipeline.gptq_pass import Branch, GptqPass
     from quantize.source.streamed import StreamedModel
 
     recipe, source = plan.recipe, plan.source

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantize.plan.modules import LinearSpec, ModuleTable
+from quantize.planning.modules import LinearSpec, ModuleTable
 from quantize.recipe.schema import Calibration, GptqVariant
 from quantize.source.checkpoint import Checkpoint
 

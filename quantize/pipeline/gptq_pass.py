@@ -21,7 +21,7 @@ from quantize.errors import PlanError, SolveError, SourceError
 from quantize.formats import gptq as gptq_format
 from quantize.formats.safetensors_writer import ShardWriter
 from quantize.methods.gptq import GptqParameters, Solution, solve
-from quantize.plan import Plan, PlannedVariant
+from quantize.planning import Plan, PlannedVariant
 from quantize.release.manifest import LedgerEntry
 from quantize.source.streamed import Linear, StreamedModel
 

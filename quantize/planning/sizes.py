@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quantize.errors import PlanError
-from quantize.plan.modules import LinearSpec, ModuleTable
+from quantize.planning.modules import LinearSpec, ModuleTable
 from quantize.recipe.schema import GROUP_SIZES, GptqVariant
 from quantize.formats.tensors import SINGLE_NAME, TensorSpec
 from quantize.source.checkpoint import Checkpoint
