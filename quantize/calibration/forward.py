@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +32,12 @@ class Activations:
             if start == 0:
                 self.hidden = torch.empty(*ids.shape, entered.shape[-1], dtype=entered.dtype)
             self.hidden[start : start + batch] = entered
+
+    def copy(self) -> Activations:
+        """The same windows in the same state, to be rolled on separately."""
+        other = copy.copy(self)
+        other.hidden = self.hidden.clone()
+        return other
 
     def advance(self, index: int, block: nn.Module, collector: Collector | None = None) -> None:
         """Run block ``index`` over all windows in place; ``collector`` gathers what its linears read.
@@ -91,9 +98,11 @@ def choose_dtype(wish: str, device: torch.device, shapes: Sequence[tuple[int, in
     if not _cpu_has_bfloat16():
         return torch.float32
     rows, columns = max(shapes, key=lambda shape: shape[0] * shape[1])
-    return torch.bfloat16 if _seconds(torch.float32, rows, columns) > 1.3 * _seconds(
-        torch.bfloat16, rows, columns
-    ) else torch.float32
+    return (
+        torch.bfloat16
+        if _seconds(torch.float32, rows, columns) > 1.3 * _seconds(torch.bfloat16, rows, columns)
+        else torch.float32
+    )
 
 
 def _cpu_has_bfloat16() -> bool:

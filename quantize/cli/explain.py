@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from quantize.cli.options import dist_option, json_option, only_option, print_json, recipe_options, say
@@ -20,7 +22,7 @@ def explain(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str,
     from quantize.release.manifest import read_manifest
 
     planned = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
-    answers = []
+    answers: list[dict[str, Any]] = []
     for item in planned.variants:
         if item.branch not in planned.selected:
             continue

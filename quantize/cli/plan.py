@@ -27,9 +27,7 @@ WORK_IS_LEFT = 2
 @only_option
 @json_option
 @click.option("--check", is_flag=True, help="Exit with code 2 if a branch is left to build.")
-def plan(
-    recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], as_json: bool, check: bool
-) -> None:
+def plan(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], as_json: bool, check: bool) -> None:
     """Show every branch of RECIPE with its exact size, and what a build would cost.
 
     Reads the model's config and headers only, not its weights.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from quantize.cli.options import dist_option, gigabytes, json_option, print_json, recipe_options, say, table
@@ -18,7 +20,7 @@ def status(recipe: str, overrides: tuple[str, ...], dist: str, as_json: bool) ->
     from quantize.release.manifest import oddities, read_manifest
 
     planned = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
-    report = []
+    report: list[dict[str, Any]] = []
     for item in planned.variants:
         manifest = read_manifest(item.folder) or {}
         ledger = manifest.get("ledger", [])

@@ -65,7 +65,7 @@ class ShardWriter:
         if tuple(tensor.shape) != spec.shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} where the layout has {spec}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        _write_all(self._files[shard], memoryview(data), offset)
+        _write_all(self._files[shard], data.data, offset)
         self._missing.discard(name)
 
     def finish(self) -> None:

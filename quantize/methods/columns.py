@@ -61,7 +61,7 @@ def _kernel() -> Callable[..., Any]:
     import numpy as np
 
     @numba.njit(parallel=True, cache=True, error_model="numpy")
-    def kernel(weights, upper, scales, zeros, groups, tops, codes, errors, first, last):  # type: ignore[no-untyped-def]
+    def kernel(weights, upper, scales, zeros, groups, tops, codes, errors, first, last):
         variants, rows, _ = weights.shape
         for flat in numba.prange(variants * rows):
             variant = flat // rows

@@ -67,6 +67,4 @@ def factorize(hessian: torch.Tensor, damp_percent: float, by_activation: bool) -
                 raised = damp_percent != wished
                 return Factor(upper, order, damp_percent * mean, damp_percent, raised, int(dead.sum()))
         damp_percent *= RAISE_BY
-    raise SolveError(
-        f"its Hessian is not positive definite even with damp_percent {damp_percent / RAISE_BY:g}"
-    )
+    raise SolveError(f"its Hessian is not positive definite even with damp_percent {damp_percent / RAISE_BY:g}")

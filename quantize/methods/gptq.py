@@ -22,8 +22,6 @@ from quantize.methods.columns import round_columns
 from quantize.methods.factor import Factor, factorize
 from quantize.methods.grid import Grid
 
-
-
 OUTER = 128  # columns between updates of the whole rest of W
 ROW_BUDGET = 192 * 2**20  # bytes of W (all variants) solved together
 
@@ -133,9 +131,7 @@ def _solve_together(
     """Solve variants of one factorization, a slice of rows at a time."""
     rows, columns = weight.shape
     step = max(1, ROW_BUDGET // (len(variants) * columns * weight.element_size()))
-    slices = [
-        _solve_rows(weight[start : start + step], factor, variants, compiled) for start in range(0, rows, step)
-    ]
+    slices = [_solve_rows(weight[start : start + step], factor, variants, compiled) for start in range(0, rows, step)]
     if len(slices) == 1:
         return slices[0]
     return [_joined([part[index] for part in slices]) for index in range(len(variants))]

@@ -107,7 +107,10 @@ class GptqPass:
             energy = ((stacked @ group.hessian) * stacked).sum(dim=1, dtype=torch.float64).cpu()
             try:
                 solutions = solve(
-                    stacked, group.hessian, [branch.parameters for branch in self.branches], self.gptq.rtn_fallback
+                    stacked,
+                    group.hessian,
+                    [branch.parameters for branch in self.branches],
+                    self.gptq.rtn_fallback,
                 )
             except SolveError as error:
                 raise SolveError(
@@ -147,9 +150,7 @@ class GptqPass:
             elif self.gptq.zero_bias:
                 branch.writer.write(f"{name}.bias", torch.zeros(rows.stop - rows.start, dtype=torch.float16))
 
-    def _entry(
-        self, name: str, solution: Solution, rows: slice, energy: torch.Tensor, tokens: int
-    ) -> LedgerEntry:
+    def _entry(self, name: str, solution: Solution, rows: slice, energy: torch.Tensor, tokens: int) -> LedgerEntry:
         outcome = "rtn_fallback" if solution.fallback else "damp_raised" if solution.damp_raised else "solved"
         whole = float(energy[rows].sum())
         entry = LedgerEntry(
@@ -188,9 +189,7 @@ class GptqPass:
         odd = sorted(real ^ {linear.name for linear in self.plan.table.linears})
         if odd:
             where = "not in the checkpoint's blocks" if odd[0] in real else "no linear of the model"
-            raise PlanError(
-                f"architecture '{source.checkpoint.model_type}' cannot be quantized: {odd[0]} is {where}"
-            )
+            raise PlanError(f"architecture '{source.checkpoint.model_type}' cannot be quantized: {odd[0]} is {where}")
 
 
 def _half(tensor: torch.Tensor, name: str) -> torch.Tensor:

@@ -150,7 +150,12 @@ def _build(
 
 
 def _complete(
-    plan: Plan, item: PlannedVariant, folder: Path, ledger: list[LedgerEntry], tokens: Any, compute: dict[str, str]
+    plan: Plan,
+    item: PlannedVariant,
+    folder: Path,
+    ledger: list[LedgerEntry],
+    tokens: Any,
+    compute: dict[str, str],
 ) -> dict[str, Any]:
     """Everything in a branch's folder beside its weights: configs, the source's files, manifest, card."""
     from quantize.formats.gptq import quantize_config

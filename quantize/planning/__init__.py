@@ -146,9 +146,7 @@ def plan_recipe(
             check_variant(table, variant)
         except PlanError as error:
             raise loaded.error(place, f"branch {variant.branch}: {error}") from None
-        layout = variant_layout(
-            source.checkpoint, table, variant, recipe.release.max_shard_size, recipe.gptq.zero_bias
-        )
+        layout = variant_layout(source.checkpoint, table, variant, recipe.release.max_shard_size, recipe.gptq.zero_bias)
         folder = Path(dist) / repo.rsplit("/", 1)[-1] / str(variant.branch)
         state, why = _state(folder, lambda v=variant: _key_inputs(recipe, source, identity, v))
         planned.append(PlannedVariant(variant, layout, folder, state, why))
@@ -201,6 +199,4 @@ def _select(branches: list[str], only: Sequence[str]) -> frozenset[str]:
     for pattern in only:
         if not any(fnmatchcase(branch, pattern) for branch in branches):
             raise PlanError(f"--only '{pattern}' matches no branch; the branches are {', '.join(branches)}")
-    return frozenset(
-        branch for branch in branches if not only or any(fnmatchcase(branch, pattern) for pattern in only)
-    )
+    return frozenset(branch for branch in branches if not only or any(fnmatchcase(branch, pattern) for pattern in only))

@@ -22,7 +22,17 @@ PROCESS_BYTES = 700 * 2**20  # Python with torch, transformers and numba loaded
 SOLVE_BYTES = 3 * 192 * 2**20
 COMPUTE_BYTES = 4
 
-_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "wo", "w2")
+_OUTPUT_PROJECTIONS = (
+    "o_proj",
+    "out_proj",
+    "c_proj",
+    "down_proj",
+    "dense",
+    "dense_4h_to_h",
+    "fc2",
+    "wo",
+    "w2",
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,11 @@ def estimate(
 
 
 def _peak(
-    checkpoint: Checkpoint, table: ModuleTable, calibration: Calibration, width: int, inputs: list[tuple[int, int]]
+    checkpoint: Checkpoint,
+    table: ModuleTable,
+    calibration: Calibration,
+    width: int,
+    inputs: list[tuple[int, int]],
 ) -> int:
     linears: dict[int, int] = defaultdict(int)
     hessians: dict[int, int] = defaultdict(int)
@@ -70,9 +84,7 @@ def _peak(
     activations = calibration.samples * calibration.sequence_length * width * COMPUTE_BYTES
     running = max(calibration.batch_tokens, calibration.sequence_length) * 12 * width * COMPUTE_BYTES
     working = max(running, 3 * largest * largest * 4 + SOLVE_BYTES)
-    return int(
-        PROCESS_BYTES + outside + activations + max(linears.values()) + max(hessians.values()) + working
-    )
+    return int(PROCESS_BYTES + outside + activations + max(linears.values()) + max(hessians.values()) + working)
 
 
 def _distinct_inputs(table: ModuleTable) -> list[tuple[int, int]]:

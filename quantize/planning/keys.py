@@ -14,7 +14,11 @@ SOLVER_VERSION = 1
 
 
 def key_inputs(
-    hashes: Mapping[str, str], calibration: Mapping[str, Any], gptq: Gptq, variant: GptqVariant, release: Release
+    hashes: Mapping[str, str],
+    calibration: Mapping[str, Any],
+    gptq: Gptq,
+    variant: GptqVariant,
+    release: Release,
 ) -> dict[str, Any]:
     """All that determines the bytes of a GPTQ branch's weights and configs, as plain data."""
     return {

@@ -99,7 +99,13 @@ def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, spec: Tens
     module = name.removesuffix(".weight")
     bias = checkpoint.tensors.get(f"{module}.bias")
     return LinearSpec(
-        module, block, rest.removesuffix(".weight"), in_features, out_features, bias.dtype if bias else None, spec
+        module,
+        block,
+        rest.removesuffix(".weight"),
+        in_features,
+        out_features,
+        bias.dtype if bias else None,
+        spec,
     )
 
 

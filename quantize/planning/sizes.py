@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quantize.errors import PlanError
+from quantize.formats.tensors import SINGLE_NAME, TensorSpec
 from quantize.planning.modules import LinearSpec, ModuleTable
 from quantize.recipe.schema import GROUP_SIZES, GptqVariant
-from quantize.formats.tensors import SINGLE_NAME, TensorSpec
 from quantize.source.checkpoint import Checkpoint
 
 
@@ -32,9 +32,7 @@ class Layout:
         return sum(spec.nbytes for tensors in self.shards.values() for spec in tensors.values())
 
 
-def linear_tensors(
-    linear: LinearSpec, variant: GptqVariant, zero_bias: bool = False
-) -> dict[str, TensorSpec]:
+def linear_tensors(linear: LinearSpec, variant: GptqVariant, zero_bias: bool = False) -> dict[str, TensorSpec]:
     """The tensors that replace one linear's weight and bias."""
     rows, columns, bits = linear.in_features, linear.out_features, variant.bits
     groups = 1 if variant.group_size == -1 else rows // variant.group_size

@@ -212,9 +212,7 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def _expand(
-    located: Located, recipe: Recipe
-) -> tuple[list[GptqVariant], tuple[tuple[Key, ...], ...]]:
+def _expand(located: Located, recipe: Recipe) -> tuple[list[GptqVariant], tuple[tuple[Key, ...], ...]]:
     """Explicit variants, then the matrix's combinations that none of them already is; all with a branch."""
     gptq = recipe.gptq
     defaults = {name: getattr(gptq, name) for name in GptqParameters.model_fields}

@@ -7,7 +7,7 @@ schema, can still point at the line that caused it.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ class _Reader:
             if isinstance(node, yaml.SequenceNode):
                 return [self.read(item, (*path, index)) for index, item in enumerate(node.value)]
             try:
-                return self.loader.construct_object(node)  # type: ignore[no-untyped-call]
+                return self.loader.construct_object(node)
             except ValueError as error:
                 raise RecipeError(f"{place}: is not a valid value: {error}") from None
         finally:
@@ -148,7 +148,7 @@ class _Reader:
 
 def merge(base: Located, over: Located) -> Located:
     """``over`` laid on ``base``: mappings merge key by key, anything else (lists too) is replaced."""
-    places = {(): over.places.get((), Place("recipe"))}
+    places: dict[KeyPath, Place] = {(): over.places.get((), Place("recipe"))}
 
     def copy(tree: Located, path: KeyPath) -> None:
         for key, place in tree.places.items():
@@ -189,10 +189,11 @@ def set_value(tree: Located, assignment: str) -> None:
     if not equals or not all(parts):
         raise RecipeError(f"{origin}: must have the form key.path=value, such as gptq.damp_percent=0.01")
     value = parse_located(f"value: {text}", origin).data["value"]
-    here, path = tree.data, ()
+    here: Any = tree.data
+    path: KeyPath = ()
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
-        key: Hashable
+        key: Key
         if isinstance(here, list):
             if not part.isdigit() or int(part) >= len(here):
                 raise RecipeError(f"{origin}: {dotted(path)} has entries 0 to {len(here) - 1}, not '{part}'")
@@ -203,11 +204,11 @@ def set_value(tree: Located, assignment: str) -> None:
                 here[part] = {}
         else:
             raise RecipeError(f"{origin}: {dotted(path)} is a plain value and has no '{part}'")
-        path = (*path, key)  # type: ignore[assignment]
+        path = (*path, key)
         if last:
-            here[key] = value  # type: ignore[index]
+            here[key] = value
         else:
-            here = here[key]  # type: ignore[index]
+            here = here[key]
     for known in [known for known in tree.places if known[: len(path)] == path]:
         del tree.places[known]
     tree.places[path] = Place(origin)

@@ -178,12 +178,8 @@ class GptqVariant(GptqParameters):
     @field_validator("branch")
     @classmethod
     def _branch(cls, value: str | None) -> str | None:
-        if value is not None and (
-            not BRANCH.fullmatch(value) or ".." in value or value.endswith((".", ".lock"))
-        ):
-            raise ValueError(
-                f"{value!r} is no branch name for the hub; use letters, digits, '.', '_' and '-' only"
-            )
+        if value is not None and (not BRANCH.fullmatch(value) or ".." in value or value.endswith((".", ".lock"))):
+            raise ValueError(f"{value!r} is no branch name for the hub; use letters, digits, '.', '_' and '-' only")
         return value
 
 

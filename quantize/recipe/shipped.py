@@ -17,10 +17,7 @@ def shipped_folder() -> Path:
 def shipped_recipes() -> dict[str, Path]:
     """Every shipped recipe by name, such as ``demo`` or ``examples/airoboros-l2-13b-gpt4-m2.0``."""
     folder = shipped_folder()
-    return {
-        path.relative_to(folder).as_posix().removesuffix(".yaml"): path
-        for path in sorted(folder.rglob("*.yaml"))
-    }
+    return {path.relative_to(folder).as_posix().removesuffix(".yaml"): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def find_shipped(name: str) -> Path | None:

@@ -28,7 +28,8 @@ def render_card(plan: Plan) -> str:
     recipe, source = plan.recipe, plan.source
     front, original = source_card(source.checkpoint.folder)
     name = recipe.model.name or source.short_name
-    tags = front.get("tags") if isinstance(front.get("tags"), list) else []
+    given = front.get("tags")
+    tags = given if isinstance(given, list) else []
     metadata = ModelCardData(
         base_model=source.hub_id,
         base_model_relation="quantized" if source.hub_id else None,
@@ -47,7 +48,7 @@ def render_card(plan: Plan) -> str:
         tags=sorted({*(str(tag) for tag in tags), "gptq"}),
     )
     return environment.get_template("gptq.md.j2").render(
-        metadata=metadata.to_yaml(line_break="\n", original_order=False).strip(),
+        metadata=metadata.to_yaml(line_break="\n").strip(),
         name=name,
         creator=recipe.model.creator,
         hub=HUB,
@@ -81,9 +82,7 @@ def source_card(folder: Path | None) -> tuple[dict[str, Any], str]:
 
 def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:
     calibration, variant = plan.recipe.calibration, item.variant
-    datasets = [
-        f"[{title(corpus)}]({url(corpus)})" if url(corpus) else title(corpus) for corpus in calibration.dataset
-    ]
+    datasets = [f"[{title(corpus)}]({url(corpus)})" if url(corpus) else title(corpus) for corpus in calibration.dataset]
     order = {True: "Yes", False: "No", "static": "Static"}[variant.desc_act]
     exllama = variant.bits == 4 and plan.source.checkpoint.model_type in {"llama", "mistral"}
     return {
@@ -104,9 +103,7 @@ def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:
 def _description(item: PlannedVariant) -> str:
     variant = item.variant
     group = (
-        "no group size, for the lowest memory use"
-        if variant.group_size == -1
-        else f"group size {variant.group_size}"
+        "no group size, for the lowest memory use" if variant.group_size == -1 else f"group size {variant.group_size}"
     )
     order = {
         True: "with act-order, for higher accuracy",

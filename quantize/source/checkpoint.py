@@ -113,9 +113,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     except FileNotFoundError:
         raise SourceError(f"{path}: shard is missing; download the model again") from None
     except (SafetensorError, OSError) as error:
-        raise SourceError(
-            f"{path}: is truncated or damaged ({_reason(error)}); download the model again"
-        ) from None
+        raise SourceError(f"{path}: is truncated or damaged ({_reason(error)}); download the model again") from None
     unknown = next((key for key, spec in table.items() if spec.dtype not in DTYPE_BYTES), None)
     if unknown:
         raise SourceError(f"{path}: tensor {unknown} has dtype {table[unknown].dtype}, which is not supported")

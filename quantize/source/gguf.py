@@ -75,7 +75,10 @@ def _convert(path: Path, folder: Path) -> None:
     try:
         with contextlib.redirect_stderr(hidden):
             model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **where
+                str(path.parent),
+                dtype=torch.float16,
+                quantization_config=GgufConfig(dequantize=True),
+                **where,
             )
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
     except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:

@@ -39,7 +39,13 @@ def open_hub(model: Model, *, weights: bool, notify: Notify) -> Source:
         if weights:
             size = sum(files[name].size or 0 for name in shards)
             notify(f"downloading {model.source} at {commit[:12]} ({size / 1e9:.2f} GB)")
-            needed = [*shards, *carried, *index, "config.json", *(["README.md"] if "README.md" in files else [])]
+            needed = [
+                *shards,
+                *carried,
+                *index,
+                "config.json",
+                *(["README.md"] if "README.md" in files else []),
+            ]
             folder = Path(snapshot_download(model.source, revision=commit, allow_patterns=needed))
             checkpoint = read_checkpoint(folder)
             _check_downloads(folder, {name: files[name].lfs for name in shards})
@@ -49,10 +55,7 @@ def open_hub(model: Model, *, weights: bool, notify: Notify) -> Source:
         if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OSError) or _is_network(error):
             raise SourceError(_explain(model, error)) from None
         raise
-    hashes = {
-        name: files[name].lfs.sha256 if files[name].lfs else f"git:{files[name].blob_id}"
-        for name in sorted([*shards, *carried, "config.json"])
-    }
+    hashes = {name: _hash(files[name]) for name in sorted([*shards, *carried, "config.json"])}
     return Source(
         model.source,
         safe_name(model.source.rsplit("/", 1)[-1]),
@@ -80,6 +83,10 @@ def _shards(repo: str, api: Any, commit: str, files: dict[str, Any]) -> list[str
             "use a safetensors revision of the model"
         )
     raise SourceError(f"{repo}: holds no safetensors weights")
+
+
+def _hash(file: Any) -> str:
+    return str(file.lfs.sha256) if file.lfs else f"git:{file.blob_id}"
 
 
 def _check_downloads(folder: Path, wanted: dict[str, Any]) -> None:

