@@ -11,6 +11,10 @@ class QuantizeError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str) -> None:
+        # names and values in it come from outside: it stays one line, and cannot steer the terminal
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
 
 class RecipeError(QuantizeError):
     """The recipe is wrong. The message opens with the place: ``file:line: key: ...``."""

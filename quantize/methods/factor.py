@@ -10,6 +10,7 @@ from quantize.errors import SolveError
 
 RAISE_BY = 10.0
 DAMP_LIMIT = 10.0
+FIRST_DAMP = 0.01  # where none was wished
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,12 @@ def factorize(hessian: torch.Tensor, damp_percent: float, by_activation: bool) -
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         raise SolveError("its input statistics are not finite")
-    dead = diagonal <= 0
     order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else None
     mean = float(diagonal.double().mean()) or 1.0
     wished = damp_percent
     while damp_percent <= max(DAMP_LIMIT, wished):
         damped = hessian[order][:, order] if order is not None else hessian.clone()
-        damped.diagonal().add_(damp_percent * mean)
-        if bool(dead.any()):
-            damped.diagonal()[dead[order] if order is not None else dead] = mean
+        damped.diagonal().add_(damp_percent * mean)  # the only entry of a dead channel: it stands alone
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         del damped
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
@@ -65,6 +63,6 @@ def factorize(hessian: torch.Tensor, damp_percent: float, by_activation: bool) -
             upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
             if bool(torch.isfinite(upper.diagonal()).all()):
                 raised = damp_percent != wished
-                return Factor(upper, order, damp_percent * mean, damp_percent, raised, int(dead.sum()))
-        damp_percent *= RAISE_BY
+                return Factor(upper, order, damp_percent * mean, damp_percent, raised, int((diagonal <= 0).sum()))
+        damp_percent = damp_percent * RAISE_BY or FIRST_DAMP
     raise SolveError(f"its Hessian is not positive definite even with damp_percent {damp_percent / RAISE_BY:g}")

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from quantize.errors import SolveError
-from quantize.methods.columns import round_columns
+from quantize.methods.columns import Columns
 from quantize.methods.factor import Factor, factorize
 from quantize.methods.grid import Grid
 
@@ -152,65 +152,70 @@ def _joined(parts: Sequence[Solution]) -> Solution:
 def _solve_rows(
     weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool
 ) -> list[Solution]:
+    columns = weight.shape[1]
+    state, sizes = _prepare(weight, factor, variants)
+    # a group must not begin in one run and end in the next, where its later columns lack the run's errors
+    run = max([OUTER, *(size for size in sizes if size < columns and size > OUTER and columns % OUTER)])
+    flat = state.work.view(-1, columns)
+    for first in range(0, columns, run):
+        last = min(first + run, columns)
+        errors = state.round(first, last, compiled)
+        if last < columns:
+            flat[:, last:].addmm_(errors.view(len(flat), -1), factor.upper[first:last, last:], alpha=-1)
+    found = []
+    for index, size in enumerate(sizes):
+        g_idx = torch.empty(columns, dtype=torch.int32, device=weight.device)
+        g_idx[state.order] = state.groups[index].int()
+        used = columns // size
+        found.append(
+            Solution(
+                codes=state.codes[index],
+                scales=state.scales[index, :used].half(),
+                zeros=state.zeros[index, :used].to(torch.uint8),
+                g_idx=g_idx,
+                row_error=(state.squares[index] - factor.damping * state.spread[index]).clamp_(min=0).cpu(),
+                damp_percent=factor.damp_percent,
+                damp_raised=factor.raised,
+                dead_columns=factor.dead_columns,
+            )
+        )
+    return found
+
+
+def _prepare(
+    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters]
+) -> tuple[Columns, list[int]]:
+    """The state at the start of a solve, and each variant's group size."""
     rows, columns = weight.shape
     device, dtype, count = weight.device, weight.dtype, len(variants)
     order = factor.order if factor.order is not None else torch.arange(columns, device=device)
     sizes = [columns if variant.group_size == -1 else variant.group_size for variant in variants]
     most = max(columns // size for size in sizes)
-
-    ordered = weight[:, order]
-    work = ordered.expand(count, rows, columns).contiguous()
-    scales = torch.ones(count, most, rows, device=device, dtype=dtype)
-    zeros = torch.zeros(count, most, rows, device=device, dtype=dtype)
-    groups = torch.empty(count, columns, device=device, dtype=torch.int64)
-    tops = torch.tensor([variant.grid.top for variant in variants], device=device, dtype=dtype)
-    codes = torch.empty(count, rows, columns, device=device, dtype=torch.uint8)
-    squares = torch.zeros(count, rows, device=device, dtype=torch.float64)
+    original = weight[:, order] if factor.order is not None else weight.contiguous()
+    state = Columns(
+        original=original,
+        work=original.expand(count, rows, columns).clone(memory_format=torch.contiguous_format),
+        upper=factor.upper,
+        order=order,
+        groups=torch.empty(count, columns, device=device, dtype=torch.int64),
+        sizes=torch.zeros(count, dtype=torch.int64),
+        scales=torch.ones(count, most, rows, device=device, dtype=dtype),
+        zeros=torch.zeros(count, most, rows, device=device, dtype=dtype),
+        grids=[variant.grid for variant in variants],
+        codes=torch.empty(count, rows, columns, device=device, dtype=torch.uint8),
+        squares=torch.zeros(count, rows, device=device, dtype=torch.float64),
+        spread=torch.zeros(count, rows, device=device, dtype=torch.float64),
+    )
     for index, (variant, size) in enumerate(zip(variants, sizes, strict=True)):
         if variant.desc_act == "static":
             # groups and grids of the unsorted layout, fixed before the solve: g_idx stays trivial on disk
-            groups[index] = order // size
+            state.groups[index] = order // size
             fixed = _static_groups(weight, variant.grid, size)
-            scales[index, : columns // size], zeros[index, : columns // size] = fixed
+            state.scales[index, : columns // size], state.zeros[index, : columns // size] = fixed
         else:
-            groups[index] = torch.arange(columns, device=device) // size
-
-    moving = [index for index, variant in enumerate(variants) if variant.desc_act != "static"]
-    inner = min([OUTER, *(sizes[index] for index in moving)])
-    upper = factor.upper
-    for start in range(0, columns, OUTER):
-        end = min(start + OUTER, columns)
-        errors = torch.empty(count, rows, end - start, device=device, dtype=dtype)
-        for first in range(start, end, inner):
-            last = min(first + inner, end)
-            for index in moving:
-                if first % sizes[index] == 0:
-                    group = first // sizes[index]
-                    member = work[index, :, first : first + sizes[index]]
-                    scales[index, group], zeros[index, group] = variants[index].grid.fit(member)
-            run = torch.empty(count, rows, last - first, device=device, dtype=dtype)
-            round_columns(work, first, last, upper, scales, zeros, groups, tops, codes, run, compiled)
-            errors[:, :, first - start : last - start] = run
-            if last < end:
-                work[:, :, last:end] -= run @ upper[first:last, last:end]
-        squares += errors.square().sum(dim=2, dtype=torch.float64)
-        if end < columns:
-            flat = work.view(count * rows, columns)
-            flat[:, end:].addmm_(errors.view(count * rows, -1), upper[start:end, end:], alpha=-1)
-
-    back = torch.argsort(order)
-    found = []
-    for index, size in enumerate(sizes):
-        used = columns // size
-        solution = Solution(
-            codes[index][:, back] if factor.order is not None else codes[index],
-            scales[index, :used].half(), zeros[index, :used].to(torch.uint8), groups[index][back].int(),
-            squares[index], factor.damp_percent, factor.raised, factor.dead_columns,
-        )  # fmt: skip
-        spread = (weight - solution.dequantize().to(dtype)).square_().sum(dim=1, dtype=torch.float64)
-        solution.row_error = (squares[index] - factor.damping * spread).clamp_(min=0).cpu()
-        found.append(solution)
-    return found
+            state.groups[index] = torch.arange(columns, device=device) // size
+            state.sizes[index] = size
+    return state, sizes
 
 
 def _static_groups(weight: torch.Tensor, grid: Grid, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -104,6 +104,8 @@ def _resolve_paths(located: Located) -> None:
 
     def resolve(path: tuple[Key, ...], value: str) -> str:
         origin = located.place(path).origin
+        if not value:
+            return value
         base = Path.cwd() if origin.startswith("--set") else Path(origin).parent
         local = base / Path(value).expanduser()
         explicit = value.startswith(("/", "./", "../", "~")) or value in {".", ".."}
@@ -139,11 +141,11 @@ def _corpus_slots(calibration: dict[str, Any], dataset: Any) -> list[tuple[Any, 
 
 
 def _check_presets(located: Located, recipe: Recipe) -> None:
-    for corpus in recipe.calibration.dataset:
+    for index, corpus in enumerate(recipe.calibration.dataset):
         if corpus.preset is not None and corpus.preset not in PRESETS:
             hint = _nearest(corpus.preset, PRESETS)
             raise located.error(
-                ("calibration", "dataset"),
+                _known(located, ("calibration", "dataset", index)),
                 f"no preset '{corpus.preset}'{hint}; presets are {', '.join(PRESETS)}, a hub dataset is "
                 "written org/name, a file ./name.txt",
             )
@@ -171,16 +173,20 @@ def _known(located: Located, loc: Sequence[Key]) -> tuple[Key, ...]:
 
 
 def _sentence(details: ErrorDetails) -> str:
-    kind, context, given = details["type"], details.get("ctx", {}), details.get("input")
+    kind, context = details["type"], details.get("ctx", {})
+    given = repr(details.get("input"))
+    given = given if len(given) <= 80 else given[:79] + "…"
     if kind == "value_error":
         return str(context["error"])
     if kind == "literal_error":
-        return f"must be {context['expected']}, not {given!r}"
+        return f"must be {context['expected']}, not {given}"
+    if kind in {"too_short", "string_too_short"}:
+        return "must not be empty"
     if kind == "model_type":
-        return f"must be a mapping of keys to values, not {given!r}"
+        return f"must be a mapping of keys to values, not {given}"
     message = details["msg"].removeprefix("Input ").removeprefix("should ")
     message = message[0].lower() + message[1:]
-    return f"must {message}, not {given!r}" if details["msg"].startswith("Input should") else message
+    return f"must {message}, not {given}" if details["msg"].startswith("Input should") else message
 
 
 def _fields(loc: Sequence[Key]) -> list[str]:

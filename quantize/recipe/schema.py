@@ -16,7 +16,15 @@ BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 REPO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 Bits = Literal[2, 3, 4, 8]
-DescAct = bool | Literal["static"]
+
+
+def _desc_act(value: Any) -> Any:
+    if not (isinstance(value, bool) or value == "static"):
+        raise ValueError(f"must be false, true or static, not {value!r}")
+    return value
+
+
+DescAct = Annotated[bool | Literal["static"], BeforeValidator(_desc_act)]
 Outcome = Literal["damp_raised", "dead_columns", "rtn_fallback"]
 
 
@@ -51,7 +59,7 @@ class Release(Strict):
     @classmethod
     def _bytes(cls, value: Any) -> Any:
         if isinstance(value, str):
-            match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)B?\s*", value, re.IGNORECASE)
+            match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMGT]?)B?\s*", value, re.IGNORECASE)
             if not match:
                 raise ValueError("must be a size such as 5GB")
             return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
