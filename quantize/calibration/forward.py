@@ -69,6 +69,8 @@ def block_statistics(activations: Activations, index: int, block: nn.Module) -> 
     collector = Collector(model.linears(block))
     with torch.inference_mode(), collector.attached():
         activations.advance(index, block, collector)
+        for group in collector.groups:
+            group.finish()
     if unread := collector.unread():
         raise CalibrationError(f"{model.block_prefix}{index}.{unread[0]}: no calibration token reached it")
     return collector.groups

@@ -17,6 +17,15 @@ from torch import nn
 from quantize.source.streamed import Linear
 
 
+PANELS = 6  # more panels leave out more of the upper half, but make narrower, slower products
+NARROWEST = 96
+
+
+def _panels(size: int) -> list[tuple[int, int]]:
+    width = max(NARROWEST, -(-size // PANELS // 32) * 32)
+    return [(first, min(first + width, size)) for first in range(0, size, width)]
+
+
 @dataclass
 class InputStatistics:
     """One distinct input of a block and the linears that read it.
@@ -32,10 +41,19 @@ class InputStatistics:
     tokens: int = 0
 
     def add(self, inputs: torch.Tensor) -> None:
-        """Add the rows of ``inputs`` [..., in_features]."""
+        """Add the rows of ``inputs`` [..., in_features].
+
+        X^T X is symmetric, so only panels up to the diagonal are computed; :meth:`finish` mirrors them.
+        """
         rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
-        self.hessian.addmm_(rows.t(), rows)
+        for first, last in _panels(rows.shape[-1]):
+            self.hessian[first:last, :last].addmm_(rows[:, first:last].t(), rows[:, :last])
         self.tokens += rows.shape[0]
+
+    def finish(self) -> None:
+        """Mirror the lower panels, so that ``hessian`` is whole."""
+        for first, last in _panels(self.hessian.shape[0]):
+            self.hessian[:first, first:last].copy_(self.hessian[first:last, :first].t())
 
 
 @dataclass

@@ -27,14 +27,14 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if count * bits % WORD:
         raise ValueError(f"{count} codes of {bits} bits do not fill 32-bit words")
     runs = -(-count // WORD)
-    source = codes.to(torch.int32)
+    source = codes.to(torch.uint8).contiguous()  # bytes turn over four times faster than words
     if count % WORD:
         source = torch.cat([source, source.new_zeros(runs * WORD - count, columns)])
     source = source.view(runs, WORD, columns)
     words = torch.zeros(runs, bits, columns, dtype=torch.int32, device=codes.device)
     for position in range(WORD):
         word, shift = divmod(position * bits, WORD)
-        code = source[:, position]
+        code = source[:, position].to(torch.int32)
         words[:, word] |= code << shift
         if shift + bits > WORD:
             words[:, word + 1] |= code >> (WORD - shift)

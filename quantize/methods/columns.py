@@ -79,7 +79,8 @@ class Columns:
                 if size and column % size == 0:
                     # beyond the run, earlier columns' errors have not arrived yet: a group never leaves its run
                     fitted = self.grids[index].fit(self.work[index, :, column : column + size])
-                    self.scales[index, column // size], self.zeros[index, column // size] = fitted
+                    group = self.groups[index, column]
+                    self.scales[index, group], self.zeros[index, group] = fitted
             index3 = self.groups[:, column, None, None].expand(-1, 1, self.scales.shape[2])
             scale = torch.gather(self.scales, 1, index3)[:, 0]
             zero = torch.gather(self.zeros, 1, index3)[:, 0]

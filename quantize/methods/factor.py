@@ -34,7 +34,22 @@ class Factor:
     dead_columns: int
 
 
-def factorize(hessian: torch.Tensor, damp_percent: float, by_activation: bool) -> Factor:
+def activation_order(hessian: torch.Tensor) -> torch.Tensor:
+    """Columns by falling diagonal of H, [K]: act-order."""
+    return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
+def group_aware_order(hessian: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Act-order that keeps the groups of the natural layout together, [K]: groups by their largest diagonal,
+    columns by diagonal inside their group. ``g_idx`` stays trivial on disk, so that every kernel loads it."""
+    groups = hessian.diagonal().view(-1, group_size)
+    inside = torch.argsort(groups, dim=1, descending=True, stable=True)
+    outside = torch.argsort(groups.amax(dim=1), descending=True, stable=True)
+    columns = inside + torch.arange(len(groups), device=hessian.device)[:, None] * group_size
+    return columns[outside].reshape(-1)
+
+
+def factorize(hessian: torch.Tensor, damp_percent: float, order: torch.Tensor | None = None) -> Factor:
     """Damp, order and factor ``hessian`` [K, K].
 
     With P the reversal of the order, P H P = L L^T gives H = R R^T for the upper triangular R = P L P, and
@@ -42,7 +57,7 @@ def factorize(hessian: torch.Tensor, damp_percent: float, by_activation: bool) -
     factorizations and an inverse.
 
     Args:
-        by_activation: take columns in order of falling diagonal (act-order).
+        order: the columns in the order in which the solve takes them, [K]; None for the natural one.
 
     Raises:
         SolveError: not finite, or not positive definite however much it is damped.
@@ -50,7 +65,6 @@ def factorize(hessian: torch.Tensor, damp_percent: float, by_activation: bool) -
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         raise SolveError("its input statistics are not finite")
-    order = torch.argsort(diagonal, descending=True, stable=True) if by_activation else None
     mean = float(diagonal.double().mean()) or 1.0
     wished = damp_percent
     while damp_percent <= max(DAMP_LIMIT, wished):

@@ -19,7 +19,7 @@ import torch
 
 from quantize.errors import SolveError
 from quantize.methods.columns import Columns
-from quantize.methods.factor import Factor, factorize
+from quantize.methods.factor import Factor, activation_order, factorize, group_aware_order
 from quantize.methods.grid import Grid
 
 OUTER = 128  # columns between updates of the whole rest of W
@@ -36,6 +36,20 @@ class GptqParameters:
     sym: bool = True
     damp_percent: float = 0.1
     mse: bool = False
+    act_group_aware: bool = False
+
+    def group_size_of(self, columns: int) -> int:
+        return columns if self.group_size == -1 else self.group_size
+
+    def order_key(self, columns: int) -> tuple[str, int]:
+        """What the order of the solve depends on; equal keys share a factorization."""
+        if self.desc_act:
+            return "activation", 0
+        if self.act_group_aware:
+            # one group per row leaves all columns free: that is plain act-order
+            size = self.group_size_of(columns)
+            return ("activation", 0) if size == columns else ("group_aware", size)
+        return "natural", 0
 
     @property
     def grid(self) -> Grid:
@@ -92,13 +106,14 @@ def solve(
         SolveError: statistics not finite, or H not positive definite (and no fallback allowed).
     """
     solutions: dict[int, Solution] = {}
-    batches: dict[tuple[float, bool], list[int]] = {}
+    columns = weight.shape[1]
+    batches: dict[tuple[float, tuple[str, int]], list[int]] = {}
     for index, variant in enumerate(variants):
-        batches.setdefault((variant.damp_percent, bool(variant.desc_act)), []).append(index)
-    for (damp_percent, by_activation), members in batches.items():
+        batches.setdefault((variant.damp_percent, variant.order_key(columns)), []).append(index)
+    for (damp_percent, order), members in batches.items():
         asked = [variants[index] for index in members]
         try:
-            factor = factorize(hessian, damp_percent, by_activation)
+            factor = factorize(hessian, damp_percent, _order(hessian, *order))
         except SolveError:
             if not rtn_fallback:
                 raise
@@ -109,10 +124,16 @@ def solve(
     return [solutions[index] for index in range(len(variants))]
 
 
+def _order(hessian: torch.Tensor, kind: str, size: int) -> torch.Tensor | None:
+    if kind == "activation":
+        return activation_order(hessian)
+    return group_aware_order(hessian, size) if kind == "group_aware" else None
+
+
 def round_to_nearest(weight: torch.Tensor, hessian: torch.Tensor, parameters: GptqParameters) -> Solution:
     """Plain rounding on the same grid: the fallback, and the yardstick of every table."""
     rows, columns = weight.shape
-    size = columns if parameters.group_size == -1 else parameters.group_size
+    size = parameters.group_size_of(columns)
     scales, zeros = _static_groups(weight, parameters.grid, size)
     g_idx = torch.arange(columns, device=weight.device) // size
     codes = parameters.grid.round(weight, scales[g_idx].t(), zeros[g_idx].t())
@@ -189,7 +210,7 @@ def _prepare(
     rows, columns = weight.shape
     device, dtype, count = weight.device, weight.dtype, len(variants)
     order = factor.order if factor.order is not None else torch.arange(columns, device=device)
-    sizes = [columns if variant.group_size == -1 else variant.group_size for variant in variants]
+    sizes = [variant.group_size_of(columns) for variant in variants]
     most = max(columns // size for size in sizes)
     original = weight[:, order] if factor.order is not None else weight.contiguous()
     state = Columns(
@@ -213,7 +234,9 @@ def _prepare(
             fixed = _static_groups(weight, variant.grid, size)
             state.scales[index, : columns // size], state.zeros[index, : columns // size] = fixed
         else:
-            state.groups[index] = torch.arange(columns, device=device) // size
+            # grids are fitted when the solve reaches a group; in group-aware order that is not the group's number
+            in_solve = torch.arange(columns, device=device) // size
+            state.groups[index] = in_solve if variant.desc_act else order[in_solve * size] // size
             state.sizes[index] = size
     return state, sizes
 

@@ -83,7 +83,11 @@ def read_located(path: Path, shown: str | None = None) -> Located:
 
 def parse_located(text: str, origin: str) -> Located:
     """Parse YAML text; ``origin`` is what error messages call it. Raises as :func:`read_located`."""
-    loader = yaml.SafeLoader(text)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{origin}:{line}: is not valid YAML: it holds the character {error.character:#x}") from None
     try:
         node = loader.get_single_node()
         tree = Located(None)

@@ -91,9 +91,10 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise SourceError(f"{where}: names no model_type, so the architecture is unknown")
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unknown method")
+        settings = config["quantization_config"]
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise SourceError(
-            f"{where}: the model is already quantized ({method}); name the unquantized model it was made from"
+            f"{where}: the model is already quantized ({method or 'an unknown method'}); name the unquantized model it was made from"
         )
     return config
 

