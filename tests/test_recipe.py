@@ -71,7 +71,7 @@ def test_matrix_does_not_repeat_an_explicit_variant(tmp_path: Path) -> None:
 
 
 def test_defaults_reach_variants_that_say_nothing_else(tmp_path: Path) -> None:
-    body = "gptq:\n  damp_percent: 0.01\n  sym: false\n  variants: [{bits: 3}, {bits: 8, sym: true, damp_percent: 0.2}]\n"
+    body = "gptq: {damp_percent: 0.01, sym: false, variants: [{bits: 3}, {bits: 8, sym: true, damp_percent: 0.2}]}\n"
     first, second = load(tmp_path, MODEL + body).recipe.gptq.variants
     assert (first.damp_percent, first.sym, first.group_size) == (0.01, False, 128)
     assert (second.damp_percent, second.sym) == (0.2, True)
@@ -205,7 +205,10 @@ def test_a_missing_recipe_and_a_folder_are_named(tmp_path: Path) -> None:
         (b"model: " + b"[" * 1500 + b"]" * 1500, "is nested too deeply"),
         (b"model: \x00\n", "is not valid YAML"),
         (b"calibration: {seed: " + b"9" * 5000 + b"}\n", "is not a valid value"),
-        (b"model: {source: a/b}\ngptq: {}\nrelease: {max_shard_size: '" + b"9" * 400 + b"'}\n", "must be a size such as 5GB"),
+        (
+            b"model: {source: a/b}\ngptq: {}\nrelease: {max_shard_size: '" + b"9" * 400 + b"'}\n",
+            "must be a size such as 5GB",
+        ),
     ],
     ids=["not-utf8", "too-large", "too-deep", "nul", "huge-number", "huge-size"],
 )
@@ -248,10 +251,13 @@ def assert_loads_or_explains(path: Path, overrides: list[str] | None = None) -> 
     try:
         loaded = load_recipe(path, overrides or [])
     except RecipeError as error:
-        assert str(error).isprintable()
+        message = str(error)
     else:
+        message = "loaded"
         assert isinstance(loaded.recipe, Recipe)
         assert all(branches(loaded))
+    assert message
+    assert message.isprintable()
 
 
 @given(text=st.text(max_size=80))

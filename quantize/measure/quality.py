@@ -78,25 +78,29 @@ def measure_quality(
                 for linear in linears:
                     linear.set_weight(weights.weight(model.checkpoint_name(index, linear.local)))
                 states[name].advance(index, block)
-    return _compare(model, states, batch)
+    return _compare(model, states)
 
 
-def _compare(model: StreamedModel, states: Mapping[str, Activations], batch: int) -> list[Quality]:
+def _compare(model: StreamedModel, states: Mapping[str, Activations]) -> list[Quality]:
     losses: dict[str, list[torch.Tensor]] = {name: [] for name in states}
     divergences: dict[str, list[torch.Tensor]] = {name: [] for name in states}
     agreements: dict[str, list[torch.Tensor]] = {name: [] for name in states}
     ids = states[SOURCE].ids
-    for start in range(0, len(ids), batch):
-        window = ids[start : start + batch]
-        reference = torch.empty(0)
+    for start in range(len(ids)):  # one window at a time: logits over a large vocabulary are what takes memory here
+        window = ids[start : start + 1]
+        successors = window[:, 1:, None].to(model.device)
+        weights = entropy = best = torch.empty(0)  # of the source, which comes first
         for name, state in states.items():
-            logits = model.logits(window, state.hidden[start : start + batch].to(model.device))
-            chances = logits[:, :-1].float().log_softmax(dim=-1).cpu()
+            logits = model.logits(window, state.hidden[start : start + 1].to(model.device))[:, :-1].float()
+            chances = logits.log_softmax(dim=-1)
             if name == SOURCE:
-                reference = chances
-            losses[name].append(-chances.gather(-1, window[:, 1:, None])[..., 0].double())
-            divergences[name].append((reference.exp() * (reference - chances)).sum(dim=-1).double())
-            agreements[name].append((chances.argmax(-1) == reference.argmax(-1)).double())
+                weights = chances.exp()
+                entropy = torch.einsum("btv,btv->bt", weights, chances)
+                best = chances.argmax(dim=-1)
+            losses[name].append(-chances.gather(-1, successors)[..., 0].double().cpu())
+            crossed = torch.einsum("btv,btv->bt", weights, chances)
+            divergences[name].append((entropy - crossed).double().cpu())
+            agreements[name].append((chances.argmax(dim=-1) == best).double().cpu())
     return [
         _quality(name, torch.cat(losses[name]), torch.cat(divergences[name]), torch.cat(agreements[name]))
         for name in states

@@ -28,7 +28,8 @@ ROW_BUDGET = 192 * 2**20  # bytes of W (all variants) solved together
 
 @dataclass(frozen=True)
 class GptqParameters:
-    """What one solve is asked for. ``group_size`` -1 is one group per row; ``desc_act`` is act-order."""
+    """What one solve is asked for. ``group_size`` -1 is one group per row; ``desc_act`` is act-order;
+    ``act_group_aware`` orders groups, and columns in their group, by activation where ``desc_act`` is False."""
 
     bits: int
     group_size: int
@@ -36,7 +37,7 @@ class GptqParameters:
     sym: bool = True
     damp_percent: float = 0.1
     mse: bool = False
-    act_group_aware: bool = False
+    act_group_aware: bool = True
 
     def group_size_of(self, columns: int) -> int:
         return columns if self.group_size == -1 else self.group_size

@@ -162,7 +162,7 @@ def _complete(
 
     recipe, source = plan.recipe, plan.source
     config = quantize_config(
-        **item.variant.model_dump(include={"bits", "group_size", "desc_act", "sym", "damp_percent"}),
+        **item.variant.model_dump(include={"bits", "group_size", "desc_act", "act_group_aware", "sym", "damp_percent"}),
         checkpoint_format=recipe.gptq.checkpoint_format,
         version=__version__,
     )

@@ -86,8 +86,10 @@ def parse_located(text: str, origin: str) -> Located:
     try:
         loader = yaml.SafeLoader(text)
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise RecipeError(f"{origin}:{line}: is not valid YAML: it holds the character {error.character:#x}") from None
+        number = text.count("\n", 0, error.position) + 1
+        raise RecipeError(
+            f"{origin}:{number}: is not valid YAML: it holds the character {error.character:#x}"
+        ) from None
     try:
         node = loader.get_single_node()
         tree = Located(None)

@@ -155,6 +155,8 @@ class GptqParameters(Strict):
     bits: Bits = 4
     group_size: int = 128
     desc_act: DescAct = False
+    act_group_aware: bool = True
+    """Where ``desc_act`` is false: solve groups, and columns in them, by activation. Files are the same kind."""
     sym: bool = True
     damp_percent: float = Field(default=0.1, gt=0, lt=1)
     mse: bool = False
@@ -164,6 +166,13 @@ class GptqParameters(Strict):
     def _bits(cls, value: Any) -> Any:
         if isinstance(value, bool) or value not in BITS:
             raise ValueError(f"must be one of {', '.join(map(str, BITS))}, not {value!r}")
+        return value
+
+    @field_validator("desc_act", mode="before")
+    @classmethod
+    def _desc_act(cls, value: Any) -> Any:
+        if value not in (True, False, "static"):
+            raise ValueError(f"must be true, false or static, not {value!r}")
         return value
 
     @field_validator("group_size")

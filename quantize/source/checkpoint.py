@@ -92,9 +92,10 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
         raise SourceError(f"{where}: names no model_type, so the architecture is unknown")
     if config.get("quantization_config"):
         settings = config["quantization_config"]
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        method = settings.get("quant_method", "") if isinstance(settings, dict) else ""
         raise SourceError(
-            f"{where}: the model is already quantized ({method or 'an unknown method'}); name the unquantized model it was made from"
+            f"{where}: the model is already quantized ({method or 'unknown method'}); "
+            "name the unquantized model it was made from"
         )
     return config
 
@@ -115,10 +116,15 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         raise SourceError(f"{path}: shard is missing; download the model again") from None
     except (SafetensorError, OSError) as error:
         raise SourceError(f"{path}: is truncated or damaged ({_reason(error)}); download the model again") from None
+    check_dtypes(table, str(path))
+    return table
+
+
+def check_dtypes(table: Mapping[str, TensorSpec], where: str) -> None:
+    """Refuse a tensor table with a dtype that a release cannot carry."""
     unknown = next((key for key, spec in table.items() if spec.dtype not in DTYPE_BYTES), None)
     if unknown:
-        raise SourceError(f"{path}: tensor {unknown} has dtype {table[unknown].dtype}, which is not supported")
-    return table
+        raise SourceError(f"{where}: tensor {unknown} has dtype {table[unknown].dtype}, which is not supported")
 
 
 def non_weight_files(folder: Path) -> list[str]:
@@ -142,7 +148,7 @@ def is_carried_over(name: str) -> bool:
 def _shard_names(folder: Path) -> list[str]:
     index = folder / INDEX_NAME
     if index.is_file():
-        return sorted(set(_weight_map(index).values()))
+        return sorted(set(read_index(index).values()))
     if (folder / SINGLE_NAME).is_file():
         return [SINGLE_NAME]
     names = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -157,7 +163,8 @@ def _shard_names(folder: Path) -> list[str]:
     raise SourceError(f"{folder}: holds no .safetensors weights")
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor name -> shard name of an index; refused where it is no index, or points outside its folder."""
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = {str(key): str(value) for key, value in table.items()}
@@ -173,7 +180,7 @@ def _check_index(folder: Path, tensors: Mapping[str, TensorSpec]) -> None:
     index = folder / INDEX_NAME
     if not index.is_file():
         return
-    for key, shard in _weight_map(index).items():
+    for key, shard in read_index(index).items():
         if key not in tensors or tensors[key].file != shard:
             raise SourceError(f"{index}: says that {key} lies in {shard}, but it does not")
 

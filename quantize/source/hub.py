@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ from quantize.recipe.schema import Model
 from quantize.source.cache import cached_sha256
 from quantize.source.checkpoint import (
     Checkpoint,
-    check_config,
+    check_dtypes,
     is_carried_over,
     read_checkpoint,
+    read_config,
+    read_index,
 )
 from quantize.source.resolve import Notify, Source, safe_name
 
@@ -69,8 +70,7 @@ def open_hub(model: Model, *, weights: bool, notify: Notify) -> Source:
 def _shards(repo: str, api: Any, commit: str, files: dict[str, Any]) -> list[str]:
     if INDEX_NAME in files:
         path = api.hf_hub_download(repo, INDEX_NAME, revision=commit)
-        table = json.loads(Path(path).read_text(encoding="utf-8")).get("weight_map", {})
-        names = sorted({str(name) for name in table.values()})
+        names = sorted(set(read_index(Path(path)).values()))
         missing = next((name for name in names if name not in files), None)
         if missing:
             raise SourceError(f"{repo}: its index names the shard {missing}, which the repo does not have")
@@ -99,14 +99,20 @@ def _check_downloads(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def _headers(repo: str, api: Any, commit: str) -> Checkpoint:
+    from huggingface_hub.errors import SafetensorsParsingError
+
     path = api.hf_hub_download(repo, "config.json", revision=commit)
-    config = check_config(json.loads(Path(path).read_text(encoding="utf-8")), f"{repo}/config.json")
-    metadata = api.get_safetensors_metadata(repo, revision=commit)
+    config = read_config(Path(path).parent)
+    try:
+        metadata = api.get_safetensors_metadata(repo, revision=commit)
+    except SafetensorsParsingError as error:
+        raise SourceError(f"{repo}: a shard is damaged: {error}") from None
     tensors = {
         key: TensorSpec(tensor.dtype, tuple(tensor.shape), name)
         for name, file in metadata.files_metadata.items()
         for key, tensor in file.tensors.items()
     }
+    check_dtypes(tensors, repo)
     return Checkpoint(config, tensors, None, tuple(sorted(metadata.files_metadata)))
 
 
