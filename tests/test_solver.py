@@ -15,9 +15,12 @@ from quantize.methods.gptq import GptqParameters, Solution, round_to_nearest, so
 
 ROWS, COLUMNS = 8, 256
 GRID = [
-    GptqParameters(bits, group_size, desc_act, sym, damp_percent=0.05)
-    for bits, group_size, desc_act, sym in itertools.product(
-        (2, 3, 4, 8), (-1, 16, 32, 64, 128, 256), (False, True, "static"), (True, False)
+    GptqParameters(bits, group_size, desc_act, sym, damp_percent=0.05, act_group_aware=aware)
+    for bits, group_size, (desc_act, aware), sym in itertools.product(
+        (2, 3, 4, 8),
+        (-1, 16, 32, 64, 128, 256),
+        ((False, False), (False, True), (True, False), ("static", False)),
+        (True, False),
     )
 ]
 
@@ -48,11 +51,22 @@ def reference_grid(group: np.ndarray, bits: int, sym: bool) -> tuple[np.ndarray,
     return np.where(zero < 1, narrow, scale), np.clip(zero, 1, top)
 
 
+def reference_order(diagonal: np.ndarray, size: int, asked: GptqParameters) -> list[int]:
+    """Columns in solve order: natural, act-order, or groups and then their columns by activation."""
+    columns = range(len(diagonal))
+    if asked.desc_act:
+        return sorted(columns, key=lambda column: -diagonal[column])
+    if not asked.act_group_aware:
+        return list(columns)
+    strongest = [max(diagonal[at : at + size]) for at in range(0, len(diagonal), size)]
+    return sorted(columns, key=lambda column: (-strongest[column // size], column // size, -diagonal[column]))
+
+
 def reference(weight: np.ndarray, hessian: np.ndarray, asked: GptqParameters) -> tuple[np.ndarray, np.ndarray]:
     """Algorithm 1 of the paper, column by column: codes [N, K] and the group of each column."""
     rows, columns = weight.shape
     size = columns if asked.group_size == -1 else asked.group_size
-    order = np.argsort(-np.diag(hessian), kind="stable") if asked.desc_act else np.arange(columns)
+    order = reference_order(np.diag(hessian), size, asked)
     damped = hessian + asked.damp_percent * np.diag(hessian).mean() * np.eye(columns)
     inverse = np.linalg.inv(damped[np.ix_(order, order)])
     upper = np.linalg.cholesky(inverse).T
@@ -60,7 +74,7 @@ def reference(weight: np.ndarray, hessian: np.ndarray, asked: GptqParameters) ->
     codes, g_idx = np.zeros((rows, columns), int), np.zeros(columns, int)
     fixed = [reference_grid(weight[:, at : at + size], asked.bits, asked.sym) for at in range(0, columns, size)]
     for step, column in enumerate(order):
-        group = column // size if asked.desc_act == "static" else step // size
+        group = step // size if asked.desc_act is True else column // size
         if asked.desc_act == "static":
             scale, zero = fixed[group]
         elif step % size == 0:

@@ -60,11 +60,9 @@ def factorize(hessian: torch.Tensor, damp_percent: float, order: torch.Tensor | 
         order: the columns in the order in which the solve takes them, [K]; None for the natural one.
 
     Raises:
-        SolveError: not finite, or not positive definite however much it is damped.
+        SolveError: not positive definite however much it is damped.
     """
     diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):
-        raise SolveError("its input statistics are not finite")
     mean = float(diagonal.double().mean()) or 1.0
     wished = damp_percent
     while damp_percent <= max(DAMP_LIMIT, wished):

@@ -108,6 +108,8 @@ def solve(
     """
     solutions: dict[int, Solution] = {}
     columns = weight.shape[1]
+    if not bool(torch.isfinite(hessian.diagonal()).all()):
+        raise SolveError("its input statistics are not finite")
     batches: dict[tuple[float, tuple[str, int]], list[int]] = {}
     for index, variant in enumerate(variants):
         batches.setdefault((variant.damp_percent, variant.order_key(columns)), []).append(index)
