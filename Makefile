@@ -48,8 +48,8 @@ lint: setup-test ## ruff and mypy
 	$(BIN)/ruff format --check quantize tests benchmarks
 	$(BIN)/mypy
 
-bench: setup-test ## measure speed and quality side by side with gptqmodel; rewrites docs/benchmarks.md
-	$(BIN)/python -m benchmarks --out docs/benchmarks.md
+bench: setup-test ## measure side by side with gptqmodel; CALIBRATION=text EVALUATION=text
+	$(BIN)/python -m benchmarks --calibration $(CALIBRATION) --evaluation $(EVALUATION) --out docs/benchmarks.md
 
 clean: ## remove .venv, dist and caches of tools
 	rm -rf $(VENV) $(DIST) .pytest_cache .ruff_cache .mypy_cache .hypothesis

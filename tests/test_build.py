@@ -62,9 +62,7 @@ def build_from(source: Path, folder: Path, body: str, more: str = "", **calibrat
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def linear_names(tensors: dict[str, torch.Tensor]) -> list[str]:
@@ -321,9 +319,7 @@ def test_a_list_of_texts_gives_each_its_share_of_the_samples(tmp_path: Path) -> 
     texts[1].write_text("0123456789 " * 300)
     both = build(tmp_path / "both", recipe={"dataset": f"[{texts[0]}, {texts[1]}]"})
     one = build(tmp_path / "one", recipe={"dataset": f"[{texts[0]}]"})
-    manifests = [
-        json.loads((item.main / "quantize-manifest.json").read_text())["calibration"] for item in (both, one)
-    ]
+    manifests = [json.loads((item.main / "quantize-manifest.json").read_text())["calibration"] for item in (both, one)]
     hashes = [hashlib.sha256(text.read_bytes()).hexdigest() for text in texts]
     assert [corpus["file_sha256"] for corpus in manifests[0]["corpora"]] == hashes
     assert manifests[0]["tokens"] == manifests[1]["tokens"] == 8 * 64

@@ -57,9 +57,7 @@ def random_solution(bits: int, group_size: int = 32, inputs: int = 96, outputs: 
 
 
 def tensors_of(solution: Solution, bits: int, checkpoint_format: str = "gptq") -> dict[str, torch.Tensor]:
-    return encode(
-        solution.codes, solution.scales, solution.zeros, solution.g_idx, bits, checkpoint_format
-    )
+    return encode(solution.codes, solution.scales, solution.zeros, solution.g_idx, bits, checkpoint_format)
 
 
 @given(code_matrices())

@@ -155,9 +155,7 @@ def test_the_four_bit_branch_answers_sanely(result: Any, model: Any) -> None:
     branch = next(item.folder for item in result.plan.variants if item.branch == "four")
     tokenizer = AutoTokenizer.from_pretrained(branch)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with carrying(model, gptq_weights(branch, 4)):
         written = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0]
     assert "Paris" in tokenizer.decode(written[prompt["input_ids"].shape[1] :])

@@ -93,9 +93,7 @@ def error_of(weight: torch.Tensor, hessian: torch.Tensor, solution: Solution) ->
 
 
 def equal(left: Solution, right: Solution) -> bool:
-    return all(
-        torch.equal(getattr(left, name), getattr(right, name)) for name in ("codes", "scales", "zeros", "g_idx")
-    )
+    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in ("codes", "scales", "zeros", "g_idx"))
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +162,7 @@ def test_act_order_helps_where_channels_differ_in_strength() -> None:
 def test_one_group_of_all_columns_is_the_same_as_no_groups() -> None:
     weight, hessian = problem()
     for desc_act in (False, True, "static"):
-        whole, none = solve(
-            weight, hessian, [GptqParameters(4, COLUMNS, desc_act), GptqParameters(4, -1, desc_act)]
-        )
+        whole, none = solve(weight, hessian, [GptqParameters(4, COLUMNS, desc_act), GptqParameters(4, -1, desc_act)])
         assert equal(whole, none)
 
 
@@ -186,9 +182,7 @@ def test_variants_of_different_damping_stay_apart() -> None:
     assert all(equal(solve(weight, hessian, [one])[0], two) for one, two in zip(asked, together, strict=True))
 
 
-def test_slices_of_rows_give_what_the_whole_gives(
-    solved: list[Solution], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slices_of_rows_give_what_the_whole_gives(solved: list[Solution], monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = problem()
     few = range(0, len(GRID), 9)
     monkeypatch.setattr(quantize.methods.gptq, "ROW_BUDGET", len(few) * COLUMNS * 8 * 5)
@@ -229,7 +223,6 @@ def test_mse_search_is_not_worse_on_heavy_tailed_weights(bits: int, sym: bool) -
     plain, searched = distance(False), distance(True)
     assert bool((searched <= plain * (1 + 1e-9)).all())
     assert searched.sum() < 0.97 * plain.sum()
-
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -31,9 +31,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_model(
-    folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float16, **changes: Any
-) -> Path:
+def write_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float16, **changes: Any) -> Path:
     """A randomly initialised model of three blocks, saved with its tokenizer; always the same weights."""
     common = {
         "vocab_size": VOCABULARY,
@@ -59,7 +57,9 @@ def write_model(
     model.to(dtype).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     (folder / "LICENSE").write_text("A licence that has to travel with the model.\n")
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- tiny\n---\n\n# A tiny model\n\nIts own card.\n")
+    (folder / "README.md").write_text(
+        "---\nlicense: apache-2.0\ntags:\n- tiny\n---\n\n# A tiny model\n\nIts own card.\n"
+    )
     return folder
 
 

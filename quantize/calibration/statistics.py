@@ -16,7 +16,6 @@ from torch import nn
 
 from quantize.source.streamed import Linear
 
-
 PANELS = 6  # more panels leave out more of the upper half, but make narrower, slower products
 NARROWEST = 96
 

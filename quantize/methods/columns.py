@@ -151,7 +151,8 @@ def _kernel() -> Callable[..., Any]:
 
     @numba.njit(parallel=True, cache=True, error_model="numpy")
     def kernel(
-        original, work, upper, order, groups, sizes, scales, zeros, tops, flags, codes, errors, squares, spread, first, last
+        original, work, upper, order, groups, sizes, scales, zeros,
+        tops, flags, codes, errors, squares, spread, first, last,
     ):  # fmt: skip
         variants, rows, _ = work.shape
         length = last - first
@@ -177,7 +178,11 @@ def _kernel() -> Callable[..., Any]:
                 if size > 0 and place % size == 0:
                     for lane in range(count):
                         inside = column + size <= length
-                        members = block[column : column + size, lane] if inside else work[variant, row + lane, place : place + size]
+                        members = (
+                            block[column : column + size, lane]
+                            if inside
+                            else work[variant, row + lane, place : place + size]
+                        )
                         fitted = fit(members, top, flags[variant, 0], flags[variant, 1], floor)
                         scales[variant, group, row + lane] = fitted[0]
                         zeros[variant, group, row + lane] = fitted[1]

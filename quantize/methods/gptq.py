@@ -206,9 +206,7 @@ def _solve_rows(
     return found
 
 
-def _prepare(
-    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters]
-) -> tuple[Columns, list[int]]:
+def _prepare(weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters]) -> tuple[Columns, list[int]]:
     """The state at the start of a solve, and each variant's group size."""
     rows, columns = weight.shape
     device, dtype, count = weight.device, weight.dtype, len(variants)

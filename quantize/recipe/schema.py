@@ -20,7 +20,7 @@ Bits = Literal[2, 3, 4, 8]
 
 def _desc_act(value: Any) -> Any:
     if not (isinstance(value, bool) or value == "static"):
-        raise ValueError(f"must be false, true or static, not {value!r}")
+        raise ValueError(f"must be true, false or static, not {value!r}")
     return value
 
 
@@ -166,13 +166,6 @@ class GptqParameters(Strict):
     def _bits(cls, value: Any) -> Any:
         if isinstance(value, bool) or value not in BITS:
             raise ValueError(f"must be one of {', '.join(map(str, BITS))}, not {value!r}")
-        return value
-
-    @field_validator("desc_act", mode="before")
-    @classmethod
-    def _desc_act(cls, value: Any) -> Any:
-        if value not in (True, False, "static"):
-            raise ValueError(f"must be true, false or static, not {value!r}")
         return value
 
     @field_validator("group_size")
