@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import nn
 
 from quantize.calibration.statistics import Collector, InputStatistics
 from quantize.errors import CalibrationError
+from quantize.source.cache import cache_folder, write_atomically
 from quantize.source.streamed import StreamedModel
 
 CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
@@ -97,28 +100,29 @@ def choose_dtype(wish: str, device: torch.device, shapes: Sequence[tuple[int, in
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wish]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if not _cpu_has_bfloat16():
+    processor = _processor()
+    if not set(processor.split()) & set(CPU_FLAGS):
         return torch.float32
-    rows, columns = max(shapes, key=lambda shape: shape[0] * shape[1])
-    return (
-        torch.bfloat16
-        if _seconds(torch.float32, rows, columns) > 1.3 * _seconds(torch.bfloat16, rows, columns)
-        else torch.float32
-    )
+    # measured once per machine and remembered: a second build must not come out otherwise for a busy minute
+    known = hashlib.sha256(f"{processor} {torch.__version__}".encode()).hexdigest()
+    memory = cache_folder() / "compute-dtype" / known
+    if not memory.is_file():
+        rows, columns = max(shapes, key=lambda shape: shape[0] * shape[1])
+        faster = _seconds(torch.float32, rows, columns) > 1.3 * _seconds(torch.bfloat16, rows, columns)
+        write_atomically(memory, b"bfloat16" if faster else b"float32")
+    return torch.bfloat16 if memory.read_bytes() == b"bfloat16" else torch.float32
 
 
-def _cpu_has_bfloat16() -> bool:
+def _processor() -> str:
+    """The processor's instruction flags, as Linux names them; empty elsewhere."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            line = next((line for line in file if line.startswith(("flags", "Features"))), "")
+            return next((line for line in file if line.startswith(("flags", "Features"))), "")
     except OSError:
-        return False
-    return bool(set(line.split()) & set(CPU_FLAGS))
+        return ""
 
 
 def _seconds(dtype: torch.dtype, rows: int, columns: int) -> float:
-    import time
-
     left = torch.ones(256, columns, dtype=dtype)
     right = torch.ones(rows, columns, dtype=dtype)
     best = float("inf")

@@ -8,16 +8,11 @@ the same order and give the same codes.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from quantize.methods.grid import HALF_MAX, HALF_TINY, MSE_NORM, MSE_SHRINK, MSE_STEPS, Grid
-
-LANES = 64  # rows that the compiled kernel walks together
+from quantize.methods.grid import Grid
 
 
 @dataclass
@@ -69,7 +64,9 @@ class Columns:
             self.original, self.work, self.upper, self.order, self.groups, self.sizes, self.scales, self.zeros,
             tops, flags, self.codes, errors, self.squares, self.spread,
         )  # fmt: skip
-        _kernel()(*(tensor.numpy() for tensor in tensors), first, last)
+        from quantize.methods.kernel import round_columns  # compiles on first use, so not before it is needed
+
+        round_columns(*(tensor.numpy() for tensor in tensors), first, last)
 
     def _round_torch(self, errors: torch.Tensor, first: int, last: int) -> None:
         tops = torch.tensor([grid.top for grid in self.grids], device=self.work.device, dtype=self.work.dtype)
@@ -93,123 +90,3 @@ class Columns:
             self.squares += error.double().square()
             self.spread += (self.original[:, column] - value).double().square()
             self.work[:, :, column + 1 : last] -= error[:, :, None] * self.upper[column, column + 1 : last]
-
-
-@functools.cache
-def _kernel() -> Callable[..., Any]:
-    import math
-
-    import numba
-    import numpy as np
-
-    trials = int(MSE_SHRINK * MSE_STEPS)
-    tiny, huge, steps, norm = HALF_TINY, HALF_MAX, MSE_STEPS, MSE_NORM
-
-    @numba.njit(inline="always")
-    def half(value):
-        """Rounded to float16, ties to even, in the wider dtype."""
-        if not value > 0:
-            return value - value + 1
-        if value > huge:
-            return value - value + huge
-        _, exponent = math.frexp(value)
-        quantum = math.ldexp(1.0, max(exponent - 11, -24))
-        return max(np.rint(value / quantum) * quantum, tiny)
-
-    @numba.njit
-    def between(low, high, top, sym):
-        if sym:
-            return half(2 * max(-low, high) / top), (top + 1) // 2
-        scale = half((high - low) / top)
-        zero = min(max(np.rint(-low / scale), 0), top)
-        if zero < 1:
-            return half(high / (top - 1)), top - top + 1
-        return scale, zero
-
-    @numba.njit
-    def fit(group, top, sym, mse, as_weight):
-        low, high = min(group[0], as_weight), max(group[0], as_weight)
-        for value in group:
-            low, high = min(low, value), max(high, value)
-        scale, zero = between(low, high, top, sym)
-        if not mse:
-            return scale, zero
-        best = math.inf
-        chosen_scale, chosen_zero = scale, zero
-        for step in range(trials):
-            shrink = 1 - step / steps
-            trial, origin = between(low * shrink, high * shrink, top, sym)
-            error = 0.0
-            for value in group:
-                code = min(max(np.rint(value / trial) + origin, 0), top)
-                error += abs(trial * (code - origin) - value) ** norm
-                if error >= best:
-                    break
-            if error < best:
-                best, chosen_scale, chosen_zero = error, trial, origin
-        return chosen_scale, chosen_zero
-
-    @numba.njit(parallel=True, cache=True, error_model="numpy")
-    def kernel(
-        original, work, upper, order, groups, sizes, scales, zeros,
-        tops, flags, codes, errors, squares, spread, first, last,
-    ):  # fmt: skip
-        variants, rows, _ = work.shape
-        length = last - first
-        tiles = (rows + LANES - 1) // LANES
-        for tile in numba.prange(variants * tiles):
-            variant = tile // tiles
-            row = (tile % tiles) * LANES
-            count = min(LANES, rows - row)
-            top, size = tops[variant], sizes[variant]
-            floor = top - top  # zero in the weight's dtype: a literal would widen every sum to float64
-            # the run's columns of a few rows, turned so that one column's rows lie side by side for the vector units
-            block = np.zeros((length, LANES), work.dtype)
-            for lane in range(count):
-                for column in range(length):
-                    block[column, lane] = work[variant, row + lane, first + column]
-            scale, zero = np.ones(LANES, work.dtype), np.zeros(LANES, work.dtype)
-            error, code = np.zeros(LANES, work.dtype), np.zeros(LANES, work.dtype)
-            difference = np.zeros(LANES, work.dtype)
-            square, apart = np.zeros(LANES), np.zeros(LANES)
-            for column in range(length):
-                place = first + column
-                group = groups[variant, place]
-                if size > 0 and place % size == 0:
-                    for lane in range(count):
-                        inside = column + size <= length
-                        members = (
-                            block[column : column + size, lane]
-                            if inside
-                            else work[variant, row + lane, place : place + size]
-                        )
-                        fitted = fit(members, top, flags[variant, 0], flags[variant, 1], floor)
-                        scales[variant, group, row + lane] = fitted[0]
-                        zeros[variant, group, row + lane] = fitted[1]
-                for lane in range(count):
-                    scale[lane] = scales[variant, group, row + lane]
-                    zero[lane] = zeros[variant, group, row + lane]
-                diagonal = upper[place, place]
-                for lane in range(LANES):
-                    weight = block[column, lane]
-                    rounded = min(max(np.rint(weight / scale[lane]) + zero[lane], floor), top)
-                    value = scale[lane] * (rounded - zero[lane])
-                    code[lane] = rounded
-                    error[lane] = (weight - value) / diagonal
-                    difference[lane] = value
-                natural = order[place]
-                for lane in range(count):
-                    codes[variant, row + lane, natural] = np.uint8(code[lane])
-                    errors[variant, row + lane, column] = error[lane]
-                    square[lane] += np.float64(error[lane]) * error[lane]
-                    away = np.float64(original[row + lane, place]) - difference[lane]
-                    apart[lane] += away * away
-                for later in range(column + 1, length):
-                    factor = upper[place, first + later]
-                    for lane in range(LANES):
-                        block[later, lane] -= error[lane] * factor
-            for lane in range(count):
-                squares[variant, row + lane] += square[lane]
-                spread[variant, row + lane] += apart[lane]
-
-    return kernel
