@@ -9,6 +9,7 @@ the same order and give the same codes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -66,7 +67,8 @@ class Columns:
         )  # fmt: skip
         from quantize.methods.kernel import round_columns  # compiles on first use, so not before it is needed
 
-        round_columns(*(tensor.numpy() for tensor in tensors), first, last)
+        kernel: Any = round_columns
+        kernel(*(tensor.numpy() for tensor in tensors), first, last)
 
     def _round_torch(self, errors: torch.Tensor, first: int, last: int) -> None:
         tops = torch.tensor([grid.top for grid in self.grids], device=self.work.device, dtype=self.work.dtype)
