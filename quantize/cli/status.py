@@ -15,9 +15,9 @@ from quantize.cli.options import dist_option, gigabytes, json_option, print_json
 @json_option
 def status(recipe: str, overrides: tuple[str, ...], dist: str, as_json: bool) -> None:
     """Show which branches of RECIPE are built, how well they came out, and what lies beside them in dist."""
+    from quantize.formats.manifest import oddities, read_manifest
     from quantize.planning import plan_recipe
     from quantize.recipe import load_recipe
-    from quantize.release.manifest import oddities, read_manifest
 
     planned = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
     report: list[dict[str, Any]] = []

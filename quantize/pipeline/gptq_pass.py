@@ -19,10 +19,10 @@ from quantize.calibration.statistics import InputStatistics
 from quantize.calibration.tokens import Tokens
 from quantize.errors import PlanError, SolveError, SourceError
 from quantize.formats import gptq as gptq_format
+from quantize.formats.manifest import LedgerEntry
 from quantize.formats.safetensors_writer import ShardWriter
 from quantize.methods.gptq import GptqParameters, Solution, solve
 from quantize.planning import Plan, PlannedVariant
-from quantize.release.manifest import LedgerEntry
 from quantize.source.streamed import Linear, StreamedModel
 
 Timed = Callable[[str], AbstractContextManager[None]]

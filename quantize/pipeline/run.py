@@ -18,12 +18,12 @@ from typing import Any
 
 from quantize import __version__
 from quantize.errors import BuildError
+from quantize.formats.manifest import MANIFEST_NAME, LedgerEntry, manifest, oddities
 from quantize.planning import Plan, PlannedVariant, plan_recipe
 from quantize.planning.keys import key_of
 from quantize.recipe import LoadedRecipe
 from quantize.release.card import render_card
 from quantize.release.config import as_json, release_config
-from quantize.release.manifest import MANIFEST_NAME, LedgerEntry, manifest, oddities
 from quantize.release.tree import copy_file, describe_files, locked, publish, write_file
 from quantize.source.resolve import Notify
 

@@ -12,13 +12,13 @@ from typing import Any, Literal
 from quantize.calibration.corpus import title
 from quantize.calibration.tokens import calibration_identity
 from quantize.errors import PlanError
+from quantize.formats.manifest import is_complete, read_manifest
 from quantize.planning.estimate import Estimate, estimate
 from quantize.planning.keys import differences, key_inputs, key_of
 from quantize.planning.modules import ModuleTable, find_linears
 from quantize.planning.sizes import Layout, check_variant, variant_layout
 from quantize.recipe import LoadedRecipe
 from quantize.recipe.schema import GptqVariant, Recipe, RepoNameError, repo_id
-from quantize.release.manifest import is_complete, read_manifest
 from quantize.source.resolve import Notify, Source, resolve
 
 State = Literal["missing", "stale", "fresh"]

@@ -1,1 +1,1 @@
-"""Manifest and model card of a finished branch."""
+"""A finished branch: its card, its config, its folder put into place."""

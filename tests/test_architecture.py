@@ -1,0 +1,58 @@
+"""The house keeps its order: imports point one way, and the light parts stay light."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import quantize
+
+PACKAGE = Path(quantize.__file__).parent
+FLOORS = ("cli", "pipeline", "measure", "release", "planning", "calibration", "source", "methods", "formats", "recipe")
+"""From top to bottom, as docs/architecture.md lists them."""
+
+
+def imported_floors(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+    return {name.split(".")[1] for name in names if name.startswith("quantize.")} & set(FLOORS)
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_imports_point_down(floor: str) -> None:
+    allowed = set(FLOORS[FLOORS.index(floor) :])
+    for path in (PACKAGE / floor).rglob("*.py"):
+        assert imported_floors(path) <= allowed, path
+
+
+def test_mathematics_and_formats_know_nothing_of_each_other() -> None:
+    for floor in ("methods", "formats"):
+        for path in (PACKAGE / floor).rglob("*.py"):
+            assert imported_floors(path) <= {floor}, path
+
+
+def test_every_floor_is_listed_and_documented() -> None:
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert folders == set(FLOORS)
+    checkout = PACKAGE.parent / "docs" / "architecture.md"
+    assert re.findall(r"^  (\w+)/ ", checkout.read_text(encoding="utf-8"), re.MULTILINE) == list(FLOORS)
+
+
+def test_no_file_outgrows_one_reading() -> None:
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
+@pytest.mark.parametrize("module", ["quantize.cli", "quantize.planning", "quantize.recipe"])
+def test_light_parts_import_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
