@@ -11,7 +11,7 @@ import numpy as np
 from quantize.calibration.corpus import identity, read_text, title
 from quantize.errors import CalibrationError
 from quantize.recipe.schema import Calibration, Corpus
-from quantize.source.resolve import Source
+from quantize.source.resolved import Source
 
 SAMPLER_VERSION = 1  # raise when the same recipe would give other windows
 

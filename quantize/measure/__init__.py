@@ -8,7 +8,7 @@ from pathlib import Path
 from quantize.errors import BuildError, RecipeError
 from quantize.measure.quality import Quality
 from quantize.recipe import LoadedRecipe
-from quantize.source.resolve import Notify
+from quantize.source.resolved import Notify
 
 __all__ = ["Quality", "measure_recipe"]
 

@@ -25,7 +25,7 @@ from quantize.recipe import LoadedRecipe
 from quantize.release.card import render_card
 from quantize.release.config import as_json, release_config
 from quantize.release.tree import copy_file, describe_files, locked, publish, write_file
-from quantize.source.resolve import Notify
+from quantize.source.resolved import Notify
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

@@ -19,7 +19,8 @@ from quantize.planning.modules import ModuleTable, find_linears
 from quantize.planning.sizes import Layout, check_variant, variant_layout
 from quantize.recipe import LoadedRecipe
 from quantize.recipe.schema import GptqVariant, Recipe, RepoNameError, repo_id
-from quantize.source.resolve import Notify, Source, resolve
+from quantize.source.resolve import resolve
+from quantize.source.resolved import Notify, Source
 
 State = Literal["missing", "stale", "fresh"]
 

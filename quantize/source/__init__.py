@@ -1,6 +1,7 @@
 """Reading a model: hub or local snapshot, GGUF, safetensors headers, and its blocks streamed one at a time."""
 
 from quantize.source.checkpoint import Checkpoint, read_checkpoint
-from quantize.source.resolve import Source, resolve
+from quantize.source.resolve import resolve
+from quantize.source.resolved import Source
 
 __all__ = ["Checkpoint", "Source", "read_checkpoint", "resolve"]

@@ -19,7 +19,7 @@ from typing import Any
 from quantize.errors import SourceError
 from quantize.source.cache import cache_folder, cached_sha256
 from quantize.source.checkpoint import read_checkpoint
-from quantize.source.resolve import Notify, Source, safe_name
+from quantize.source.resolved import Notify, Source, safe_name
 
 CONVERSION = "1"  # raise when the conversion's result changes
 

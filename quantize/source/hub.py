@@ -17,7 +17,7 @@ from quantize.source.checkpoint import (
     read_config,
     read_index,
 )
-from quantize.source.resolve import Notify, Source, safe_name
+from quantize.source.resolved import Notify, Source, safe_name
 
 
 def open_hub(model: Model, *, weights: bool, notify: Notify) -> Source:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from quantize.errors import SourceError
-from quantize.source.resolve import Source
+from quantize.source.resolved import Source
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -1,0 +1,64 @@
+"""A source model once it is found: its files, its hashes, what it was made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from quantize.errors import SourceError
+from quantize.source.cache import cached_sha256
+from quantize.source.checkpoint import Checkpoint, is_carried_over, non_weight_files
+
+Notify = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A resolved source model.
+
+    Attributes:
+        named: what the recipe says.
+        short_name: the model's name in repo names: the last part of the id, folder or file name.
+        checkpoint: config and tensor table; ``checkpoint.folder`` is None if only headers were fetched.
+        commit: the hub commit, where there is one.
+        hub_id: the hub id, where there is one.
+        origin: what a converted source was made of, for the manifest (GGUF file name and SHA-256).
+        remote_hashes: hash by file name as the hub tells it (SHA-256 of LFS files, ``git:`` and the blob id of
+            others), so that planning from headers and building from files see the same source.
+    """
+
+    named: str
+    short_name: str
+    checkpoint: Checkpoint
+    commit: str | None = None
+    hub_id: str | None = None
+    origin: dict[str, str] | None = None
+    remote_hashes: dict[str, str] | None = None
+
+    @property
+    def folder(self) -> Path:
+        if self.checkpoint.folder is None:
+            raise SourceError(f"{self.named}: only its headers were read so far")
+        return self.checkpoint.folder
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Hash of every file that determines the artefacts: weights, config and all files carried over."""
+        if self.remote_hashes is not None:
+            return self.remote_hashes
+        names = [*self.checkpoint.shards, "config.json", *non_weight_files(self.folder)]
+        return {name: cached_sha256(self.folder / name) for name in sorted(set(names))}
+
+    @property
+    def carried_over(self) -> list[str]:
+        """Names of the files that go into every branch byte for byte."""
+        return [name for name in self.hashes if is_carried_over(name)]
+
+
+def safe_name(text: str) -> str:
+    """A name from outside, reduced to what a repo or folder may be called."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")
+    return re.sub(r"\.\.+", ".", name) or "model"
