@@ -16,7 +16,7 @@ def main() -> None:
         bits=int(bits), group_size=int(group_size), desc_act=ordered, damp_percent=float(damp), sym=True,
         device="cpu", offload_to_disk=False, **extra,
     )  # fmt: skip
-    model = GPTQModel.load(source, config, device="cpu")
+    model = GPTQModel.load(source, config)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in np.load(ids)]
     model.quantize(rows, batch_size=8)
     model.save(out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from quantize.recipe.located import Key, Located, merge, read_located, set_value
 from quantize.recipe.presets import PRESETS
 from quantize.recipe.schema import GptqMatrix, GptqParameters, GptqVariant, Recipe
 from quantize.recipe.shipped import find_shipped
+
+MOST_VARIANTS = 256  # a matrix of long lists multiplies quickly
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,9 @@ def _expand(located: Located, recipe: Recipe) -> tuple[list[GptqVariant], tuple[
     for index, variant in enumerate(gptq.variants):
         given = {name: getattr(variant, name) for name in variant.model_fields_set}
         found.append((GptqVariant(**{**defaults, **given}), ("gptq", "variants", index)))
+    count = math.prod(len(values) for values in _axes(gptq.matrix).values())
+    if count > MOST_VARIANTS:
+        raise located.error(("gptq", "matrix"), f"has {count:,} combinations; a release has at most {MOST_VARIANTS}")
     for combination in _combinations(gptq.matrix):
         try:
             variant = GptqVariant(**{**defaults, **combination})
@@ -266,10 +272,14 @@ def branch_name(variant: GptqParameters, defaults: GptqParameters) -> str:
     return name
 
 
-def _combinations(matrix: GptqMatrix | None) -> list[dict[str, Any]]:
+def _axes(matrix: GptqMatrix | None) -> dict[str, list[Any]]:
     if matrix is None:
-        return []
-    axes = {name: getattr(matrix, name) for name in GptqMatrix.model_fields if getattr(matrix, name)}
+        return {}
+    return {name: getattr(matrix, name) for name in GptqMatrix.model_fields if getattr(matrix, name)}
+
+
+def _combinations(matrix: GptqMatrix | None) -> list[dict[str, Any]]:
+    axes = _axes(matrix)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
 
 

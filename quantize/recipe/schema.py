@@ -142,10 +142,10 @@ class Calibration(Strict):
     dataset: Annotated[list[Corpus], BeforeValidator(_corpora), Field(min_length=1)] = Field(
         default_factory=lambda: [Corpus(preset="wikitext")]
     )
-    samples: int = Field(default=128, ge=1, le=1_000_000)
-    sequence_length: int = Field(default=2048, ge=8, le=1_000_000)
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    batch_tokens: int = Field(default=4096, ge=1)
+    samples: int = Field(default=128, ge=1, le=1_000_000, strict=True)
+    sequence_length: int = Field(default=2048, ge=8, le=1_000_000, strict=True)
+    seed: int = Field(default=0, ge=0, lt=2**32, strict=True)
+    batch_tokens: int = Field(default=4096, ge=1, strict=True)
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
@@ -153,7 +153,7 @@ class GptqParameters(Strict):
     """The parameters of one GPTQ solve, as the loaders and the papers name them."""
 
     bits: Bits = 4
-    group_size: int = 128
+    group_size: int = Field(default=128, strict=True)
     desc_act: DescAct = False
     act_group_aware: bool = True
     """Where ``desc_act`` is false: solve groups, and columns in them, by activation. Files are the same kind."""

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from quantize import __version__
 from quantize.calibration.corpus import title, url
 from quantize.planning import Plan, PlannedVariant
 
@@ -58,6 +59,7 @@ def render_card(plan: Plan) -> str:
         prompt_template=recipe.model.prompt_template,
         rows=[_row(plan, item) for item in plan.variants],
         samples=recipe.calibration.samples,
+        version=__version__,
         original=original,
     )
 
