@@ -42,8 +42,11 @@ class Activations:
         other.hidden = self.hidden.clone()
         return other
 
-    def advance(self, index: int, block: nn.Module, collector: Collector | None = None) -> None:
-        """Run block ``index`` over all windows in place; ``collector`` gathers what its linears read.
+    def advance(self, index: int, block: nn.Module, collector: Collector | None = None, keep: bool = True) -> None:
+        """Run block ``index`` over all windows; ``collector`` gathers what its linears read.
+
+        Args:
+            keep: put each output in its input's place; False leaves the windows as they entered the block.
 
         Raises:
             CalibrationError: the block puts out NaN or infinity.
@@ -51,7 +54,8 @@ class Activations:
         for start in range(0, len(self.ids), self.batch):
             window = self.hidden[start : start + self.batch]
             output = self.model.run(index, block, window.to(self.model.device))
-            window.copy_(output)
+            if keep:
+                window.copy_(output)
             if collector is not None:
                 collector.end_of_run()
         low, high = torch.aminmax(self.hidden.reshape(-1))
@@ -62,8 +66,13 @@ class Activations:
             )
 
 
-def block_statistics(activations: Activations, index: int, block: nn.Module) -> list[InputStatistics]:
-    """Advance all windows through a block and return the statistics of its distinct inputs.
+def block_statistics(
+    activations: Activations, index: int, block: nn.Module, keep: bool = True
+) -> list[InputStatistics]:
+    """Run all windows through a block and return the statistics of its distinct inputs.
+
+    Args:
+        keep: as for :meth:`Activations.advance`.
 
     Raises:
         CalibrationError: a linear that no token reached, or a bad output.
@@ -71,7 +80,7 @@ def block_statistics(activations: Activations, index: int, block: nn.Module) -> 
     model = activations.model
     collector = Collector(model.linears(block))
     with torch.inference_mode(), collector.attached():
-        activations.advance(index, block, collector)
+        activations.advance(index, block, collector, keep)
         for group in collector.groups:
             group.finish()
     if unread := collector.unread():

@@ -6,12 +6,13 @@ Peak memory is one block, its statistics, the activations and the solver's works
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from quantize.calibration.forward import Activations, block_statistics
@@ -48,7 +49,7 @@ class Branch:
 
     @property
     def parameters(self) -> GptqParameters:
-        return GptqParameters(**self.item.variant.model_dump(exclude={"branch"}))
+        return GptqParameters(**self.item.variant.model_dump(exclude={"branch", "propagate"}))
 
 
 class GptqPass:
@@ -84,46 +85,76 @@ class GptqPass:
             self._copy_unquantized()
         calibration = self.plan.recipe.calibration
         batch = max(1, calibration.batch_tokens // calibration.sequence_length)
+        sharing = [branch for branch in self.branches if branch.item.variant.propagate == "source"]
         with self.timed("forward"):
-            activations = Activations(self.model, self.tokens.ids, batch)
-        for index in tqdm(range(len(self.model)), desc="blocks", unit="block", disable=self.disable):
-            with self.timed("load"):
-                loading = self.model.block(index)
-                block = loading.__enter__()
-            try:
-                with self.timed("forward"):
-                    groups = block_statistics(activations, index, block)
-                for group in groups:
-                    self._solve_group(index, group)
-                    group.hessian = torch.empty(0)
-            finally:
-                loading.__exit__(None, None, None)
+            shared = Activations(self.model, self.tokens.ids, batch)
+            own = {
+                branch.item.branch: shared.copy()
+                for branch in self.branches
+                if branch.item.variant.propagate == "quantized"
+            }
+        with ExitStack() as stack:
+            for index in tqdm(range(len(self.model)), desc="blocks", unit="block", disable=self.disable):
+                with self.timed("load"):
+                    stack.close()  # drops the block before
+                    block = stack.enter_context(self.model.block(index))
+                if sharing:
+                    self._solve_shared(index, block, shared, sharing)
+                for branch in self.branches:
+                    if branch.item.branch in own:
+                        self._solve_own(index, block, own[branch.item.branch], branch)
 
-    def _solve_group(self, index: int, group: InputStatistics) -> None:
+    def _solve_shared(self, index: int, block: nn.Module, activations: Activations, branches: Sequence[Branch]) -> None:
+        """``propagate: source``: one forward of the source's block serves all branches."""
+        with self.timed("forward"):
+            groups = block_statistics(activations, index, block)
+        for group in groups:
+            self._solve_group(index, group, branches)
+            group.hessian = torch.empty(0)
+
+    def _solve_own(self, index: int, block: nn.Module, activations: Activations, branch: Branch) -> None:
+        """``propagate: quantized``: the branch's own inputs through the source's block, then through its own."""
+        with self.timed("forward"):
+            groups = block_statistics(activations, index, block, keep=False)
+        replaced: list[tuple[Linear, torch.Tensor]] = []
+        for group in groups:
+            (solution,) = self._solve_group(index, group, [branch])
+            group.hessian = torch.empty(0)
+            rows = [linear.weight.shape[0] for linear in group.linears]
+            replaced += zip(group.linears, solution.dequantize().split(rows), strict=True)
+        if index + 1 == len(self.model):
+            return
+        with self.timed("forward"), torch.inference_mode():
+            source = [(linear, linear.weight.clone()) for linear, _ in replaced]
+            for linear, weight in replaced:
+                linear.set_weight(weight)
+            activations.advance(index, block)
+            for linear, weight in source:
+                linear.set_weight(weight)
+
+    def _solve_group(self, index: int, group: InputStatistics, branches: Sequence[Branch]) -> list[Solution]:
+        """Solve the linears that share an input, stacked, for all ``branches``, and write the results."""
         names = [self.model.checkpoint_name(index, linear.local) for linear in group.linears]
         with self.timed("solve"), torch.inference_mode():
             weights = [self._weight(name, linear) for name, linear in zip(names, group.linears, strict=True)]
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
             energy = ((stacked @ group.hessian) * stacked).sum(dim=1, dtype=torch.float64).cpu()
+            wishes = [branch.parameters for branch in branches]
             try:
-                solutions = solve(
-                    stacked,
-                    group.hessian,
-                    [branch.parameters for branch in self.branches],
-                    self.gptq.rtn_fallback,
-                )
+                solutions = solve(stacked, group.hessian, wishes, self.gptq.rtn_fallback)
             except SolveError as error:
                 raise SolveError(
                     f"{', '.join(names)}: {error}; calibrate on more or other text, raise gptq.damp_percent, or set "
                     "gptq.rtn_fallback to round such modules to nearest"
                 ) from None
-        for branch, solution in zip(self.branches, solutions, strict=True):
+        for branch, solution in zip(branches, solutions, strict=True):
             first = 0
             for name, weight in zip(names, weights, strict=True):
-                last = first + weight.shape[0]
-                self._write_linear(branch, name, solution, slice(first, last))
-                branch.ledger.append(self._entry(name, solution, slice(first, last), energy, group.tokens))
-                first = last
+                rows = slice(first, first + weight.shape[0])
+                self._write_linear(branch, name, solution, rows)
+                branch.ledger.append(self._entry(name, solution, rows, energy, group.tokens))
+                first = rows.stop
+        return solutions
 
     def _weight(self, name: str, linear: Linear) -> torch.Tensor:
         """The stored weight [N, K] in float32, exact even where the forward pass runs in less."""

@@ -58,10 +58,14 @@ def estimate(
     factors = len({(variant.damp_percent, bool(variant.desc_act)) for variant in variants})
     solve += factors * sum(size**3 for _, size in inputs)
     rate = _operations_per_second() if variants else 1.0
-    seconds = forward / SHARE_FORWARD + statistics / SHARE_STATISTICS + solve / SHARE_SOLVE
+    own = sum(variant.propagate == "quantized" for variant in variants)
+    passes = int(own < len(variants)) + own
+    forwards = int(own < len(variants)) + 2 * own
+    solve += own * sum(size**3 for _, size in inputs)
+    seconds = forwards * forward / SHARE_FORWARD + passes * statistics / SHARE_STATISTICS + solve / SHARE_SOLVE
     return Estimate(
         seconds / rate + SETUP_SECONDS if variants else 0.0,
-        _peak(checkpoint, table, calibration, width, inputs),
+        _peak(checkpoint, table, calibration, width, inputs, 1 + own),
     )
 
 
@@ -71,6 +75,7 @@ def _peak(
     calibration: Calibration,
     width: int,
     inputs: list[tuple[int, int]],
+    streams: int,
 ) -> int:
     linears: dict[int, int] = defaultdict(int)
     hessians: dict[int, int] = defaultdict(int)
@@ -81,7 +86,7 @@ def _peak(
     largest = max(size for _, size in inputs)
     inside = sum(spec.nbytes for name, spec in checkpoint.tensors.items() if name.startswith(table.prefix))
     outside = (checkpoint.nbytes - inside) // 2 * COMPUTE_BYTES
-    activations = calibration.samples * calibration.sequence_length * width * COMPUTE_BYTES
+    activations = streams * calibration.samples * calibration.sequence_length * width * COMPUTE_BYTES
     running = max(calibration.batch_tokens, calibration.sequence_length) * 12 * width * COMPUTE_BYTES
     working = max(running, 3 * largest * largest * 4 + SOLVE_BYTES)
     return int(PROCESS_BYTES + outside + activations + max(linears.values()) + max(hessians.values()) + working)

@@ -28,7 +28,6 @@ def key_inputs(
         "parameters": variant.model_dump(exclude={"branch"}),
         "method": {
             "name": "gptq",
-            "propagate": gptq.propagate,
             "checkpoint_format": gptq.checkpoint_format,
             "zero_bias": gptq.zero_bias,
             "rtn_fallback": gptq.rtn_fallback,

@@ -25,6 +25,7 @@ def _desc_act(value: Any) -> Any:
 
 
 DescAct = Annotated[bool | Literal["static"], BeforeValidator(_desc_act)]
+Propagate = Literal["source", "quantized"]
 Outcome = Literal["damp_raised", "dead_columns", "rtn_fallback"]
 
 
@@ -160,6 +161,8 @@ class GptqParameters(Strict):
     sym: bool = True
     damp_percent: float = Field(default=0.1, gt=0, lt=1)
     mse: bool = False
+    propagate: Propagate = "source"
+    """Whose activations the statistics are of: the source model's, or those of the blocks quantized so far."""
 
     @field_validator("bits", mode="before")
     @classmethod
@@ -209,7 +212,6 @@ class Gptq(GptqParameters):
 
     variants: list[GptqVariant] = []
     matrix: GptqMatrix | None = None
-    propagate: Literal["source"] = "source"
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     zero_bias: bool = False
     rtn_fallback: bool = False
