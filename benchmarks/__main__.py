@@ -19,6 +19,7 @@ from benchmarks.child import THREADS, Run, run
 EIGHT = [(4, 64, False), (4, 32, True), (4, 16, True), (4, 64, True),
          (8, 32, True), (8, 64, True), (8, 64, False), (8, -1, True)]  # fmt: skip
 DAMP = 0.1
+WINDOWS = 8  # of the held-out text
 
 
 @click.command()
@@ -40,14 +41,21 @@ def main(
         source, ids = _prepare(eight, folder / "ids.npy")
         ours = _median([_build(eight, folder / f"eight{index}") for index in range(rounds)])
         single = _median([_build(one, folder / f"one{index}") for index in range(rounds)])
+        own = _recipe(folder / "own.yaml", calibration, samples, length, EIGHT[:peers], propagate="quantized")
+        quantized = [_build(own, folder / "own")] if peers else []
+        for name, done in (("eight", [ours]), ("one", [single]), ("quantized", quantized)):
+            click.echo(f"ours, {name}: " + ", ".join(f"{item[0].seconds:.0f} s" for item in done), err=True)
         theirs = []
         for index, (bits, group_size, desc_act) in enumerate(EIGHT[:peers]):
             target = folder / "peer" / _branch(index)
             arguments = [source, str(target), str(ids), str(bits), str(group_size), str(desc_act), str(DAMP)]
             theirs.append(run("-m", "benchmarks.peer_gptqmodel", *arguments))
             click.echo(f"gptqmodel {_branch(index)}: {theirs[-1].seconds:.0f} s", err=True)
-        quality = _measure(eight, folder / "eight0", folder / "peer" if peers else None, evaluation, length)
-    text = _report(ours, single, theirs, quality, samples, length, Path(calibration).name, Path(evaluation).name)
+        peer_folder = folder / "peer" if peers else None
+        quality = _measure(eight, folder / "eight0", peer_folder, folder / "own", evaluation, length)
+    text = _report(
+        ours, single, quantized, theirs, quality, samples, length, Path(calibration).name, Path(evaluation).name
+    )
     click.echo(text)
     if out:
         Path(out).write_text(text, encoding="utf-8")
@@ -58,12 +66,15 @@ def _branch(index: int) -> str:
     return "main" if index == 0 else f"gptq-{bits}bit-{group_size}g-actorder_{desc_act}"
 
 
-def _recipe(path: Path, text: str, samples: int, length: int, variants: list[tuple[int, int, bool]]) -> Path:
+def _recipe(
+    path: Path, text: str, samples: int, length: int, variants: list[tuple[int, int, bool]], propagate: str = "source"
+) -> Path:
     recipe = {
         "extends": "demo",
         "calibration": {"dataset": str(Path(text).resolve()), "samples": samples, "sequence_length": length},
         "gptq": {
             "damp_percent": DAMP,
+            "propagate": propagate,
             "variants": [
                 {"bits": bits, "group_size": size, "desc_act": order, "branch": _branch(index)}
                 for index, (bits, size, order) in enumerate(variants)
@@ -97,7 +108,9 @@ def _median(runs: list[tuple[Run, dict[str, float]]]) -> tuple[Run, dict[str, fl
     return sorted(runs, key=lambda item: item[0].seconds)[len(runs) // 2]
 
 
-def _measure(recipe: Path, dist: Path, peer: Path | None, text: str, length: int) -> dict[str, dict[str, float]]:
+def _measure(
+    recipe: Path, dist: Path, peer: Path | None, own: Path, text: str, length: int
+) -> dict[str, dict[str, float]]:
     """Perplexity and KL divergence of our branches and the peer's, all in one streamed run."""
     import torch
 
@@ -109,11 +122,12 @@ def _measure(recipe: Path, dist: Path, peer: Path | None, text: str, length: int
     from quantize.source.streamed import StreamedModel
 
     plan = quantize.plan(quantize.load_recipe(recipe), dist=dist)
-    corpus = Calibration(dataset=[Corpus(file=text)], samples=16, sequence_length=length)
+    corpus = Calibration(dataset=[Corpus(file=text)], samples=WINDOWS, sequence_length=length)
     ids = sample_tokens(corpus, load_tokenizer(plan.source)).ids
     model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"), head=True)
     readers = {item.branch: GptqReader(item.folder) for item in plan.variants}
     if peer is not None:
+        readers |= {f"quantized {folder.name}": GptqReader(folder) for folder in sorted(own.glob("*/[!.]*"))}
         readers |= {f"gptqmodel {folder.name}": GptqReader(folder) for folder in sorted(peer.iterdir())}
     return {row.branch: row.as_data() for row in measure_quality(model, ids, readers, 8, progress=False)}
 
@@ -121,6 +135,7 @@ def _measure(recipe: Path, dist: Path, peer: Path | None, text: str, length: int
 def _report(
     ours: tuple[Run, dict[str, float]],
     single: tuple[Run, dict[str, float]],
+    quantized: list[tuple[Run, dict[str, float]]],
     theirs: list[Run],
     quality: dict[str, dict[str, float]],
     samples: int,
@@ -138,30 +153,35 @@ def _report(
         "",
         "## Time and memory",
         "",
-        "| run | seconds | peak memory | ratio to ours (eight) |",
-        "|---|---|---|---|",
+        "| run | branches | seconds | seconds a branch | ratio to ours | peak memory |",
+        "|---|---|---|---|---|---|",
     ]
-    total = ours[0].seconds
+    unit = ours[0].seconds / len(EIGHT)
 
-    def row(name: str, seconds: float, peak: int) -> None:
-        lines.append(f"| {name} | {seconds:.0f} | {peak / 1e9:.2f} GB | {seconds / total:.2f} |")
+    def row(name: str, count: int, seconds: float, peak: int) -> None:
+        each = seconds / count
+        lines.append(f"| {name} | {count} | {seconds:.0f} | {each:.1f} | {each / unit:.1f} | {peak / 1e9:.2f} GB |")
 
-    row("ours, eight branches", total, ours[0].peak_bytes)
-    row("ours, one branch", single[0].seconds, single[0].peak_bytes)
+    row("ours, `propagate: source`", len(EIGHT), ours[0].seconds, ours[0].peak_bytes)
+    row("ours, `propagate: source`", 1, single[0].seconds, single[0].peak_bytes)
+    for done, _ in quantized:
+        row("ours, `propagate: quantized`", len(theirs), done.seconds, done.peak_bytes)
     if theirs:
-        row(f"gptqmodel, {len(theirs)} runs", sum(r.seconds for r in theirs), max(r.peak_bytes for r in theirs))
+        row("gptqmodel", len(theirs), sum(r.seconds for r in theirs), max(r.peak_bytes for r in theirs))
     lines += ["", "Stages of ours, seconds:", "", "| branches | " + " | ".join(ours[1]) + " |"]
     lines.append("|---" * (len(ours[1]) + 1) + "|")
     for count, stages in ((8, ours[1]), (1, single[1])):
         lines.append(f"| {count} | " + " | ".join(f"{value:.1f}" for value in stages.values()) + " |")
-    lines += ["", "## Quality", "", "| branch | perplexity | KL divergence | gptqmodel: perplexity | KL divergence |"]
-    lines.append("|---|---|---|---|---|")
-    for name, data in quality.items():
-        if name.startswith("gptqmodel "):
-            continue
-        peer = quality.get(f"gptqmodel {name}")
-        other = f"{peer['perplexity']:.2f} | {peer['kl_divergence']:.4f}" if peer else "- | -"
-        lines.append(f"| {name} | {data['perplexity']:.2f} | {data['kl_divergence']:.4f} | {other} |")
+    lines += ["", "## Quality", "", "Perplexity (KL divergence from the source):", ""]
+    lines += ["| branch | ours, source | ours, quantized | gptqmodel |", "|---|---|---|---|"]
+
+    def cell(name: str) -> str:
+        data = quality.get(name)
+        return f"{data['perplexity']:.2f} ({data['kl_divergence']:.4f})" if data else "-"
+
+    for name in quality:
+        if " " not in name:
+            lines.append(f"| {name} | {cell(name)} | {cell(f'quantized {name}')} | {cell(f'gptqmodel {name}')} |")
     return "\n".join(lines) + "\n"
 
 
