@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quantize.errors import BuildError, RecipeError
+from quantize.formats.manifest import is_complete, read_manifest
 from quantize.measure.quality import Quality
 from quantize.recipe import LoadedRecipe
 from quantize.source.resolved import Notify
@@ -45,7 +46,7 @@ def measure_recipe(
         if corpus.file and Path(corpus.file).resolve() == Path(text_file).resolve():
             raise RecipeError(f"{text_file}: is the calibration text of this recipe; measure on another one")
     plan = plan_recipe(loaded, dist, only, weights=True, notify=notify)
-    built = [item for item in plan.variants if item.branch in plan.selected and item.state != "missing"]
+    built = [item for item in plan.variants if item.branch in plan.selected and _is_whole(item.folder)]
     if not built:
         raise BuildError(f"{dist}: no branch of this recipe is built yet; run `quantize build` first")
     where = choose_device(device)
@@ -60,3 +61,8 @@ def measure_recipe(
     notify(f"measuring {len(built)} branches on {ids.size} tokens of {Path(text_file).name}")
     readers = {item.branch: GptqReader(item.folder) for item in built}
     return measure_quality(model, ids, readers, max(1, calibration.batch_tokens // length), progress)
+
+
+def _is_whole(folder: Path) -> bool:
+    manifest = read_manifest(folder)
+    return manifest is not None and is_complete(folder, manifest)

@@ -6,6 +6,7 @@ The only module that knows the order of things.
 from __future__ import annotations
 
 import errno
+import os
 import platform
 import shutil
 import time
@@ -25,6 +26,7 @@ from quantize.recipe import LoadedRecipe
 from quantize.release.card import render_card
 from quantize.release.config import as_json, release_config
 from quantize.release.tree import copy_file, describe_files, locked, publish, write_file
+from quantize.source.cache import cache_folder
 from quantize.source.resolved import Notify
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -121,6 +123,8 @@ def _build(
     from quantize.pipeline.gptq_pass import Branch, GptqPass
     from quantize.source.streamed import StreamedModel
 
+    # compiled kernels belong into our cache, not beside the source, which may be read-only
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
     recipe, source = plan.recipe, plan.source
     where = choose_device(device)
     shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]

@@ -113,4 +113,5 @@ def _description(item: PlannedVariant) -> str:
         "static": "with static act-order: its accuracy, and read by every loader",
     }[variant.desc_act]
     grid = "" if variant.sym else " Asymmetric grid."
-    return f"{variant.bits}-bit, {group}, {order}.{grid}"
+    own = " Calibrated on its own quantized activations." if variant.propagate == "quantized" else ""
+    return f"{variant.bits}-bit, {group}, {order}.{grid}{own}"
