@@ -127,7 +127,7 @@ def _measure(
     model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"), head=True)
     readers = {item.branch: GptqReader(item.folder) for item in plan.variants}
     if peer is not None:
-        readers |= {f"quantized {folder.name}": GptqReader(folder) for folder in sorted(own.glob("*/[!.]*"))}
+        readers |= {f"quantized {folder.name}": GptqReader(folder) for folder in sorted(own.glob("[!.]*/*"))}
         readers |= {f"gptqmodel {folder.name}": GptqReader(folder) for folder in sorted(peer.iterdir())}
     return {row.branch: row.as_data() for row in measure_quality(model, ids, readers, 8, progress=False)}
 
