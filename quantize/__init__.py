@@ -5,7 +5,7 @@ The public Python API is three functions; importing the package imports nothing 
     import quantize
 
     recipe = quantize.load_recipe("recipes/demo.yaml")
-    print(quantize.plan(recipe).describe())
+    print(quantize.plan(recipe).as_data())
     quantize.build(recipe, dist="dist")
 """
 

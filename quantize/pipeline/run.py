@@ -25,8 +25,8 @@ from quantize.planning.keys import key_of
 from quantize.recipe import LoadedRecipe
 from quantize.release.card import render_card
 from quantize.release.config import as_json, release_config
-from quantize.release.tree import copy_file, describe_files, locked, publish, write_file
-from quantize.source.cache import cache_folder
+from quantize.release.tree import copy_file, describe_files, locked, publish
+from quantize.source.cache import cache_folder, write_atomically
 from quantize.source.resolved import Notify
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -172,8 +172,8 @@ def _complete(
     )
     for name in source.carried_over:
         copy_file(source.folder / name, folder / name)
-    write_file(folder / "quantize_config.json", as_json(config))
-    write_file(folder / "config.json", as_json(release_config(source.checkpoint.config, config)))
+    write_atomically(folder / "quantize_config.json", as_json(config))
+    write_atomically(folder / "config.json", as_json(release_config(source.checkpoint.config, config)))
     inputs = plan.key_inputs(item.variant)
     data = manifest(
         branch=item.branch,
@@ -198,8 +198,8 @@ def _complete(
         files=describe_files(folder),
         ledger=ledger,
     )
-    write_file(folder / MANIFEST_NAME, as_json(data))
-    write_file(folder / "README.md", render_card(plan).encode())
+    write_atomically(folder / MANIFEST_NAME, as_json(data))
+    write_atomically(folder / "README.md", render_card(plan).encode())
     return data
 
 
@@ -218,4 +218,4 @@ def _refresh_cards(plan: Plan) -> None:
     for item in plan.variants:
         path = item.folder / "README.md"
         if item.folder.is_dir() and (not path.is_file() or path.read_bytes() != card):
-            write_file(path, card)
+            write_atomically(path, card)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import BuildError
-from quantize.source.cache import sha256_of_file, write_atomically
+from quantize.source.cache import sha256_of_file
 
 WORK_FOLDER = ".quantize"
 """Inside dist: the lock and everything unfinished. Nothing else unfinished is ever visible in dist."""
@@ -67,11 +67,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write and flush a small file, in one step."""
-    write_atomically(path, data)
 
 
 def copy_file(source: Path, target: Path) -> None:
