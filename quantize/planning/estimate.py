@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantize.planning.modules import LinearSpec, ModuleTable
+from quantize.planning.modules import ModuleTable
 from quantize.recipe.schema import Calibration, GptqVariant
 from quantize.source.checkpoint import Checkpoint
 
@@ -98,12 +98,8 @@ def _distinct_inputs(table: ModuleTable) -> list[tuple[int, int]]:
     for linear in table.linears:
         parent, _, leaf = linear.local.rpartition(".")
         own = leaf if leaf in _OUTPUT_PROJECTIONS else ""
-        found[(linear.block, parent, own, linear.in_features)] = _size(linear)
+        found[(linear.block, parent, own, linear.in_features)] = (linear.block, linear.in_features)
     return list(found.values())
-
-
-def _size(linear: LinearSpec) -> tuple[int, int]:
-    return linear.block, linear.in_features
 
 
 def _operations_per_second() -> float:

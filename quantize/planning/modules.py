@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantize.errors import PlanError
@@ -84,7 +83,7 @@ def find_linears(checkpoint: Checkpoint) -> ModuleTable:
         index, _, rest = name[len(prefix) :].partition(".")
         if not index.isdigit():
             continue
-        if len(spec.shape) > 2 and spec.shape[-2] > 1 and _is_weight_like(rest, checkpoint.tensors, name):
+        if len(spec.shape) > 2 and spec.shape[-2] > 1 and _is_weight(rest, spec):
             raise PlanError(_unknown(checkpoint, f"{name} is {list(spec.shape)}: fused experts are not supported yet"))
         if len(spec.shape) == 2 and rest.endswith(".weight"):
             linears.append(_linear(checkpoint, name, int(index), rest, spec))
@@ -109,9 +108,8 @@ def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, spec: Tens
     )
 
 
-def _is_weight_like(rest: str, tensors: Mapping[str, TensorSpec], name: str) -> bool:
+def _is_weight(rest: str, spec: TensorSpec) -> bool:
     """Old GPT-2 files carry causal masks as [1, 1, n, n] buffers; those are no weights."""
-    spec = tensors[name]
     return not (rest.endswith((".bias", ".masked_bias", ".mask")) or spec.dtype in {"BOOL", "U8"})
 
 
