@@ -22,7 +22,7 @@ class Run:
     output: str
 
 
-def run(*arguments: str, cwd: Path | None = None) -> Run:
+def run(*arguments: str, settings: dict[str, str] | None = None) -> Run:
     """Run ``python ARGUMENTS`` with pinned threads.
 
     Raises:
@@ -33,6 +33,7 @@ def run(*arguments: str, cwd: Path | None = None) -> Run:
         "OMP_NUM_THREADS": THREADS,
         "MKL_NUM_THREADS": THREADS,
         "NUMBA_NUM_THREADS": THREADS,
+        **(settings or {}),
         "GPTQMODEL_CPU_WORKERS": THREADS,
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }
@@ -43,7 +44,6 @@ def run(*arguments: str, cwd: Path | None = None) -> Run:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        cwd=cwd,
     )
     errors: list[str] = []
     drain = threading.Thread(target=lambda: errors.extend(child.stderr or []))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import quantize
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.formats.gptq_reader import GptqReader
+from quantize.methods.asymmetric import DAMP_PERCENT, SHARE
 from quantize.methods.gptq import GptqParameters, solve
 
 VARIANTS = """\
@@ -47,25 +48,38 @@ def capture(inputs: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
     return hook
 
 
+def linear_inputs(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What every linear of a whole model reads, as rows."""
+    inputs: dict[str, torch.Tensor] = {}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    handles = [linear.register_forward_pre_hook(capture(inputs, name)) for name, linear in linears.items()]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
 def test_equals_a_block_by_block_reference(built: quantize.pipeline.BuildResult) -> None:
     """Whole-model hooks: quantize block after block in a plain model, each from what it is really fed."""
     source = built.plan.source
     calibration = built.plan.recipe.calibration
     ids = torch.from_numpy(sample_tokens(calibration, load_tokenizer(source)).ids)
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    model, plain = (AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32) for _ in range(2))
+    sources = linear_inputs(plain, ids)
     reader = GptqReader(folder_of(built, "own"))
     for index, block in enumerate(model.model.layers):
         linears = {name: m for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
-        inputs: dict[str, torch.Tensor] = {}
-        handles = [linear.register_forward_pre_hook(capture(inputs, name)) for name, linear in linears.items()]
-        with torch.no_grad():
-            model(ids)
-        for handle in handles:
-            handle.remove()
+        drifted = linear_inputs(model, ids)
         for name, linear in linears.items():
-            hessian = inputs[name].t() @ inputs[name]
+            inputs, meant = drifted[f"model.layers.{index}.{name}"], sources[f"model.layers.{index}.{name}"]
+            hessian, weight = inputs.t() @ inputs, linear.weight.detach().double()
+            # least squares for W S^T = W* X^T, damped, and a part of the way there
+            damped = hessian.double() + DAMP_PERCENT * hessian.diagonal().double().mean() * torch.eye(len(hessian))
+            whole = torch.linalg.solve(damped, ((meant - inputs).t() @ inputs).double().t() @ weight.t()).t()
+            target = (weight + SHARE * whole).float()
             wish = GptqParameters(3, 32, True, damp_percent=0.1)
-            (expected,) = solve(linear.weight.detach().clone(), hessian, [wish])
+            (expected,) = solve(target, hessian, [wish])
             found = reader.weight(f"model.layers.{index}.{name}")
             differing = (found - expected.dequantize()).abs() > 1e-6
             assert float(differing.float().mean()) < 0.02, f"{index}.{name}"

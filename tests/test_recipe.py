@@ -83,7 +83,7 @@ def test_defaults_reach_variants_that_say_nothing_else(tmp_path: Path) -> None:
         ("{desc_act: static}", "gptq-4bit-128g-actorder_static"),
         ("{sym: false}", "gptq-4bit-128g-actorder_False-asym"),
         ("{damp_percent: 0.01}", "gptq-4bit-128g-actorder_False-damp_0.01"),
-        ("{mse: true, bits: 3}", "gptq-3bit-128g-actorder_False-mse_True"),
+        ("{mse: false, bits: 3}", "gptq-3bit-128g-actorder_False-mse_False"),
     ],
 )
 def test_unusual_parameters_show_in_the_branch_name(tmp_path: Path, variant: str, branch: str) -> None:

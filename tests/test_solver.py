@@ -15,14 +15,16 @@ from quantize.methods.gptq import GptqParameters, Solution, round_to_nearest, so
 
 ROWS, COLUMNS = 8, 256
 GRID = [
-    GptqParameters(bits, group_size, desc_act, sym, damp_percent=0.05, act_group_aware=aware)
-    for bits, group_size, (desc_act, aware), sym in itertools.product(
+    GptqParameters(bits, group_size, desc_act, sym, damp_percent=0.05, mse=mse, act_group_aware=aware)
+    for bits, group_size, (desc_act, aware), sym, mse in itertools.product(
         (2, 3, 4, 8),
         (-1, 16, 32, 64, 128, 256),
         ((False, False), (False, True), (True, False), ("static", False)),
         (True, False),
+        (False, True),
     )
 ]
+REACHES = [1.0, *(1.08 - 0.03 * step for step in range(24))]
 
 
 def problem(
@@ -38,10 +40,22 @@ def problem(
     return (0.1 * draw(rows, columns)).to(dtype), (inputs.t() @ inputs).to(dtype)
 
 
-def reference_grid(group: np.ndarray, bits: int, sym: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Scale (as float16 holds it) and zero point of each row of a group of weights with both signs."""
+def reference_grid(group: np.ndarray, costs: np.ndarray, asked: GptqParameters) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of each row: the whole range, or the one of those tried that costs least."""
+    tried = [range_grid(group, asked.bits, asked.sym, reach) for reach in (REACHES if asked.mse else REACHES[:1])]
+    errors = []
+    for scale, zero in tried:
+        codes = np.clip(np.rint(group / scale[:, None]) + zero[:, None], 0, 2**asked.bits - 1)
+        errors.append(((scale[:, None] * (codes - zero[:, None]) - group) ** 2 * costs).sum(axis=1))
+    best = np.argmin(errors, axis=0)
+    rows = np.arange(len(group))
+    return np.array([scale for scale, _ in tried])[best, rows], np.array([zero for _, zero in tried])[best, rows]
+
+
+def range_grid(group: np.ndarray, bits: int, sym: bool, reach: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scale (as float16 holds it) and zero point for a part of the range of weights with both signs."""
     top = 2**bits - 1
-    low, high = np.minimum(group.min(axis=1), 0), np.maximum(group.max(axis=1), 0)
+    low, high = reach * np.minimum(group.min(axis=1), 0), reach * np.maximum(group.max(axis=1), 0)
     if sym:
         scale = (2 * np.maximum(-low, high) / top).astype(np.float16).astype(np.float64)
         return scale, np.full_like(scale, 2 ** (bits - 1))
@@ -72,13 +86,17 @@ def reference(weight: np.ndarray, hessian: np.ndarray, asked: GptqParameters) ->
     upper = np.linalg.cholesky(inverse).T
     work = weight[:, order].copy()
     codes, g_idx = np.zeros((rows, columns), int), np.zeros(columns, int)
-    fixed = [reference_grid(weight[:, at : at + size], asked.bits, asked.sym) for at in range(0, columns, size)]
+    costs = 1 / np.diag(upper) ** 2
+    in_place = costs[np.argsort(order)]
+    fixed = [
+        reference_grid(weight[:, at : at + size], in_place[at : at + size], asked) for at in range(0, columns, size)
+    ]
     for step, column in enumerate(order):
         group = step // size if asked.desc_act is True else column // size
         if asked.desc_act == "static":
             scale, zero = fixed[group]
         elif step % size == 0:
-            scale, zero = reference_grid(work[:, step : step + size], asked.bits, asked.sym)
+            scale, zero = reference_grid(work[:, step : step + size], costs[step : step + size], asked)
         code = np.clip(np.rint(work[:, step] / scale) + zero, 0, 2**asked.bits - 1)
         error = (work[:, step] - scale * (code - zero)) / upper[step, step]
         work[:, step + 1 :] -= np.outer(error, upper[step, step + 1 :])
@@ -213,12 +231,13 @@ def test_widths_that_are_no_multiple_of_128(columns: int, group_sizes: tuple[int
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_mse_search_is_not_worse_on_heavy_tailed_weights(bits: int, sym: bool) -> None:
     weight = torch.from_numpy(np.random.default_rng(0).standard_t(3, size=(16, 256)))
-    hessian = torch.eye(256, dtype=torch.float64)
+    hessian = torch.diag(torch.linspace(0.5, 2, 256, dtype=torch.float64))
 
     def distance(mse: bool) -> torch.Tensor:
         solution = round_to_nearest(weight, hessian, GptqParameters(bits, 64, sym=sym, mse=mse))
-        difference = (weight - solution.dequantize()).abs().pow(2.4)  # the norm that the search minimizes
-        return difference.view(-1, 64).sum(dim=1)
+        importance = hessian.diagonal() + 0.1 * hessian.diagonal().mean()  # by what the search minimizes
+        cost = (weight - solution.dequantize()).square() * importance
+        return cost.view(16, -1, 64).sum(dim=2)
 
     plain, searched = distance(False), distance(True)
     assert bool((searched <= plain * (1 + 1e-9)).all())
@@ -279,7 +298,7 @@ def test_dead_columns_are_rounded_to_nearest_and_recorded() -> None:
 def test_a_hessian_of_nothing_but_zeros_rounds_to_nearest() -> None:
     weight, hessian = problem(8, 128)
     (solution,) = solve(weight, torch.zeros_like(hessian), [GptqParameters(4, 32)])
-    assert equal(solution, round_to_nearest(weight, hessian, GptqParameters(4, 32)))
+    assert equal(solution, round_to_nearest(weight, torch.zeros_like(hessian), GptqParameters(4, 32)))
     assert solution.dead_columns == 128
     assert float(solution.row_error.max()) < 1e-12
 
@@ -333,7 +352,7 @@ def test_statistics_that_are_not_finite_fail(value: float, place: tuple[int, int
 
 def test_rounding_to_nearest_leaves_at_most_half_a_step() -> None:
     weight, hessian = problem()
-    solution = round_to_nearest(weight, hessian, GptqParameters(4, 32, sym=False))
+    solution = round_to_nearest(weight, hessian, GptqParameters(4, 32, sym=False, mse=False))
     step = solution.scales.double().t()[:, solution.g_idx.long()]
     # the ends of the range are a little further off: zero point and scale are themselves rounded
     assert bool(((weight - solution.dequantize()).abs() <= 1.01 * step).all())

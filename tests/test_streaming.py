@@ -112,7 +112,7 @@ def roll(model: StreamedModel, ids: torch.Tensor, batch: int) -> tuple[torch.Ten
     activations, statistics = Activations(model, ids.numpy(), batch), []
     for index in range(len(model)):
         with model.block(index) as block:
-            statistics.append(block_statistics(activations, index, block))
+            statistics.append(block_statistics(index, block, activations)[0])
     return activations.hidden, statistics
 
 

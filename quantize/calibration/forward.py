@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
-from quantize.calibration.statistics import Collector, InputStatistics
+from quantize.calibration.statistics import Collector, InputStatistics, Timed, untimed
 from quantize.errors import CalibrationError
 from quantize.source.cache import cache_folder, write_atomically
 from quantize.source.streamed import StreamedModel
@@ -42,22 +42,27 @@ class Activations:
         other.hidden = self.hidden.clone()
         return other
 
-    def advance(self, index: int, block: nn.Module, collector: Collector | None = None, keep: bool = True) -> None:
-        """Run block ``index`` over all windows; ``collector`` gathers what its linears read.
+    def windows(self) -> Iterator[slice]:
+        """The batches that are run together."""
+        for start in range(0, len(self.ids), self.batch):
+            yield slice(start, start + self.batch)
 
-        Args:
-            keep: put each output in its input's place; False leaves the windows as they entered the block.
+    def run(self, index: int, block: nn.Module, window: slice) -> torch.Tensor:
+        """The block's output for a batch, which stays as it is."""
+        return self.model.run(index, block, self.hidden[window].to(self.model.device))
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Run block ``index`` over all windows and put each output in its input's place.
 
         Raises:
             CalibrationError: the block puts out NaN or infinity.
         """
-        for start in range(0, len(self.ids), self.batch):
-            window = self.hidden[start : start + self.batch]
-            output = self.model.run(index, block, window.to(self.model.device))
-            if keep:
-                window.copy_(output)
-            if collector is not None:
-                collector.end_of_run()
+        for window in self.windows():
+            self.hidden[window] = self.run(index, block, window)
+        self.check(index)
+
+    def check(self, index: int) -> None:
+        """Raise :class:`CalibrationError` where block ``index`` has put out NaN or infinity."""
         low, high = torch.aminmax(self.hidden.reshape(-1))
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise CalibrationError(
@@ -67,25 +72,45 @@ class Activations:
 
 
 def block_statistics(
-    activations: Activations, index: int, block: nn.Module, keep: bool = True
-) -> list[InputStatistics]:
-    """Run all windows through a block and return the statistics of its distinct inputs.
+    index: int,
+    block: nn.Module,
+    source: Activations,
+    streams: Sequence[Activations] = (),
+    gather: bool = True,
+    timed: Timed = untimed,
+) -> tuple[list[InputStatistics], list[list[InputStatistics]]]:
+    """Run all windows through a block and gather the statistics of its distinct inputs.
+
+    ``source`` moves on to the block's outputs. The ``streams``, activations of quantized models over the same
+    windows, stay as they are: their statistics come from the same weights, with the drift from the source's inputs.
 
     Args:
-        keep: as for :meth:`Activations.advance`.
+        gather: gather the source's own statistics, not only the streams'.
+
+    Returns:
+        The source's statistics (empty ones without ``gather``), and those of each stream.
 
     Raises:
         CalibrationError: a linear that no token reached, or a bad output.
     """
-    model = activations.model
-    collector = Collector(model.linears(block))
-    with torch.inference_mode(), collector.attached():
-        activations.advance(index, block, collector, keep)
-        for group in collector.groups:
-            group.finish()
-    if unread := collector.unread():
-        raise CalibrationError(f"{model.block_prefix}{index}.{unread[0]}: no calibration token reached it")
-    return collector.groups
+    linears = source.model.linears(block)
+    watch = Collector(linears, timed, gather=gather, record=bool(streams))
+    collectors = [Collector(linears, timed, source=watch) for _ in streams]
+    with torch.inference_mode():
+        for window in source.windows():
+            with watch.attached():
+                output = source.run(index, block, window)
+            for stream, collector in zip(streams, collectors, strict=True):
+                with collector.attached():
+                    stream.run(index, block, window)
+            source.hidden[window] = output
+        source.check(index)
+        for collector in (watch, *collectors):
+            for group in collector.groups:
+                group.finish()
+    if unread := watch.unread():
+        raise CalibrationError(f"{source.model.block_prefix}{index}.{unread[0]}: no calibration token reached it")
+    return watch.groups, [collector.groups for collector in collectors]
 
 
 def choose_device(wish: str) -> torch.device:

@@ -7,7 +7,7 @@ candidates, and its diagonal is llama.cpp's importance matrix.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,16 @@ from torch import nn
 
 from quantize.source.streamed import Linear
 
+Timed = Callable[[str], contextlib.AbstractContextManager[None]]
+"""Books the time spent inside to a stage."""
+
 PANELS = 6  # more panels leave out more of the upper half, but make narrower, slower products
 NARROWEST = 96
+
+
+def untimed(stage: str) -> contextlib.AbstractContextManager[None]:
+    """Books nothing."""
+    return contextlib.nullcontext()
 
 
 def _panels(size: int) -> list[tuple[int, int]]:
@@ -32,27 +40,36 @@ class InputStatistics:
     Attributes:
         linears: the linears that share this input (q/k/v, gate/up), in module order.
         hessian: X^T X over all tokens, float32 [in_features, in_features].
+        drift: (S - X)^T X where S is what the source model feeds these linears; None where X is S.
         tokens: rows of X so far.
     """
 
     linears: list[Linear]
     hessian: torch.Tensor
+    drift: torch.Tensor | None = None
     tokens: int = 0
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Add the rows of ``inputs`` [..., in_features].
+    def add(self, rows: torch.Tensor, source: torch.Tensor | None = None) -> None:
+        """Add the ``rows`` of X, float32 [rows, in_features], and what the source has in their place.
 
         X^T X is symmetric, so only panels up to the diagonal are computed; :meth:`finish` mirrors them.
         """
-        rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
         for first, last in _panels(rows.shape[-1]):
             self.hessian[first:last, :last].addmm_(rows[:, first:last].t(), rows[:, :last])
+        if source is not None:
+            if self.drift is None:
+                self.drift = torch.zeros_like(self.hessian)
+            self.drift.addmm_((source - rows).t(), rows)
         self.tokens += rows.shape[0]
 
     def finish(self) -> None:
         """Mirror the lower panels, so that ``hessian`` is whole."""
         for first, last in _panels(self.hessian.shape[0]):
             self.hessian[:first, first:last].copy_(self.hessian[first:last, :first].t())
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.hessian, self.drift = torch.empty(0), None
 
 
 @dataclass
@@ -61,27 +78,36 @@ class Collector:
 
     Which linears share an input is seen in the first run: they are handed the very same tensor. While that
     run lasts, all inputs are kept, so that no two of them can lie at one address.
+
+    Attributes:
+        timed: books the time that statistics take.
+        gather: add to the statistics; False only watches.
+        record: keep the rows of the last run, by the first linear that reads them, in ``rows``.
+        source: a recording collector that watched the source model's block on the same windows just before.
     """
 
     linears: Sequence[Linear]
+    timed: Timed = untimed
+    gather: bool = True
+    record: bool = False
+    source: Collector | None = None
     groups: list[InputStatistics] = field(default_factory=list)
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
     _leader: dict[str, InputStatistics] = field(default_factory=dict)
     _first: dict[tuple[Any, ...], tuple[InputStatistics, torch.Tensor]] | None = field(default_factory=dict)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """While inside, every run of the block adds to the statistics."""
+        """While inside, one run of the block adds to the statistics; the first settles the sharing of inputs."""
         handles = [
             linear.module.register_forward_pre_hook(self._hook(linear), with_kwargs=True) for linear in self.linears
         ]
+        self.rows.clear()
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    def end_of_run(self) -> None:
-        """Call after each run of the block; after the first one the sharing of inputs is settled."""
         self._first = None
 
     def unread(self) -> list[str]:
@@ -96,18 +122,26 @@ class Collector:
             inputs: torch.Tensor = arguments[0] if arguments else next(iter(keywords.values()))
             if self._first is None:
                 if linear.local in self._leader:
-                    self._leader[linear.local].add(inputs)
+                    self._take(linear, inputs)
                 return
             identity = (inputs.data_ptr(), tuple(inputs.shape), inputs.stride())
             known = self._first.get(identity)
             if known is not None:
                 known[0].linears.append(linear)
                 return
-            size = inputs.shape[-1]
+            size = inputs.shape[-1] if self.gather else 0
             group = InputStatistics([linear], torch.zeros(size, size, device=inputs.device))
             self.groups.append(group)
             self._leader[linear.local] = group
             self._first[identity] = (group, inputs)
-            group.add(inputs)
+            self._take(linear, inputs)
 
         return hook
+
+    def _take(self, linear: Linear, inputs: torch.Tensor) -> None:
+        with self.timed("statistics"):
+            rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
+            if self.record:
+                self.rows[linear.local] = rows
+            if self.gather:
+                self._leader[linear.local].add(rows, self.source.rows[linear.local] if self.source else None)

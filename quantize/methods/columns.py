@@ -13,7 +13,33 @@ from typing import Any
 
 import torch
 
-from quantize.methods.grid import Grid
+from quantize.methods.grid import REACHES, Grid
+
+
+def fit_groups(
+    weight: torch.Tensor, importance: torch.Tensor, grid: Grid, size: int, compiled: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grids of contiguous groups of ``size`` columns of a weight [N, K] as it is.
+
+    Args:
+        importance: what a squared error at each column costs, [K].
+
+    Returns:
+        Scales and zeros, [K / size, N], in the weight's dtype.
+    """
+    rows, columns = weight.shape
+    if compiled and weight.device.type == "cpu":
+        from quantize.methods.kernel import fit_groups as kernel
+
+        scales, zeros = (torch.empty(columns // size, rows, dtype=weight.dtype) for _ in range(2))
+        run: Any = kernel
+        reaches = torch.tensor(REACHES if grid.mse else REACHES[:1], dtype=weight.dtype)
+        top = torch.tensor([grid.top], dtype=weight.dtype)
+        tensors = (weight.contiguous(), importance, top, reaches, scales, zeros)
+        run(*(tensor.numpy() for tensor in tensors), size, grid.sym)
+        return scales, zeros
+    fitted = [grid.fit(part, costs) for part, costs in zip(weight.split(size, 1), importance.split(size), strict=True)]
+    return torch.stack([scale for scale, _ in fitted]), torch.stack([zero for _, zero in fitted])
 
 
 @dataclass
@@ -22,7 +48,7 @@ class Columns:
 
     Attributes:
         original: the weight, [N, K]. work: its copy for each variant, [V, N, K], taking the errors.
-        upper: U, [K, K].
+        upper: U, [K, K]. importance: 1 / U[j, j]^2, what an error at each column costs, [K].
         order: natural place of each column, [K] int64.
         groups: group of each column, [V, K] int64.
         sizes: group size of the variants whose grids are fitted on the way, 0 where they are fixed, [V] int64.
@@ -35,6 +61,7 @@ class Columns:
     original: torch.Tensor
     work: torch.Tensor
     upper: torch.Tensor
+    importance: torch.Tensor
     order: torch.Tensor
     groups: torch.Tensor
     sizes: torch.Tensor
@@ -60,10 +87,11 @@ class Columns:
 
     def _round_compiled(self, errors: torch.Tensor, first: int, last: int) -> None:
         tops = torch.tensor([grid.top for grid in self.grids], dtype=self.work.dtype)
-        flags = torch.tensor([[grid.sym, grid.mse] for grid in self.grids])
+        syms, searches = (torch.tensor([getattr(grid, name) for grid in self.grids]) for name in ("sym", "mse"))
+        reaches = torch.tensor(REACHES, dtype=self.work.dtype)
         tensors = (
             self.original, self.work, self.upper, self.order, self.groups, self.sizes, self.scales, self.zeros,
-            tops, flags, self.codes, errors, self.squares, self.spread,
+            tops, syms, searches, reaches, self.importance, self.codes, errors, self.squares, self.spread,
         )  # fmt: skip
         from quantize.methods.kernel import round_columns  # compiles on first use, so not before it is needed
 
@@ -77,7 +105,9 @@ class Columns:
             for index, size in enumerate(sizes):
                 if size and column % size == 0:
                     # beyond the run, earlier columns' errors have not arrived yet: a group never leaves its run
-                    fitted = self.grids[index].fit(self.work[index, :, column : column + size])
+                    fitted = self.grids[index].fit(
+                        self.work[index, :, column : column + size], self.importance[column : column + size]
+                    )
                     group = self.groups[index, column]
                     self.scales[index, group], self.zeros[index, group] = fitted
             index3 = self.groups[:, column, None, None].expand(-1, 1, self.scales.shape[2])

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from quantize.errors import SolveError
-from quantize.methods.columns import Columns
+from quantize.methods.columns import Columns, fit_groups
 from quantize.methods.factor import Factor, activation_order, factorize, group_aware_order
 from quantize.methods.grid import Grid
 
@@ -36,7 +36,7 @@ class GptqParameters:
     desc_act: bool | Literal["static"] = False
     sym: bool = True
     damp_percent: float = 0.1
-    mse: bool = False
+    mse: bool = True
     act_group_aware: bool = True
 
     def group_size_of(self, columns: int) -> int:
@@ -137,7 +137,9 @@ def round_to_nearest(weight: torch.Tensor, hessian: torch.Tensor, parameters: Gp
     """Plain rounding on the same grid: the fallback, and the yardstick of every table."""
     rows, columns = weight.shape
     size = parameters.group_size_of(columns)
-    scales, zeros = _static_groups(weight, parameters.grid, size)
+    diagonal = hessian.diagonal()
+    importance = diagonal + parameters.damp_percent * (float(diagonal.double().mean()) or 1.0)
+    scales, zeros = fit_groups(weight, importance, parameters.grid, size)
     g_idx = torch.arange(columns, device=weight.device) // size
     codes = parameters.grid.round(weight, scales[g_idx].t(), zeros[g_idx].t())
     solution = Solution(
@@ -177,7 +179,7 @@ def _solve_rows(
     weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool
 ) -> list[Solution]:
     columns = weight.shape[1]
-    state, sizes = _prepare(weight, factor, variants)
+    state, sizes = _prepare(weight, factor, variants, compiled)
     # a group must not begin in one run and end in the next, where its later columns lack the run's errors
     run = max([OUTER, *(size for size in sizes if size < columns and size > OUTER and columns % OUTER)])
     flat = state.work.view(-1, columns)
@@ -206,18 +208,22 @@ def _solve_rows(
     return found
 
 
-def _prepare(weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters]) -> tuple[Columns, list[int]]:
+def _prepare(
+    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool
+) -> tuple[Columns, list[int]]:
     """The state at the start of a solve, and each variant's group size."""
     rows, columns = weight.shape
     device, dtype, count = weight.device, weight.dtype, len(variants)
     order = factor.order if factor.order is not None else torch.arange(columns, device=device)
     sizes = [variant.group_size_of(columns) for variant in variants]
     most = max(columns // size for size in sizes)
+    importance = factor.upper.diagonal().square().reciprocal()
     original = weight[:, order] if factor.order is not None else weight.contiguous()
     state = Columns(
         original=original,
         work=original.expand(count, rows, columns).clone(memory_format=torch.contiguous_format),
         upper=factor.upper,
+        importance=importance,
         order=order,
         groups=torch.empty(count, columns, device=device, dtype=torch.int64),
         sizes=torch.zeros(count, dtype=torch.int64),
@@ -228,11 +234,13 @@ def _prepare(weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParame
         squares=torch.zeros(count, rows, device=device, dtype=torch.float64),
         spread=torch.zeros(count, rows, device=device, dtype=torch.float64),
     )
+    in_place = torch.empty_like(importance)
+    in_place[order] = importance
     for index, (variant, size) in enumerate(zip(variants, sizes, strict=True)):
         if variant.desc_act == "static":
             # groups and grids of the unsorted layout, fixed before the solve: g_idx stays trivial on disk
             state.groups[index] = order // size
-            fixed = _static_groups(weight, variant.grid, size)
+            fixed = fit_groups(weight, in_place, variant.grid, size, compiled)
             state.scales[index, : columns // size], state.zeros[index, : columns // size] = fixed
         else:
             # grids are fitted when the solve reaches a group; in group-aware order that is not the group's number
@@ -240,10 +248,3 @@ def _prepare(weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParame
             state.groups[index] = in_solve if variant.desc_act else order[in_solve * size] // size
             state.sizes[index] = size
     return state, sizes
-
-
-def _static_groups(weight: torch.Tensor, grid: Grid, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zeros [G, N] of contiguous groups of the weight as it is."""
-    rows, columns = weight.shape
-    scale, zero = grid.fit(weight.reshape(rows * (columns // size), size))
-    return scale.view(rows, -1).t(), zero.view(rows, -1).t()

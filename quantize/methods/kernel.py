@@ -10,10 +10,9 @@ import math
 import numba
 import numpy as np
 
-from quantize.methods.grid import HALF_MAX, HALF_TINY, MSE_NORM, MSE_SHRINK, MSE_STEPS
+from quantize.methods.grid import HALF_MAX, HALF_TINY
 
 LANES = 64  # rows walked together: enough to fill the vector units, few enough to stay in the nearest cache
-TRIALS = int(MSE_SHRINK * MSE_STEPS)
 
 
 @numba.njit(inline="always", cache=True)
@@ -40,33 +39,56 @@ def _between(low, high, top, sym):
 
 
 @numba.njit(cache=True)
-def _fit(group, top, sym, mse, as_weight):
-    low, high = min(group[0], as_weight), max(group[0], as_weight)
-    for value in group:
-        low, high = min(low, value), max(high, value)
-    scale, zero = _between(low, high, top, sym)
-    if not mse:
-        return scale, zero
-    best = math.inf
-    chosen_scale, chosen_zero = scale, zero
-    for step in range(TRIALS):
-        shrink = 1 - step / MSE_STEPS
-        trial, origin = _between(low * shrink, high * shrink, top, sym)
-        error = 0.0
-        for value in group:
-            code = min(max(np.rint(value / trial) + origin, 0), top)
-            error += abs(trial * (code - origin) - value) ** MSE_NORM
-            if error >= best:
-                break
-        if error < best:
-            best, chosen_scale, chosen_zero = error, trial, origin
-    return chosen_scale, chosen_zero
+def _fit(members, importance, top, sym, reaches, scale, zero):
+    """Grids of LANES rows at once: ``members`` is [group, LANES], ``scale`` and ``zero`` [LANES] are filled."""
+    low, high = np.zeros_like(scale), np.zeros_like(scale)
+    for member in range(len(members)):
+        for lane in range(LANES):
+            low[lane] = min(low[lane], members[member, lane])
+            high[lane] = max(high[lane], members[member, lane])
+    trial, origin = np.empty_like(scale), np.empty_like(scale)
+    best, error = np.full_like(scale, math.inf), np.empty_like(scale)
+    floor = top - top
+    for step in range(len(reaches)):
+        reach = reaches[step]
+        for lane in range(LANES):
+            trial[lane], origin[lane] = _between(low[lane] * reach, high[lane] * reach, top, sym)
+            error[lane] = 0
+        if len(reaches) > 1:
+            for member in range(len(members)):
+                for lane in range(LANES):
+                    value = members[member, lane]
+                    code = min(max(np.rint(value / trial[lane]) + origin[lane], floor), top)
+                    apart = trial[lane] * (code - origin[lane]) - value
+                    error[lane] += importance[member] * (apart * apart)
+        for lane in range(LANES):
+            if error[lane] < best[lane]:
+                best[lane], scale[lane], zero[lane] = error[lane], trial[lane], origin[lane]
+
+
+@numba.njit(parallel=True, cache=True, error_model="numpy")
+def fit_groups(weight, importance, tops, reaches, scales, zeros, size, sym):
+    """Grids of the contiguous groups of ``weight`` [N, K] into ``scales`` and ``zeros`` [G, N]."""
+    rows, columns = weight.shape
+    for tile in numba.prange((rows + LANES - 1) // LANES):
+        row = tile * LANES
+        count = min(LANES, rows - row)
+        members = np.zeros((size, LANES), weight.dtype)
+        scale, zero = np.ones(LANES, weight.dtype), np.zeros(LANES, weight.dtype)
+        for group in range(columns // size):
+            for lane in range(count):
+                for member in range(size):
+                    members[member, lane] = weight[row + lane, group * size + member]
+            _fit(members, importance[group * size : (group + 1) * size], tops[0], sym, reaches, scale, zero)
+            for lane in range(count):
+                scales[group, row + lane] = scale[lane]
+                zeros[group, row + lane] = zero[lane]
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
 def round_columns(
     original, work, upper, order, groups, sizes, scales, zeros,
-    tops, flags, codes, errors, squares, spread, first, last,
+    tops, syms, searches, reaches, importance, codes, errors, squares, spread, first, last,
 ):  # fmt: skip
     variants, rows, _ = work.shape
     length = last - first
@@ -90,16 +112,17 @@ def round_columns(
             place = first + column
             group = groups[variant, place]
             if size > 0 and place % size == 0:
+                members = block[column : column + size]
+                if column + size > length:
+                    members = np.zeros((size, LANES), work.dtype)
+                    for lane in range(count):
+                        for member in range(size):
+                            members[member, lane] = work[variant, row + lane, place + member]
+                tried = reaches if searches[variant] else reaches[:1]
+                _fit(members, importance[place : place + size], top, syms[variant], tried, scale, zero)
                 for lane in range(count):
-                    inside = column + size <= length
-                    members = (
-                        block[column : column + size, lane]
-                        if inside
-                        else work[variant, row + lane, place : place + size]
-                    )
-                    fitted = _fit(members, top, flags[variant, 0], flags[variant, 1], floor)
-                    scales[variant, group, row + lane] = fitted[0]
-                    zeros[variant, group, row + lane] = fitted[1]
+                    scales[variant, group, row + lane] = scale[lane]
+                    zeros[variant, group, row + lane] = zero[lane]
             for lane in range(count):
                 scale[lane] = scales[variant, group, row + lane]
                 zero[lane] = zeros[variant, group, row + lane]

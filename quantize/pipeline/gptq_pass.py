@@ -5,8 +5,8 @@ Peak memory is one block, its statistics, the activations and the solver's works
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,17 +16,16 @@ from torch import nn
 from tqdm import tqdm
 
 from quantize.calibration.forward import Activations, block_statistics
-from quantize.calibration.statistics import InputStatistics
+from quantize.calibration.statistics import InputStatistics, Timed
 from quantize.calibration.tokens import Tokens
 from quantize.errors import PlanError, SolveError, SourceError
 from quantize.formats import gptq as gptq_format
 from quantize.formats.manifest import LedgerEntry
 from quantize.formats.safetensors_writer import ShardWriter
+from quantize.methods.asymmetric import toward_source
 from quantize.methods.gptq import GptqParameters, Solution, solve
 from quantize.planning import Plan, PlannedVariant
 from quantize.source.streamed import Linear, StreamedModel
-
-Timed = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass
@@ -86,50 +85,42 @@ class GptqPass:
         calibration = self.plan.recipe.calibration
         batch = max(1, calibration.batch_tokens // calibration.sequence_length)
         sharing = [branch for branch in self.branches if branch.item.variant.propagate == "source"]
+        drifting = [branch for branch in self.branches if branch.item.variant.propagate == "quantized"]
         with self.timed("forward"):
-            shared = Activations(self.model, self.tokens.ids, batch)
-            own = {
-                branch.item.branch: shared.copy()
-                for branch in self.branches
-                if branch.item.variant.propagate == "quantized"
-            }
+            source = Activations(self.model, self.tokens.ids, batch)
+            streams = [source.copy() for _ in drifting]
         with ExitStack() as stack:
             for index in tqdm(range(len(self.model)), desc="blocks", unit="block", disable=self.disable):
                 with self.timed("load"):
                     stack.close()  # drops the block before
                     block = stack.enter_context(self.model.block(index))
+                with self.timed("forward"):
+                    shared, own = block_statistics(index, block, source, streams, bool(sharing), self.timed)
                 if sharing:
-                    self._solve_shared(index, block, shared, sharing)
-                for branch in self.branches:
-                    if branch.item.branch in own:
-                        self._solve_own(index, block, own[branch.item.branch], branch)
+                    for group in shared:
+                        self._solve_group(index, group, sharing)
+                        group.release()
+                for branch, stream, groups in zip(drifting, streams, own, strict=True):
+                    self._solve_own(index, block, stream, groups, branch)
 
-    def _solve_shared(self, index: int, block: nn.Module, activations: Activations, branches: Sequence[Branch]) -> None:
-        """``propagate: source``: one forward of the source's block serves all branches."""
-        with self.timed("forward"):
-            groups = block_statistics(activations, index, block)
-        for group in groups:
-            self._solve_group(index, group, branches)
-            group.hessian = torch.empty(0)
-
-    def _solve_own(self, index: int, block: nn.Module, activations: Activations, branch: Branch) -> None:
-        """``propagate: quantized``: the branch's own inputs through the source's block, then through its own."""
-        with self.timed("forward"):
-            groups = block_statistics(activations, index, block, keep=False)
+    def _solve_own(
+        self, index: int, block: nn.Module, stream: Activations, groups: list[InputStatistics], branch: Branch
+    ) -> None:
+        """``propagate: quantized``: solve from the branch's own inputs, then send them through its own block."""
         replaced: list[tuple[Linear, torch.Tensor]] = []
         for group in groups:
             (solution,) = self._solve_group(index, group, [branch])
-            group.hessian = torch.empty(0)
+            group.release()
             rows = [linear.weight.shape[0] for linear in group.linears]
             replaced += zip(group.linears, solution.dequantize().split(rows), strict=True)
         if index + 1 == len(self.model):
             return
         with self.timed("forward"), torch.inference_mode():
-            source = [(linear, linear.weight.clone()) for linear, _ in replaced]
+            kept = [(linear, linear.weight.clone()) for linear, _ in replaced]
             for linear, weight in replaced:
                 linear.set_weight(weight)
-            activations.advance(index, block)
-            for linear, weight in source:
+            stream.advance(index, block)
+            for linear, weight in kept:
                 linear.set_weight(weight)
 
     def _solve_group(self, index: int, group: InputStatistics, branches: Sequence[Branch]) -> list[Solution]:
@@ -138,9 +129,11 @@ class GptqPass:
         with self.timed("solve"), torch.inference_mode():
             weights = [self._weight(name, linear) for name, linear in zip(names, group.linears, strict=True)]
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            energy = ((stacked @ group.hessian) * stacked).sum(dim=1, dtype=torch.float64).cpu()
             wishes = [branch.parameters for branch in branches]
             try:
+                if group.drift is not None:
+                    stacked = self._toward_source(stacked, group.hessian, group.drift)
+                energy = ((stacked @ group.hessian) * stacked).sum(dim=1, dtype=torch.float64).cpu()
                 solutions = solve(stacked, group.hessian, wishes, self.gptq.rtn_fallback)
             except SolveError as error:
                 raise SolveError(
@@ -155,6 +148,14 @@ class GptqPass:
                 branch.ledger.append(self._entry(name, solution, rows, energy, group.tokens))
                 first = rows.stop
         return solutions
+
+    def _toward_source(self, weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+        try:
+            return toward_source(weight, hessian, drift)
+        except SolveError:
+            if self.gptq.rtn_fallback:
+                return weight  # the solve meets the same Hessian, rounds to nearest and says so
+            raise
 
     def _weight(self, name: str, linear: Linear) -> torch.Tensor:
         """The stored weight [N, K] in float32, exact even where the forward pass runs in less."""

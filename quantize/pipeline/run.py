@@ -46,14 +46,19 @@ class BuildResult:
     fresh: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     oddities: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    _inner: float = field(default=0.0, repr=False)  # seconds of the stages timed inside the present one
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
+        """Book the time spent inside to ``stage``, without that of stages timed inside it."""
         start = time.perf_counter()
+        inner, self._inner = self._inner, 0.0
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            whole = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + whole - self._inner
+            self._inner = inner + whole
 
 
 def build_recipe(

@@ -16,6 +16,7 @@ from quantize.formats.manifest import is_complete, read_manifest
 from quantize.planning.estimate import Estimate, estimate
 from quantize.planning.keys import differences, key_inputs, key_of
 from quantize.planning.modules import ModuleTable, find_linears
+from quantize.planning.propagation import with_propagation
 from quantize.planning.sizes import Layout, check_variant, variant_layout
 from quantize.recipe import LoadedRecipe
 from quantize.recipe.schema import GptqVariant, Recipe, RepoNameError, repo_id
@@ -142,7 +143,8 @@ def plan_recipe(
     repo = _repo(loaded, source)
     identity = calibration_identity(recipe.calibration)
     planned = []
-    for variant, place in zip(recipe.gptq.variants, loaded.variant_places, strict=True):
+    for asked, place in zip(recipe.gptq.variants, loaded.variant_places, strict=True):
+        variant = with_propagation(asked)
         try:
             check_variant(table, variant)
         except PlanError as error:

@@ -16,7 +16,7 @@ from quantize.recipe.schema import Calibration, GptqVariant
 from quantize.source.checkpoint import Checkpoint
 
 SHARE_FORWARD, SHARE_STATISTICS, SHARE_SOLVE = 0.55, 0.8, 0.25
-MSE_FACTOR = 8.0
+MSE_FACTOR = 1.4
 SETUP_SECONDS = 15.0
 PROCESS_BYTES = 700 * 2**20  # Python with torch, transformers and numba loaded
 SOLVE_BYTES = 3 * 192 * 2**20
@@ -60,9 +60,12 @@ def estimate(
     rate = _operations_per_second() if variants else 1.0
     own = sum(variant.propagate == "quantized" for variant in variants)
     passes = int(own < len(variants)) + own
-    forwards = int(own < len(variants)) + 2 * own
-    solve += own * sum(size**3 for _, size in inputs)
-    seconds = forwards * forward / SHARE_FORWARD + passes * statistics / SHARE_STATISTICS + solve / SHARE_SOLVE
+    forwards = 1 + 2 * own
+    solve += 2 * own * sum(size**3 for _, size in inputs)
+    drifts = own * 2 * tokens * sum(size * size for _, size in inputs)
+    seconds = (
+        forwards * forward / SHARE_FORWARD + (passes * statistics + drifts) / SHARE_STATISTICS + solve / SHARE_SOLVE
+    )
     return Estimate(
         seconds / rate + SETUP_SECONDS if variants else 0.0,
         _peak(checkpoint, table, calibration, width, inputs, 1 + own),
@@ -82,7 +85,7 @@ def _peak(
     for linear in table.linears:
         linears[linear.block] += linear.in_features * linear.out_features * COMPUTE_BYTES
     for block, size in inputs:
-        hessians[block] += size * size * 4
+        hessians[block] += size * size * 4 * (2 * streams - 1)  # the source's, and H and drift of each stream
     largest = max(size for _, size in inputs)
     inside = sum(spec.nbytes for name, spec in checkpoint.tensors.items() if name.startswith(table.prefix))
     outside = (checkpoint.nbytes - inside) // 2 * COMPUTE_BYTES

@@ -9,7 +9,7 @@ from typing import Any
 
 from quantize.recipe.schema import Gptq, GptqVariant, Release
 
-SOLVER_VERSION = 1
+SOLVER_VERSION = 2
 """Raised when the same source, tokens and parameters give other bytes: finished variants are then stale."""
 
 

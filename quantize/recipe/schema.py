@@ -25,7 +25,7 @@ def _desc_act(value: Any) -> Any:
 
 
 DescAct = Annotated[bool | Literal["static"], BeforeValidator(_desc_act)]
-Propagate = Literal["source", "quantized"]
+Propagate = Literal["auto", "source", "quantized"]
 Outcome = Literal["damp_raised", "dead_columns", "rtn_fallback"]
 
 
@@ -160,8 +160,9 @@ class GptqParameters(Strict):
     """Where ``desc_act`` is false: solve groups, and columns in them, by activation. Files are the same kind."""
     sym: bool = True
     damp_percent: float = Field(default=0.1, gt=0, lt=1)
-    mse: bool = False
-    propagate: Propagate = "source"
+    mse: bool = True
+    """Search each group's range for the least error, weighed as the solve weighs it."""
+    propagate: Propagate = "auto"
     """Whose activations the statistics are of: the source model's, or those of the blocks quantized so far."""
 
     @field_validator("bits", mode="before")

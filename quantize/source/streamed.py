@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from quantize.errors import SourceError
 from quantize.source.resolved import Source
+from quantize.source.tensor_file import TensorFile
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -68,6 +68,7 @@ class StreamedModel:
         head: bool = False,
     ) -> None:
         self.source, self.compute_dtype, self.device = source, compute_dtype, device
+        self._files: dict[str, TensorFile] = {}
         self.model = _empty_model(source, compute_dtype, trust_remote_code)
         self.names = _match_names(self.model, source)
         self.block_prefix, self.blocks = self._find_blocks(prefix)
@@ -88,9 +89,10 @@ class StreamedModel:
         """
         spec = self.source.checkpoint.tensors[name]
         try:
-            with safe_open(self.source.folder / spec.file, framework="pt") as file:
-                tensor = file.get_tensor(name)
-        except Exception as error:
+            if spec.file not in self._files:
+                self._files[spec.file] = TensorFile(self.source.folder / spec.file)
+            tensor = self._files[spec.file].read(name)
+        except (OSError, KeyError, ValueError) as error:
             raise SourceError(f"{self.source.folder / spec.file}: cannot read {name}: {error}") from None
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise SourceError(f"{self.source.folder / spec.file}: {name} holds NaN or infinity; the source is damaged")

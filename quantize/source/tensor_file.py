@@ -1,0 +1,59 @@
+"""Tensors read out of a safetensors file by plain reads.
+
+The library maps whole files into memory, privately: a shard then counts against a limit on the process
+(``ulimit``, a container's accounting) though one tensor is wanted. A read takes the tensor's bytes and no more.
+Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON header, the data).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class TensorFile:
+    """One safetensors file; its header is read once.
+
+    Raises:
+        OSError, ValueError: not there, or no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self._header = json.loads(file.read(length))
+        self._start = 8 + length
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as stored.
+
+        Raises:
+            OSError: the file cannot be read. KeyError: no such tensor, or a dtype unknown here.
+            ValueError: the file is shorter than its header says.
+        """
+        entry = self._header[name]
+        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        first, last = entry["data_offsets"]
+        tensor = torch.empty(shape, dtype=dtype)
+        view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data if math.prod(shape) else memoryview(b"")
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._start + first)
+            if len(view) != last - first:
+                raise ValueError("its header is damaged")
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise ValueError("it ends too early")
+                view = view[count:]
+        return tensor
