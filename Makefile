@@ -48,8 +48,9 @@ lint: setup-test ## ruff and mypy
 	$(BIN)/ruff format --check quantize tests benchmarks
 	$(BIN)/mypy
 
-bench: setup-test ## measure side by side with gptqmodel; CALIBRATION=text EVALUATION=text
-	$(BIN)/python -m benchmarks --calibration $(CALIBRATION) --evaluation $(EVALUATION) --out docs/benchmarks.md
+bench: setup-test ## measure side by side with gptqmodel; CALIBRATION=text EVALUATION=text MODEL=folder
+	$(BIN)/python -m benchmarks $(if $(CALIBRATION),--calibration $(CALIBRATION)) \
+		$(if $(EVALUATION),--evaluation $(EVALUATION)) $(if $(MODEL),--model $(MODEL))
 
 clean: ## remove .venv, dist and caches of tools
 	rm -rf $(VENV) $(DIST) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -22,10 +22,12 @@ FILE = click.Path(exists=True, dir_okay=False)
 
 
 @click.command()
-@click.argument("names", nargs=-1, type=click.Choice(["eight", "low", "variants", "blocks", "limit", "archived"]))
+@click.argument(
+    "names", nargs=-1, type=click.Choice(["eight", "low", "sequential", "variants", "blocks", "limit", "archived"])
+)
 @click.option("--calibration", type=FILE, help="Calibration text (eight, low, variants, archived).")
-@click.option("--evaluation", type=FILE, help="Held-out text (eight, low).")
-@click.option("--model", type=click.Path(exists=True, file_okay=False), help="A small model's folder (low).")
+@click.option("--evaluation", type=FILE, help="Held-out text (eight, low, sequential).")
+@click.option("--model", type=click.Path(exists=True, file_okay=False), help="A small model (low, sequential).")
 @click.option("--samples", default=32, show_default=True)
 @click.option("--length", default=512, show_default=True)
 def main(
@@ -37,16 +39,18 @@ def main(
     length: int,
 ) -> None:
     """Measure the tables NAMES, or all of them; one whose text or model is not given is skipped, with a word."""
-    from benchmarks import archived, curves, peers
+    from benchmarks import archived, curves, peers, sequential
 
     demo = Task(DEMO, calibration or "", samples, length)
+    small = Task({"source": str(Path(model or "").resolve())}, calibration or "", samples, length)
     needs = {
         "eight": (calibration, evaluation),
         "low": (calibration, evaluation, model),
+        "sequential": (calibration, evaluation, model),
         "variants": (calibration,),
         "archived": (calibration,),
     }
-    for name in names or ("limit", "blocks", "variants", "archived", "eight", "low"):
+    for name in names or ("limit", "blocks", "variants", "archived", "sequential", "low", "eight"):
         if not all(needs.get(name, ())):
             click.echo(f"{name}: skipped, it needs --calibration, --evaluation or --model (see --help)", err=True)
             continue
@@ -56,9 +60,10 @@ def main(
                 title = "The set of eight on SmolLM2-135M-Instruct"
                 peers.compare(name, title, demo, EIGHT, evaluation or "", folder)
             elif name == "low":
-                small = Task({"source": str(Path(model or "").resolve())}, calibration or "", samples, length)
                 title = f"3 and 2 bits on a small model, {Path(model or '').name}"
                 peers.compare(name, title, small, LOW, evaluation or "", folder)
+            elif name == "sequential":
+                sequential.compare(small, LOW[:7], evaluation or "", folder)
             elif name == "variants":
                 curves.variants(demo, SIXTEEN, folder)
             elif name == "blocks":

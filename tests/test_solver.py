@@ -244,6 +244,17 @@ def test_mse_search_is_not_worse_on_heavy_tailed_weights(bits: int, sym: bool) -
     assert searched.sum() < 0.97 * plain.sum()
 
 
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_searched_ranges_lower_the_error_of_the_output(bits: int, sym: bool) -> None:
+    weight, hessian = problem(32)
+    orders = [replace(GptqParameters(bits, 64, sym=sym), desc_act=order) for order in (False, True, "static")]
+    searched = solve(weight, hessian, orders)
+    whole = solve(weight, hessian, [replace(order, mse=False) for order in orders])
+    for one, other in zip(searched, whole, strict=True):
+        assert one.row_error.sum() < other.row_error.sum()
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
 def test_asymmetric_zero_points_are_never_zero(bits: int, shift: float) -> None:

@@ -39,7 +39,7 @@ def plan(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ..
     if as_json:
         print_json(planned.as_data())
     else:
-        rows = [["branch", "bits", "group", "act-order", "size", "state", "why"]]
+        rows = [["branch", "bits", "group", "act-order", "propagate", "size", "state", "why"]]
         for item in planned.variants:
             variant = item.variant
             rows.append([
@@ -47,12 +47,13 @@ def plan(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ..
                 str(variant.bits),
                 str(variant.group_size),
                 str(variant.desc_act).lower(),
+                variant.propagate,
                 gigabytes(item.nbytes),
                 item.state if item.branch in planned.selected else "skipped",
                 item.why,
             ])  # fmt: skip
         click.echo(f"{planned.repo}: {len(planned.table.linears)} linears in {planned.table.blocks} blocks")
-        click.echo(table(rows, right=frozenset({1, 2, 4})))
+        click.echo(table(rows, right=frozenset({1, 2, 5})))
         if planned.work:
             cost = planned.estimate
             click.echo(
