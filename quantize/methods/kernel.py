@@ -62,7 +62,7 @@ def _fit(members, importance, top, sym, reaches, scale, zero):
                     apart = trial[lane] * (code - origin[lane]) - value
                     error[lane] += importance[member] * (apart * apart)
         for lane in range(LANES):
-            if error[lane] < best[lane]:
+            if step == 0 or error[lane] < best[lane]:  # an error that is no number must not keep an old grid
                 best[lane], scale[lane], zero[lane] = error[lane], trial[lane], origin[lane]
 
 

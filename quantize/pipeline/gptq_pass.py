@@ -24,6 +24,7 @@ from quantize.formats.manifest import LedgerEntry
 from quantize.formats.safetensors_writer import ShardWriter
 from quantize.methods.asymmetric import toward_source
 from quantize.methods.gptq import GptqParameters, Solution, solve
+from quantize.pipeline.memory import give_back
 from quantize.planning import Plan, PlannedVariant
 from quantize.source.streamed import Linear, StreamedModel
 
@@ -102,6 +103,7 @@ class GptqPass:
                         group.release()
                 for branch, stream, groups in zip(drifting, streams, own, strict=True):
                     self._solve_own(index, block, stream, groups, branch)
+                give_back()
 
     def _solve_own(
         self, index: int, block: nn.Module, stream: Activations, groups: list[InputStatistics], branch: Branch
