@@ -99,6 +99,7 @@ def _section(
     peak = max(done.peak_bytes for done in theirs.values())
     rows.append([f"gptqmodel, {count} runs", str(count), f"{total:.0f}", "1", f"{peak / 1e9:.2f} GB"])
     times = table(["run", "branches", "seconds", "gptqmodel's time for as many", "peak RSS"], rows)
+    bottleneck = max(ours["source"].stages.items(), key=lambda stage: stage[1])[0]
     ratio = ours["source"].process.seconds / one.process.seconds
 
     def cell(key: str) -> str:
@@ -121,7 +122,8 @@ included, all in one call.
 
 {times}
 
-{count} branches take {ratio:.2f} times as long as one (`propagate: source`).
+{count} branches take {ratio:.2f} times as long as one (`propagate: source`); the longest stage, and so the next
+bottleneck, is {bottleneck}.
 
 Perplexity (KL divergence from the source model, whose perplexity is {base["perplexity"]:.2f}):
 
