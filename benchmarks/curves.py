@@ -48,8 +48,8 @@ Llama of width {WIDE["hidden_size"]}, random bfloat16 weights, two 4-bit branche
 
 {stages_table(rows, "blocks")}
 
-A block takes {a_block:.2f} s. From {BLOCKS[0]} to {BLOCKS[-1]} blocks the weights grow {BLOCKS[-1] // BLOCKS[0]}-fold, the
-peak {peaks[-1] / peaks[0]:.2f}-fold.
+A block takes {a_block:.2f} s. From {BLOCKS[0]} to {BLOCKS[-1]} blocks the weights grow {BLOCKS[-1] // BLOCKS[0]}-fold,
+the peak {peaks[-1] / peaks[0]:.2f}-fold.
 """,
     )
 
