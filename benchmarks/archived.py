@@ -13,7 +13,7 @@ from benchmarks.document import machine, replace_section, table
 from benchmarks.ours import Task, Variant
 
 PINS = [
-    "auto-gptq==0.7.1", "transformers==4.46.3", "datasets<4", "huggingface-hub<1", "peft<0.14", "numpy<2", "torch<2.7",
+    "auto-gptq==0.7.1", "transformers==4.46.3", "datasets<4", "huggingface-hub<1", "peft<0.14", "numpy<2", "pyarrow<20", "torch<2.7",
     "accelerate<1.3", "setuptools<80",
 ]  # fmt: skip
 READER = Path(__file__).parent / "reader_auto_gptq.py"
