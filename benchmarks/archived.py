@@ -54,6 +54,11 @@ def check(task: Task, folder: Path) -> None:
     except subprocess.CalledProcessError as error:
         replace_section("archived", f"## The archived loader\n\nNot checked: {error.cmd[-1]} could not be installed.")
         return
+    from tests.tiny import write_model
+
+    # with tied embeddings this loader leaves the embedding at zero, so the check takes a model without
+    model_folder = write_model(folder / "model", tie_word_embeddings=False)
+    task = Task({"source": str(model_folder), "name": "Random"}, task.calibration, 8, 128)
     built = task.build(folder, CELLS, propagate="source")
     loaded = quantize.load_recipe(folder / "recipe.json")
     plan = quantize.plan(loaded, dist=folder / "none")
@@ -76,16 +81,18 @@ def check(task: Task, folder: Path) -> None:
             for linear in plan.table.linears:
                 model.get_submodule(linear.name).weight.copy_(reader.weight(linear.name))
             ours = model(torch.from_numpy(ids)).logits
-        rows.append([cell.name, f"{float((ours - theirs).abs().max()):.1e} of {float(ours.abs().max()):.0f}"])
+        rows.append([cell.name, f"{float((ours - theirs).abs().max()):.1e} of {float(ours.abs().max()):.2g}"])
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     replace_section(
         "archived",
         f"""## The archived loader
 
-Our branches of SmolLM2-135M-Instruct as they are on disk, loaded by {named or PINS[0]} on a CPU in an environment of
-its own (Python {sys.version_info.major}.{sys.version_info.minor}), against our dequantized weights in transformers;
+Our branches of a small random Llama as they are on disk, loaded by {named or PINS[0]} on a CPU in an environment of its
+own (Python {sys.version_info.major}.{sys.version_info.minor}), against our dequantized weights in transformers;
 {machine()}.
 
 {table(["branch", "largest difference of a logit"], rows)}
+
+Models with tied embeddings (SmolLM2 among them) load there without an error, but with an embedding of zeros.
 """,
     )
