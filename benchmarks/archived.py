@@ -13,8 +13,8 @@ from benchmarks.document import machine, replace_section, table
 from benchmarks.ours import Task, Variant
 
 PINS = [
-    "auto-gptq==0.7.1", "transformers==4.46.3", "datasets<4", "huggingface-hub<1", "peft<0.14", "numpy<2", "pyarrow<20", "torch<2.7",
-    "accelerate<1.3", "setuptools<80",
+    "auto-gptq==0.7.1", "transformers==4.46.3", "datasets<4", "huggingface-hub<1", "peft<0.14", "numpy<2", "pyarrow<20",
+    "torch<2.7", "accelerate<1.3", "setuptools<80",
 ]  # fmt: skip
 READER = Path(__file__).parent / "reader_auto_gptq.py"
 CELLS = [Variant(4, 64, False), Variant(4, 32, True), Variant(8, -1, True), Variant(3, 64, False), Variant(2, 32, True)]

@@ -10,10 +10,9 @@ from collections.abc import Callable
 @functools.cache
 def _malloc_trim() -> Callable[[int], object] | None:
     try:
-        trim = ctypes.CDLL(None).malloc_trim
+        return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):
         return None  # not glibc: its allocator has no such call
-    return trim  # type: ignore[no-any-return]
 
 
 def give_back() -> None:
