@@ -22,8 +22,8 @@ class Run:
     output: str
 
 
-def run(*arguments: str, settings: dict[str, str] | None = None) -> Run:
-    """Run ``python ARGUMENTS`` with pinned threads.
+def run(*arguments: str, settings: dict[str, str] | None = None, cwd: Path | None = None) -> Run:
+    """Run ``python ARGUMENTS`` with pinned threads; a peer that litters its working directory does so in ``cwd``.
 
     Raises:
         RuntimeError: the child failed; its last lines are the message.
@@ -44,6 +44,7 @@ def run(*arguments: str, settings: dict[str, str] | None = None) -> Run:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        cwd=cwd,
     )
     errors: list[str] = []
     drain = threading.Thread(target=lambda: errors.extend(child.stderr or []))

@@ -64,7 +64,7 @@ def compare(name: str, title: str, task: Task, variants: list[Variant], evaluati
     for variant in variants:
         arguments = [source, str(folder / "peer" / variant.name), str(ids)]
         arguments += [str(variant.bits), str(variant.group_size), str(variant.desc_act), str(DAMP)]
-        theirs[variant.name] = run("-m", "benchmarks.peer_gptqmodel", *arguments)
+        theirs[variant.name] = run("-m", "benchmarks.peer_gptqmodel", *arguments, cwd=folder)
         print(f"{name}: gptqmodel {variant.name}: {theirs[variant.name].seconds:.0f} s", flush=True)
 
     folders = {f"{label}: {v.name}": built.folder / v.name for label, built in ours.items() for v in settings[label][0]}
