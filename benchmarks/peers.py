@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.child import Run, run
 from benchmarks.document import machine, replace_section, table
 from benchmarks.ours import DAMP, Built, Task, Variant, stages_table
+
+if TYPE_CHECKING:
+    from quantize.measure.quality import Quality, Weights
 
 WINDOWS = 8  # of the held-out text
 
@@ -26,13 +29,12 @@ def prepare(task: Task, folder: Path, variants: list[Variant]) -> tuple[str, Pat
     return str(source.folder), target
 
 
-def measure(recipe: Path, folders: dict[str, Path], text: str, length: int) -> dict[str, dict[str, float]]:
-    """Perplexity and KL divergence of every folder's model, all in one streamed run over ``text``."""
+def measure(recipe: Path, weights: dict[str, Weights], text: str, length: int) -> dict[str, Quality]:
+    """Quality of the source (first) and of the model with each of ``weights``, in one streamed run over ``text``."""
     import torch
 
     import quantize
     from quantize.calibration.tokens import load_tokenizer, sample_tokens
-    from quantize.formats.gptq_reader import GptqReader
     from quantize.measure.quality import measure_quality
     from quantize.recipe.schema import Calibration, Corpus
     from quantize.source.streamed import StreamedModel
@@ -41,12 +43,18 @@ def measure(recipe: Path, folders: dict[str, Path], text: str, length: int) -> d
     corpus = Calibration(dataset=[Corpus(file=text)], samples=WINDOWS, sequence_length=length)
     ids = sample_tokens(corpus, load_tokenizer(plan.source)).ids
     model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"), head=True)
-    readers = {name: GptqReader(folder) for name, folder in folders.items()}
-    return {row.branch: row.as_data() for row in measure_quality(model, ids, readers, 8, progress=False)}
+    return {row.branch: row for row in measure_quality(model, ids, weights, 8, progress=False)}
+
+
+def figures(row: Quality | None) -> str:
+    """Perplexity (KL divergence), as a cell of a table."""
+    return f"{row.perplexity:.2f} ({row.kl_divergence:.4f})" if row else "-"
 
 
 def compare(name: str, title: str, task: Task, variants: list[Variant], evaluation: str, folder: Path) -> None:
     """Run everything of one table and write its section."""
+    from quantize.formats.gptq_reader import GptqReader
+
     source, ids = prepare(task, folder, variants)
     low = [variant for variant in variants if variant.bits < 8]  # at 8 bits there is nothing left to win
     settings: dict[str, tuple[list[Variant], dict[str, Any]]] = {
@@ -69,7 +77,8 @@ def compare(name: str, title: str, task: Task, variants: list[Variant], evaluati
 
     folders = {f"{label}: {v.name}": built.folder / v.name for label, built in ours.items() for v in settings[label][0]}
     folders |= {f"gptqmodel: {v.name}": folder / "peer" / v.name for v in variants}
-    quality = measure(folder / "prepare.json", folders, evaluation, task.length)
+    readers: dict[str, Weights] = {name: GptqReader(branch) for name, branch in folders.items()}
+    quality = measure(folder / "prepare.json", readers, evaluation, task.length)
     replace_section(name, _section(title, task, variants, evaluation, ours, one, theirs, quality))
 
 
@@ -81,7 +90,7 @@ def _section(
     ours: dict[str, Built],
     one: Built,
     theirs: dict[str, Run],
-    quality: dict[str, dict[str, float]],
+    quality: dict[str, Quality],
 ) -> str:
     total = sum(done.seconds for done in theirs.values())
     count = len(variants)
@@ -102,15 +111,10 @@ def _section(
     bottleneck = max(ours["source"].stages.items(), key=lambda stage: stage[1])[0]
     ratio = ours["source"].process.seconds / one.process.seconds
 
-    def cell(key: str) -> str:
-        found = quality.get(key)
-        if found is None:
-            return "-"
-        return f"{found['perplexity']:.2f} ({found['kl_divergence']:.4f})"
-
     labels = [*ours, "gptqmodel"]
     body = [
-        [v.name, *(cell(f"{label}: {v.name}") for label in labels), f"{theirs[v.name].seconds:.0f}"] for v in variants
+        [v.name, *(figures(quality.get(f"{label}: {v.name}")) for label in labels), f"{theirs[v.name].seconds:.0f}"]
+        for v in variants
     ]
     base = next(iter(quality.values()))  # the source model
     branches = table(["branch", *labels, "gptqmodel s"], body)
@@ -125,7 +129,7 @@ included, all in one call.
 {count} branches take {ratio:.2f} times as long as one (`propagate: source`); the longest stage, and so the next
 bottleneck, is {bottleneck}.
 
-Perplexity (KL divergence from the source model, whose perplexity is {base["perplexity"]:.2f}):
+Perplexity (KL divergence from the source model, whose perplexity is {base.perplexity:.2f}):
 
 {branches}
 

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import quantize
 from benchmarks.document import machine, replace_section, table
 from benchmarks.ours import DAMP, Task, Variant
+from benchmarks.peers import figures, measure
 from quantize.calibration.forward import Activations, block_statistics
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.formats.gptq_reader import GptqReader
-from quantize.measure.quality import Quality, Weights, measure_quality
+from quantize.measure.quality import Weights
 from quantize.methods.gptq import GptqParameters, solve
-from quantize.recipe.schema import Calibration, Corpus
 from quantize.source.streamed import StreamedModel
-
-WINDOWS = 16
 
 
 class Solved:
@@ -39,24 +38,15 @@ def compare(task: Task, cells: list[Variant], evaluation: str, folder: Path) -> 
     ways = {way: task.build(folder / way, cells, propagate=way) for way in ("source", "quantized")}
     loaded = quantize.load_recipe(folder / "source" / "recipe.json")
     plan = quantize.plan(loaded, dist=folder / "none")
-    tokenizer = load_tokenizer(plan.source)
-    ids = sample_tokens(loaded.recipe.calibration, tokenizer).ids
-    model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"), head=True)
+    ids = sample_tokens(loaded.recipe.calibration, load_tokenizer(plan.source)).ids
+    model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"))
     readers: dict[str, Weights] = {
         f"{way}: {cell.name}": GptqReader(built.folder / cell.name) for way, built in ways.items() for cell in cells
     }
     readers |= {f"sequential: {cell.name}": _sequential(model, ids, cell) for cell in cells}
-    corpus = Calibration(dataset=[Corpus(file=evaluation)], samples=WINDOWS, sequence_length=task.length)
-    rows = {
-        row.branch: row
-        for row in measure_quality(model, sample_tokens(corpus, tokenizer).ids, readers, 8, progress=False)
-    }
-
-    def text(row: Quality) -> str:
-        return f"{row.perplexity:.2f} ({row.kl_divergence:.4f})"
-
+    rows = measure(folder / "source" / "recipe.json", readers, evaluation, task.length)
     body = [
-        [cell.name, *(text(rows[f"{way}: {cell.name}"]) for way in ("source", "quantized", "sequential"))]
+        [cell.name, *(figures(rows[f"{way}: {cell.name}"]) for way in ("source", "quantized", "sequential"))]
         for cell in cells
     ]
     replace_section(
@@ -73,10 +63,10 @@ takes two forwards and leans towards the source (docs/propagation.md). Perplexit
     )
 
 
-def _sequential(model: StreamedModel, ids: object, cell: Variant) -> Solved:
+def _sequential(model: StreamedModel, ids: np.ndarray, cell: Variant) -> Solved:
     found = Solved()
     wish = GptqParameters(cell.bits, cell.group_size, cell.desc_act, damp_percent=DAMP)
-    activations = Activations(model, ids, 8)  # type: ignore[arg-type]
+    activations = Activations(model, ids, 8)
     for index in range(len(model)):
         with model.block(index) as block, torch.inference_mode():
             done: set[str] = set()
