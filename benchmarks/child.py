@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,23 +37,15 @@ def run(*arguments: str, settings: dict[str, str] | None = None, cwd: Path | Non
         "GPTQMODEL_CPU_WORKERS": THREADS,
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }
-    start = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=cwd,
-    )
-    errors: list[str] = []
-    drain = threading.Thread(target=lambda: errors.extend(child.stderr or []))
-    drain.start()
-    output = child.stdout.read() if child.stdout else ""
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - start
-    child.returncode = os.waitstatus_to_exitcode(status)
-    drain.join()
-    if child.returncode:
-        raise RuntimeError(f"{' '.join(arguments)[:200]} failed:\n{''.join(errors[-15:])}")
-    return Run(seconds, usage.ru_maxrss * 1024, output)
+    with tempfile.TemporaryDirectory() as scratch:
+        peak = Path(scratch) / "peak"
+        launcher = [sys.executable, "-S", str(Path(__file__).with_name("peak.py")), str(peak)]
+        start = time.perf_counter()
+        done = subprocess.run(
+            [*launcher, sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=cwd
+        )
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            last = "\n".join(done.stderr.splitlines()[-15:])
+            raise RuntimeError(f"{' '.join(arguments)[:200]} failed:\n{last}")
+        return Run(seconds, int(peak.read_text()), done.stdout)

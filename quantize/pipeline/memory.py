@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+
+MMAP_THRESHOLD = 8 << 20  # bytes; a tensor this large is a mapping of its own
+M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 
 @functools.cache
-def _malloc_trim() -> Callable[[int], object] | None:
+def _libc() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        libc = ctypes.CDLL(None)
+        return libc if libc.malloc_trim and libc.mallopt else None
     except (OSError, AttributeError, TypeError):
-        return None  # not glibc: its allocator has no such call
+        return None  # not glibc: its allocator has no such calls
+
+
+def return_large_buffers() -> None:
+    """Have every large buffer go back to the system as soon as it is freed.
+
+    glibc raises its threshold to the largest buffer ever freed, up to 32 MB; the buffers of a block then lie on the
+    heap between small objects that stay, and the peak would grow with the number of blocks.
+    """
+    if libc := _libc():
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
 def give_back() -> None:
-    """Return freed heap pages to the system.
-
-    Buffers of a block lie between small objects that stay; glibc keeps the holes, and the peak would grow with the
-    number of blocks.
-    """
-    if trim := _malloc_trim():
-        trim(0)
+    """Return freed heap pages to the system."""
+    if libc := _libc():
+        libc.malloc_trim(0)

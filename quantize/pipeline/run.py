@@ -126,11 +126,13 @@ def _build(
     from quantize.calibration.forward import choose_device, choose_dtype
     from quantize.calibration.tokens import load_tokenizer, sample_tokens
     from quantize.pipeline.gptq_pass import Branch, GptqPass
+    from quantize.pipeline.memory import return_large_buffers
     from quantize.source.streamed import StreamedModel
 
     # compiled kernels belong into our cache, not beside the source, which may be read-only
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
     recipe, source = plan.recipe, plan.source
+    return_large_buffers()
     where = choose_device(device)
     shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]
     dtype = choose_dtype(recipe.calibration.compute_dtype, where, shapes)
