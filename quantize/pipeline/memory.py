@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 
 MMAP_THRESHOLD = 8 << 20  # bytes; a tensor this large is a mapping of its own
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -22,9 +23,11 @@ def return_large_buffers() -> None:
     """Have every large buffer go back to the system as soon as it is freed.
 
     glibc raises its threshold to the largest buffer ever freed, up to 32 MB; the buffers of a block then lie on the
-    heap between small objects that stay, and the peak would grow with the number of blocks.
+    heap between small objects that stay, and the peak would grow with the number of blocks. A threshold that the
+    user set in the environment stays.
     """
-    if libc := _libc():
+    libc = _libc()
+    if libc and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
