@@ -18,12 +18,15 @@ LOW = [Variant(4, 128, False), Variant(4, 32, True), Variant(4, 128, True), Vari
        Variant(3, 64, True), Variant(2, 64, False), Variant(2, 32, True), Variant(8, 128, False)]  # fmt: skip
 SIXTEEN = [Variant(bits, size, order) for bits in (4, 8) for size in (64, 32, 16, -1) for order in (False, True)]
 
+NAMES = ("limit", "blocks", "variants", "archived", "sequential", "low", "awq", "eight")
 FILE = click.Path(exists=True, dir_okay=False)
 
 
 @click.command()
 @click.argument(
-    "names", nargs=-1, type=click.Choice(["eight", "low", "sequential", "variants", "blocks", "limit", "archived"])
+    "names",
+    nargs=-1,
+    type=click.Choice(["eight", "low", "sequential", "variants", "blocks", "limit", "archived", "awq"]),
 )
 @click.option("--calibration", type=FILE, help="Calibration text (eight, low, variants, archived).")
 @click.option("--evaluation", type=FILE, help="Held-out text (eight, low, sequential).")
@@ -39,7 +42,7 @@ def main(
     length: int,
 ) -> None:
     """Measure the tables NAMES, or all of them; one whose text or model is not given is skipped, with a word."""
-    from benchmarks import archived, curves, peers, sequential
+    from benchmarks import archived, awq, curves, peers, sequential
 
     demo = Task(DEMO, calibration or "", samples, length)
     small = Task({"source": str(Path(model or "").resolve())}, calibration or "", samples, length)
@@ -49,8 +52,9 @@ def main(
         "sequential": (calibration, evaluation, model),
         "variants": (calibration,),
         "archived": (calibration,),
+        "awq": (calibration, evaluation),
     }
-    for name in names or ("limit", "blocks", "variants", "archived", "sequential", "low", "eight"):
+    for name in names or NAMES:
         if not all(needs.get(name, ())):
             click.echo(f"{name}: skipped, it needs --calibration, --evaluation or --model (see --help)", err=True)
             continue
@@ -64,6 +68,8 @@ def main(
                 peers.compare(name, title, small, LOW, evaluation or "", folder)
             elif name == "sequential":
                 sequential.compare(small, LOW[:7], evaluation or "", folder)
+            elif name == "awq":
+                awq.compare(demo, EIGHT, evaluation or "", folder)
             elif name == "variants":
                 curves.variants(demo, SIXTEEN, folder)
             elif name == "blocks":

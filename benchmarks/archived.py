@@ -47,7 +47,7 @@ def check(task: Task, folder: Path) -> None:
 
     import quantize
     from quantize.calibration.tokens import load_tokenizer, sample_tokens
-    from quantize.formats.gptq_reader import GptqReader
+    from quantize.formats.reader import BranchReader
 
     try:
         python = environment()
@@ -76,7 +76,7 @@ def check(task: Task, folder: Path) -> None:
         versions = json.loads(done.stdout.splitlines()[-1])
         theirs = torch.from_numpy(np.load(folder / "logits.npy"))
         model = AutoModelForCausalLM.from_pretrained(plan.source.folder, dtype=torch.float32)
-        reader = GptqReader(branch)
+        reader = BranchReader(branch)
         with torch.inference_mode():
             for linear in plan.table.linears:
                 model.get_submodule(linear.name).weight.copy_(reader.weight(linear.name))

@@ -30,11 +30,21 @@ class Variant:
 
 @dataclass(frozen=True)
 class Built:
-    """A finished build: the process, seconds by stage, and the folder of its branches."""
+    """A finished build: the process, seconds by stage, and the dist with its repos."""
 
     process: Run
     stages: dict[str, float]
-    folder: Path
+    dist: Path
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the GPTQ branches."""
+        return next(self.dist.glob("*-GPTQ"))
+
+    @property
+    def awq(self) -> Path:
+        """The folder of the AWQ branches."""
+        return next(self.dist.glob("*-AWQ"))
 
 
 @dataclass(frozen=True)
@@ -46,13 +56,13 @@ class Task:
     samples: int
     length: int
 
-    def recipe(self, path: Path, variants: list[Variant], **gptq: Any) -> Path:
-        """Write a recipe for ``variants``; ``gptq`` adds settings for all of them."""
+    def recipe(self, path: Path, variants: list[Variant], awq: list[dict[str, Any]] | None = None, **gptq: Any) -> Path:
+        """Write a recipe for GPTQ ``variants``, for which ``gptq`` adds settings, and ``awq`` ones."""
         path.parent.mkdir(parents=True, exist_ok=True)
         asked = [
             {"bits": v.bits, "group_size": v.group_size, "desc_act": v.desc_act, "branch": v.name} for v in variants
         ]
-        text = {
+        text: dict[str, Any] = {
             "model": {"creator": "benchmark", "license": "other", **self.model},
             "release": {"owner": "local"},
             "calibration": {
@@ -60,14 +70,17 @@ class Task:
                 "samples": self.samples,
                 "sequence_length": self.length,
             },
-            "gptq": {"damp_percent": DAMP, **gptq, "variants": asked},
         }
+        if variants:
+            text["gptq"] = {"damp_percent": DAMP, **gptq, "variants": asked}
+        if awq:
+            text["awq"] = {"damp_percent": DAMP, "variants": awq}
         path.write_text(json.dumps(text), encoding="utf-8")
         return path
 
-    def build(self, folder: Path, variants: list[Variant], rounds: int = 1, **gptq: Any) -> Built:
+    def build(self, folder: Path, variants: list[Variant], rounds: int = 1, **settings: Any) -> Built:
         """Build into ``folder``, in a fresh process; of ``rounds`` equal builds, the one of median wall time."""
-        recipe = self.recipe(folder / "recipe.json", variants, **gptq)
+        recipe = self.recipe(folder / "recipe.json", variants, **settings)
         dist = folder / "dist"
         arguments = ("-m", "quantize", "build", str(recipe), "--dist", str(dist), "--device", "cpu", "--json")
         runs = []
@@ -75,8 +88,7 @@ class Task:
             shutil.rmtree(dist, ignore_errors=True)
             runs.append(run(*arguments))
         done = sorted(runs, key=lambda one: one.seconds)[rounds // 2]
-        (repo,) = dist.glob("[!.]*")
-        return Built(done, json.loads(done.output)["seconds"], repo)
+        return Built(done, json.loads(done.output)["seconds"], dist)
 
 
 def stages_table(rows: list[tuple[str, Built]], first: str) -> str:

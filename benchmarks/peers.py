@@ -54,7 +54,7 @@ def figures(row: Quality | None) -> str:
 
 def compare(name: str, title: str, task: Task, variants: list[Variant], evaluation: str, folder: Path) -> None:
     """Run everything of one table and write its section."""
-    from quantize.formats.gptq_reader import GptqReader
+    from quantize.formats.reader import BranchReader
 
     source, ids = prepare(task, folder, variants)
     low = [variant for variant in variants if variant.bits < 8]  # at 8 bits there is nothing left to win
@@ -79,7 +79,7 @@ def compare(name: str, title: str, task: Task, variants: list[Variant], evaluati
 
     folders = {f"{label}: {v.name}": built.folder / v.name for label, built in ours.items() for v in settings[label][0]}
     folders |= {f"gptqmodel: {v.name}": folder / "peer" / v.name for v in variants}
-    readers: dict[str, Weights] = {name: GptqReader(branch) for name, branch in folders.items()}
+    readers: dict[str, Weights] = {name: BranchReader(branch) for name, branch in folders.items()}
     quality = measure(folder / "prepare.json", readers, evaluation, task.length)
     replace_section(name, _section(title, task, variants, evaluation, ours, one, theirs, quality))
 

@@ -17,17 +17,21 @@ from benchmarks.ours import DAMP, Task, Variant
 from benchmarks.peers import figures, measure
 from quantize.calibration.forward import Activations, block_statistics
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
-from quantize.formats.gptq_reader import GptqReader
+from quantize.formats.reader import BranchReader
 from quantize.measure.quality import Weights
 from quantize.methods.gptq import GptqParameters, solve
 from quantize.source.streamed import StreamedModel
 
 
 class Solved:
-    """Weights by name, as a branch's reader gives them."""
+    """Weights by name, as a branch's reader gives them; all else is the source's."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: StreamedModel) -> None:
+        self.model = model
         self.weights: dict[str, torch.Tensor] = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.model.read(name)
 
     def weight(self, module: str) -> torch.Tensor:
         return self.weights[module]
@@ -41,7 +45,7 @@ def compare(task: Task, cells: list[Variant], evaluation: str, folder: Path) -> 
     ids = sample_tokens(loaded.recipe.calibration, load_tokenizer(plan.source)).ids
     model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"))
     readers: dict[str, Weights] = {
-        f"{way}: {cell.name}": GptqReader(built.folder / cell.name) for way, built in ways.items() for cell in cells
+        f"{way}: {cell.name}": BranchReader(built.folder / cell.name) for way, built in ways.items() for cell in cells
     }
     readers |= {f"sequential: {cell.name}": _sequential(model, ids, cell) for cell in cells}
     rows = measure(folder / "source" / "recipe.json", readers, evaluation, task.length)
@@ -64,7 +68,7 @@ takes two forwards and leans towards the source (docs/propagation.md). Perplexit
 
 
 def _sequential(model: StreamedModel, ids: np.ndarray, cell: Variant) -> Solved:
-    found = Solved()
+    found = Solved(model)
     wish = GptqParameters(cell.bits, cell.group_size, cell.desc_act, damp_percent=DAMP)
     activations = Activations(model, ids, 8)
     for index in range(len(model)):

@@ -22,7 +22,7 @@ from quantize.formats.gptq import decode
 from quantize.formats.tensors import TensorSpec
 from quantize.planning.modules import find_linears
 from quantize.planning.sizes import variant_layout
-from quantize.recipe.schema import GptqVariant
+from quantize.recipe.methods import GptqVariant
 from quantize.source.checkpoint import Checkpoint
 
 VARIANTS = """\
@@ -209,7 +209,7 @@ def test_a_second_build_does_nothing(tmp_path: Path) -> None:
     first = build(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in first.repo.rglob("*")}
     second = build_from(first.source, tmp_path, ONE)
-    assert (first.result.built, second.result.built, second.result.fresh) == (["main"], [], ["main"])
+    assert (first.result.built, second.result.built, second.result.fresh) == (["gptq/main"], [], ["gptq/main"])
     assert {path: path.stat().st_mtime_ns for path in second.repo.rglob("*")} == before
 
 

@@ -124,7 +124,7 @@ def test_plan_tells_machines_the_exact_size_of_what_is_built(invoke: Command, ti
 
     plan = json.loads(invoke("plan", tiny_recipe, "--dist", dist, "--json").stdout)
     planned = {item["branch"]: item for item in plan["variants"]}
-    with safe_open(dist / plan["repo"].split("/")[1] / "main" / "model.safetensors", framework="pt") as file:
+    with safe_open(dist / plan["repos"]["gptq"].split("/")[1] / "main" / "model.safetensors", framework="pt") as file:
         real = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
     assert planned["main"]["tensor_bytes"] == real
     assert planned["eight"]["tensor_bytes"] > real
@@ -153,23 +153,23 @@ def test_status_tells_what_is_built_and_what_does_not_belong(invoke: Command, ti
     main, eight = report["branches"]
     assert (main["state"], main["modules"], eight["state"], eight["modules"]) == ("fresh", 21, "missing", 0)
     assert 0 < main["mean_relative_error"] < 0.1
-    assert report["not_in_recipe"] == ["older"]
-    assert "older: not in this recipe" in text
+    assert report["not_in_recipe"] == ["tiny-llama-GPTQ/older"]
+    assert "tiny-llama-GPTQ/older: not in this recipe" in text
 
 
 def test_explain_names_the_input_that_changed(invoke: Command, tiny_recipe: Path, dist: Path) -> None:
     changes = ["--set", "gptq.variants.0.bits=8", "--set", "calibration.seed=5"]
     result = invoke("explain", tiny_recipe, "--dist", dist, "--only", "main", *changes)
     lines = [line.strip() for line in result.stdout.splitlines()]
-    assert lines[0] == "main: stale, changed: calibration.seed: 0 -> 5 and 1 more"
+    assert lines[0] == "gptq/main: stale, changed: calibration.seed: 0 -> 5 and 1 more"
     assert lines[2:] == ["calibration.seed: 0 -> 5", "parameters.bits: 4 -> 8"]
 
 
 def test_explain_of_a_fresh_branch_shows_one_key_twice(invoke: Command, tiny_recipe: Path, dist: Path) -> None:
     answers = json.loads(invoke("explain", tiny_recipe, "--dist", dist, "--json").stdout)
     assert [(item["branch"], item["state"], item["changed"]) for item in answers] == [
-        ("main", "fresh", []),
-        ("eight", "missing", []),
+        ("gptq/main", "fresh", []),
+        ("gptq/eight", "missing", []),
     ]
     assert answers[0]["key"] == answers[0]["built_key"] != answers[1]["key"]
     assert answers[1]["built_key"] is None
@@ -228,7 +228,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(invoke: Command, tin
     dist = tmp_path / "dist"
     result = invoke("build", tiny_recipe, "--dist", dist, "--only", "main", "--device", "cpu", "--json")
     report = json.loads(result.stdout)
-    assert (report["repo"], report["built"], report["fresh"]) == ("local/tiny-llama-GPTQ", ["main"], [])
+    assert (report["repos"], report["built"], report["fresh"]) == ({"gptq": "local/tiny-llama-GPTQ"}, ["gptq/main"], [])
     assert result.stderr.startswith("calibrating once on 128 tokens for 1 branch ")
     assert sorted(path.relative_to(dist).as_posix() for path in dist.glob("*/*")) == [
         ".quantize/lock",

@@ -177,7 +177,11 @@ def test_plan_reads_headers_only(quantize: Command, hub: Hub) -> None:
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert plan["source"] == {"named": REPO, "commit": COMMIT}
-    assert (plan["repo"], plan["linears"], plan["variants"][0]["state"]) == ("local/tiny-llama-GPTQ", 21, "missing")
+    assert (plan["repos"]["gptq"], plan["linears"], plan["variants"][0]["state"]) == (
+        "local/tiny-llama-GPTQ",
+        21,
+        "missing",
+    )
     fetched = hub.fetched()
     shards = [name for name in hub.files if name.startswith("model-")]
     assert len(shards) == 2

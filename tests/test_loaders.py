@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import json
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPTQConfig
 from transformers.pytorch_utils import Conv1D
 
 import quantize
-from quantize.formats.gptq import decode
+from quantize.formats.reader import BranchReader
 
 _MISSING = [name for name in ("gptqmodel", "optimum") if find_spec(name) is None]
 pytestmark = [
@@ -85,17 +84,19 @@ def token_ids() -> torch.Tensor:
 
 
 def our_model(source: Path, branch: Path) -> torch.nn.Module:
-    """The source model in float32, carrying the weights that our own unpacker finds in a branch."""
+    """The source model in float32, carrying the tensors that our own reader finds in a branch."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    config = json.loads((branch / "config.json").read_text())["quantization_config"]
     tensors = load_file(branch / "model.safetensors")
+    reader = BranchReader(branch)
     decoded = 0
     for name, module in model.named_modules():
         if f"{name}.qweight" in tensors:
-            parts = {key: tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx")}
-            weight = decode(parts, config["bits"], config["checkpoint_format"])
+            weight = reader.weight(name)
             module.weight.data = weight.t() if isinstance(module, Conv1D) else weight
             decoded += 1
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            parameter.data.copy_(tensors[name])
     assert decoded == sum(name.endswith(".qweight") for name in tensors)
     return model.eval()
 
@@ -141,6 +142,38 @@ def test_written_zero_biases_load_with_our_logits(tmp_path: Path) -> None:
     body = "  zero_bias: true\n  variants: [{bits: 4, group_size: 32}]\n"
     source, branches = build(tmp_path, "llama", body)
     check_loaded(source, branches / "main")
+
+
+AWQ_CELLS = list(itertools.product((32, 64, 128, -1), (True, False), ("gptq", "nearest")))
+
+
+@pytest.fixture(scope="module")
+def awq_grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    lines = [
+        f"    - {{branch: {awq_branch(cell)}, group_size: {cell[0]}, zero_point: {str(cell[1]).lower()}, "
+        f"rounding: {cell[2]}}}\n"
+        for cell in AWQ_CELLS
+    ]
+    body = "  variants: [{group_size: 32}]\nawq:\n  variants:\n" + "".join(lines)
+    source, branches = build(tmp_path_factory.mktemp("awq"), "llama", body)
+    return source, branches.with_name("tiny-AWQ")
+
+
+def awq_branch(cell: tuple[Any, ...]) -> str:
+    return f"g{cell[0]}-{'zero' if cell[1] else 'middle'}-{cell[2]}"
+
+
+@pytest.mark.parametrize("cell", AWQ_CELLS, ids=awq_branch)
+def test_every_awq_cell_loads_with_our_logits(awq_grid: tuple[Path, Path], cell: tuple[Any, ...]) -> None:
+    source, branches = awq_grid
+    check_loaded(source, branches / awq_branch(cell))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_awq_of_other_architectures_loads_with_our_logits(tmp_path: Path, architecture: str) -> None:
+    body = "  variants: [{group_size: 32}]\nawq: {variants: [{group_size: 32}]}\n"
+    source, branches = build(tmp_path, architecture, body)
+    check_loaded(source, branches.with_name("tiny-AWQ") / "main")
 
 
 def test_the_tolerance_tells_a_wrong_zero_point(grid: tuple[Path, Path]) -> None:

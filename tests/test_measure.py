@@ -14,7 +14,7 @@ from tiny import tokenizer
 from transformers import AutoModelForCausalLM
 
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
-from quantize.formats.gptq_reader import GptqReader
+from quantize.formats.reader import BranchReader
 from quantize.recipe.schema import Calibration, Corpus
 
 LENGTH, SAMPLES = 48, 5
@@ -38,7 +38,7 @@ def rows(invoke: Any, tiny_recipe: Path, finished: Path, text: Path) -> dict[str
     return {row["branch"]: row for row in json.loads(result.stdout)}
 
 
-def plain_logits(folder: Path, ids: torch.Tensor, reader: GptqReader | None = None) -> torch.Tensor:
+def plain_logits(folder: Path, ids: torch.Tensor, reader: BranchReader | None = None) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, module in model.named_modules():
         if reader is not None and isinstance(module, torch.nn.Linear) and ".layers." in f".{name}":
@@ -55,16 +55,16 @@ def test_figures_equal_plain_transformers(
     ids = torch.from_numpy(sample_tokens(wish, load_tokenizer(source)).ids)
     branch = next(path for path in finished.glob("*/main") if path.is_dir())
     reference = plain_logits(tiny_llama, ids)
-    quantized = plain_logits(tiny_llama, ids, GptqReader(branch))
+    quantized = plain_logits(tiny_llama, ids, BranchReader(branch))
     successors = ids[:, 1:, None]
-    for name, chances in (("source", reference), ("main", quantized)):
+    for name, chances in (("source", reference), ("gptq/main", quantized)):
         perplexity = math.exp(-float(chances.gather(-1, successors).mean()))
         assert rows[name]["perplexity"] == pytest.approx(perplexity, rel=1e-4)
     divergence = float((reference.exp() * (reference - quantized)).sum(dim=-1).mean())
     assert divergence > 1e-5
-    assert rows["main"]["kl_divergence"] == pytest.approx(divergence, rel=1e-2)
+    assert rows["gptq/main"]["kl_divergence"] == pytest.approx(divergence, rel=1e-2)
     agreement = float((reference.argmax(-1) == quantized.argmax(-1)).double().mean())
-    assert rows["main"]["top1_agreement"] == pytest.approx(agreement, abs=0.01)
+    assert rows["gptq/main"]["top1_agreement"] == pytest.approx(agreement, abs=0.01)
 
 
 def test_the_source_is_no_distance_from_itself(rows: dict[str, dict[str, float]]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.formats.gptq_reader import GptqReader
+from quantize.formats.reader import BranchReader
 from tests.tiny import write_model, write_recipe
 
 HEADROOM = 128 * 2**20
@@ -38,5 +38,5 @@ def test_weights_larger_than_the_memory_limit(tmp_path: Path) -> None:
     assert found["limit_bites"]
     assert len(found["built"]) == 2
     (branch,) = (tmp_path / "dist").glob("*/gptq-8bit*")
-    linear = GptqReader(branch).weight("model.layers.47.mlp.down_proj")
+    linear = BranchReader(branch).weight("model.layers.47.mlp.down_proj")
     assert linear.shape == (512, 1536)

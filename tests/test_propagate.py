@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import quantize
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
-from quantize.formats.gptq_reader import GptqReader
+from quantize.formats.reader import BranchReader
 from quantize.methods.asymmetric import DAMP_PERCENT, SHARE
 from quantize.methods.gptq import GptqParameters, solve
 
@@ -67,7 +67,7 @@ def test_equals_a_block_by_block_reference(built: quantize.pipeline.BuildResult)
     ids = torch.from_numpy(sample_tokens(calibration, load_tokenizer(source)).ids)
     model, plain = (AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32) for _ in range(2))
     sources = linear_inputs(plain, ids)
-    reader = GptqReader(folder_of(built, "own"))
+    reader = BranchReader(folder_of(built, "own"))
     for index, block in enumerate(model.model.layers):
         linears = {name: m for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
         drifted = linear_inputs(model, ids)
@@ -96,7 +96,7 @@ def test_differs_from_the_sources_statistics_after_the_first_block(
         **SETTINGS,
     )
     other = quantize.build(quantize.load_recipe(shared), dist=tmp_path / "dist", device="cpu")
-    ours, theirs = GptqReader(folder_of(built, "own-too")), GptqReader(folder_of(other, "own-too"))
+    ours, theirs = BranchReader(folder_of(built, "own-too")), BranchReader(folder_of(other, "own-too"))
     name = "self_attn.q_proj"
     assert torch.equal(ours.weight(f"model.layers.0.{name}"), theirs.weight(f"model.layers.0.{name}"))
     assert not torch.equal(ours.weight(f"model.layers.2.{name}"), theirs.weight(f"model.layers.2.{name}"))

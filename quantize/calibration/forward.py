@@ -47,6 +47,10 @@ class Activations:
         for start in range(0, len(self.ids), self.batch):
             yield slice(start, start + self.batch)
 
+    def first(self) -> torch.Tensor:
+        """A copy of the first batch as it is now."""
+        return self.hidden[: self.batch].to(self.model.device, copy=True)
+
     def run(self, index: int, block: nn.Module, window: slice) -> torch.Tensor:
         """The block's output for a batch, which stays as it is."""
         return self.model.run(index, block, self.hidden[window].to(self.model.device))

@@ -34,7 +34,7 @@ def build(
     result = build_recipe(load_recipe(recipe, overrides), dist, only, device=device, notify=say)
     if as_json:
         print_json({
-            "repo": result.plan.repo,
+            "repos": dict(result.plan.repos),
             "built": result.built,
             "fresh": result.fresh,
             "seconds": {stage: round(value, 2) for stage, value in result.seconds.items()},
@@ -42,14 +42,14 @@ def build(
         })  # fmt: skip
         return
     for item in result.plan.variants:
-        if item.branch in result.built:
+        if item.label in result.built:
             click.echo(f"built  {item.folder}  {gigabytes(item.nbytes)}")
-        elif item.branch in result.fresh:
+        elif item.label in result.fresh:
             click.echo(f"fresh  {item.folder}  {gigabytes(item.nbytes)}")
-    for branch, found in result.oddities.items():
+    for label, found in result.oddities.items():
         for what, modules in found.items():
             shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
-            click.echo(f"note   {branch}: {what} in {shown} (see its manifest)")
+            click.echo(f"note   {label}: {what} in {shown} (see its manifest)")
     if result.seconds:
         stages = ", ".join(f"{stage} {duration(value)}" for stage, value in result.seconds.items())
         say(f"{duration(sum(result.seconds.values()))}: {stages}")

@@ -24,13 +24,13 @@ def explain(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str,
     planned = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
     answers: list[dict[str, Any]] = []
     for item in planned.variants:
-        if item.branch not in planned.selected:
+        if item.label not in planned.selected:
             continue
-        inputs = planned.key_inputs(item.variant)
+        inputs = planned.key_inputs(item)
         manifest = read_manifest(item.folder)
         changed = differences(manifest.get("key_inputs") or {}, inputs) if manifest else []
         answers.append({
-            "branch": item.branch,
+            "branch": item.label,
             "state": item.state,
             "why": item.why,
             "key": key_of(inputs),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,7 +19,14 @@ from quantize.cli.options import (
     table,
 )
 
+if TYPE_CHECKING:
+    from quantize.planning import Plan, PlannedVariant
+
 WORK_IS_LEFT = 2
+HEADINGS = {
+    "gptq": ["branch", "bits", "group", "act-order", "propagate", "size", "state", "why"],
+    "awq": ["branch", "bits", "group", "zero point", "rounding", "size", "state", "why"],
+}
 
 
 @click.command()
@@ -39,21 +47,11 @@ def plan(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ..
     if as_json:
         print_json(planned.as_data())
     else:
-        rows = [["branch", "bits", "group", "act-order", "propagate", "size", "state", "why"]]
-        for item in planned.variants:
-            variant = item.variant
-            rows.append([
-                item.branch,
-                str(variant.bits),
-                str(variant.group_size),
-                str(variant.desc_act).lower(),
-                variant.propagate,
-                gigabytes(item.nbytes),
-                item.state if item.branch in planned.selected else "skipped",
-                item.why,
-            ])  # fmt: skip
-        click.echo(f"{planned.repo}: {len(planned.table.linears)} linears in {planned.table.blocks} blocks")
-        click.echo(table(rows, right=frozenset({1, 2, 5})))
+        click.echo(f"{len(planned.table.linears)} linears in {planned.table.blocks} blocks")
+        for method, repo in planned.repos.items():
+            click.echo(f"{repo}:")
+            rows = [HEADINGS[method], *(_row(planned, item) for item in planned.of(method))]
+            click.echo(table(rows, right=frozenset({1, 2, 5})))
         if planned.work:
             cost = planned.estimate
             click.echo(
@@ -64,3 +62,17 @@ def plan(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ..
             click.echo("nothing to build")
     if check and planned.work:
         sys.exit(WORK_IS_LEFT)
+
+
+def _row(planned: Plan, item: PlannedVariant) -> list[str]:
+    variant = item.variant
+    own = ("desc_act", "propagate") if item.method == "gptq" else ("zero_point", "rounding")
+    return [
+        item.branch,
+        str(variant.bits),
+        str(variant.group_size),
+        *(str(getattr(variant, name)).lower() for name in own),
+        gigabytes(item.nbytes),
+        item.state if item.label in planned.selected else "skipped",
+        item.why,
+    ]

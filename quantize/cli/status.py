@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantize.cli.options import dist_option, gigabytes, json_option, print_json, recipe_options, say, table
+
+if TYPE_CHECKING:
+    from quantize.planning import Plan
 
 
 @click.command()
@@ -27,18 +30,16 @@ def status(recipe: str, overrides: tuple[str, ...], dist: str, as_json: bool) ->
         errors = [entry["relative_error"] for entry in ledger]
         size = sum(path.stat().st_size for path in item.folder.rglob("*") if path.is_file())
         report.append({
-            "branch": item.branch,
+            "branch": item.label,
             "state": item.state,
             "bytes_on_disk": size,
             "modules": len(ledger),
             "mean_relative_error": sum(errors) / len(errors) if errors else None,
             "oddities": oddities(ledger),
         })  # fmt: skip
-    known = {item.branch for item in planned.variants}
-    parent = planned.variants[0].folder.parent
-    others = sorted(path.name for path in parent.iterdir() if path.name not in known) if parent.is_dir() else []
+    others = _not_in_recipe(planned)
     if as_json:
-        print_json({"repo": planned.repo, "branches": report, "not_in_recipe": others})
+        print_json({"repos": dict(planned.repos), "branches": report, "not_in_recipe": others})
         return
     rows = [["branch", "state", "on disk", "modules", "error", "oddities"]]
     for row in report:
@@ -52,7 +53,20 @@ def status(recipe: str, overrides: tuple[str, ...], dist: str, as_json: bool) ->
             f"{error:.2e}" if error is not None else "-",
             odd,
         ])  # fmt: skip
-    click.echo(f"{planned.repo} in {parent}")
+    click.echo(f"{', '.join(planned.repos.values())} in {dist}")
     click.echo(table(rows, right=frozenset({2, 3, 4})))
     for name in others:
         click.echo(f"{name}: not in this recipe")
+
+
+def _not_in_recipe(planned: Plan) -> list[str]:
+    """Folders that lie in the repos' folders but are no branch of the recipe."""
+    known = {item.folder for item in planned.variants}
+    parents = sorted({folder.parent for folder in known})
+    return [
+        f"{parent.name}/{path.name}"
+        for parent in parents
+        if parent.is_dir()
+        for path in sorted(parent.iterdir())
+        if path not in known
+    ]

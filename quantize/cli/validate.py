@@ -18,7 +18,9 @@ def validate(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         print_json(loaded.recipe.model_dump(mode="json"))
         return
-    branches = [str(variant.branch) for variant in loaded.recipe.gptq.variants]
-    click.echo(f"{recipe}: valid; {len(branches)} GPTQ branches of {loaded.recipe.model.source}:")
-    for branch in branches:
-        click.echo(f"  {branch}")
+    found = loaded.recipe
+    counts = [f"{len(found.section(method).variants)} {method.upper()}" for method in found.methods]
+    click.echo(f"{recipe}: valid; {' and '.join(counts)} branches of {found.model.source}:")
+    for method in found.methods:
+        for variant in found.section(method).variants:
+            click.echo(f"  {method}/{variant.branch}")

@@ -16,11 +16,14 @@ class LedgerEntry:
     """One quantized module.
 
     Attributes:
-        outcome: ``solved``, ``damp_raised`` or ``rtn_fallback``.
+        outcome: ``solved``, ``damp_raised``, ``rtn_fallback``, or ``unscaled`` (AWQ, where no operation before the
+            linear can take a scale).
         damp_percent: the damping that was used.
         dead_columns: input channels that were zero in every calibration token.
         relative_error: tr((W-Q) H (W-Q)^T) / tr(W H W^T).
         tokens: calibration tokens seen.
+        scale_ratio: AWQ: the exponent of the channels' strength that won the search, 0 to 1.
+        scale_folded_into: AWQ: the module that is divided by the scale.
     """
 
     module: str
@@ -29,6 +32,12 @@ class LedgerEntry:
     dead_columns: int
     relative_error: float
     tokens: int
+    scale_ratio: float | None = None
+    scale_folded_into: str | None = None
+
+    def as_data(self) -> dict[str, Any]:
+        """The row, without what does not apply to its method."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def manifest(
@@ -58,7 +67,7 @@ def manifest(
         "versions": versions,
         "tensor_bytes": tensor_bytes,
         "files": files,
-        "ledger": [asdict(entry) for entry in ledger],
+        "ledger": [entry.as_data() for entry in ledger],
     }
 
 

@@ -35,7 +35,7 @@ def measure_recipe(
 
     from quantize.calibration.forward import choose_device, choose_dtype
     from quantize.calibration.tokens import load_tokenizer, sample_tokens
-    from quantize.formats.gptq_reader import GptqReader
+    from quantize.formats.reader import BranchReader
     from quantize.measure.quality import measure_quality
     from quantize.planning import plan_recipe
     from quantize.recipe.schema import Calibration, Corpus
@@ -46,7 +46,7 @@ def measure_recipe(
         if corpus.file and Path(corpus.file).resolve() == Path(text_file).resolve():
             raise RecipeError(f"{text_file}: is the calibration text of this recipe; measure on another one")
     plan = plan_recipe(loaded, dist, only, weights=True, notify=notify)
-    built = [item for item in plan.variants if item.branch in plan.selected and _is_whole(item.folder)]
+    built = [item for item in plan.variants if item.label in plan.selected and _is_whole(item.folder)]
     if not built:
         raise BuildError(f"{dist}: no branch of this recipe is built yet; run `quantize build` first")
     where = choose_device(device)
@@ -59,7 +59,7 @@ def measure_recipe(
     ids = np.ascontiguousarray(sample_tokens(text, load_tokenizer(plan.source, trust)).ids)
     model = StreamedModel(plan.source, plan.table.prefix, dtype, where, trust, head=True)
     notify(f"measuring {len(built)} branches on {ids.size} tokens of {Path(text_file).name}")
-    readers = {item.branch: GptqReader(item.folder) for item in built}
+    readers = {item.label: BranchReader(item.folder) for item in built}
     return measure_quality(model, ids, readers, max(1, calibration.batch_tokens // length), progress)
 
 

@@ -7,24 +7,31 @@ dequantized ones in turn, so memory is one block plus the activations.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from quantize.calibration.forward import Activations
-from quantize.source.streamed import StreamedModel
+from quantize.source.streamed import Linear, StreamedModel
 
 SOURCE = "source"
 
 
 class Weights(Protocol):
-    """Dequantized weights by module name in the checkpoint."""
+    """What a branch's loader computes with, by names in the checkpoint."""
 
-    def weight(self, module: str) -> torch.Tensor: ...
+    def weight(self, module: str) -> torch.Tensor:
+        """A quantized linear's weight, [out_features, in_features] float32."""
+        ...
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Any other tensor of a block: norms, biases."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,20 @@ def measure_quality(
             linears = model.linears(block)
             states[SOURCE].advance(index, block)
             for name, weights in branches.items():
-                for linear in linears:
-                    linear.set_weight(weights.weight(model.checkpoint_name(index, linear.local)))
+                _wear(model, index, block, linears, weights)
                 states[name].advance(index, block)
     return _compare(model, states)
+
+
+def _wear(model: StreamedModel, index: int, block: nn.Module, linears: Sequence[Linear], weights: Weights) -> None:
+    """Give a loaded block all of a branch's own tensors."""
+    quantized = {id(linear.module.weight) for linear in linears}
+    for linear in linears:
+        linear.set_weight(weights.weight(model.checkpoint_name(index, linear.local)))
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            if id(parameter) not in quantized:
+                parameter.copy_(weights.tensor(model.names[f"{model.block_prefix}{index}.{name}"]))
 
 
 def _compare(model: StreamedModel, states: Mapping[str, Activations]) -> list[Quality]:

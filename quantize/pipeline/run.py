@@ -24,7 +24,7 @@ from quantize.planning import Plan, PlannedVariant, plan_recipe
 from quantize.planning.keys import key_of
 from quantize.recipe import LoadedRecipe
 from quantize.release.card import render_card
-from quantize.release.config import as_json, release_config
+from quantize.release.config import as_json, loader_config, release_config
 from quantize.release.tree import copy_file, describe_files, locked, publish
 from quantize.source.cache import cache_folder, write_atomically
 from quantize.source.resolved import Notify
@@ -37,8 +37,8 @@ class BuildResult:
     """What a build did.
 
     Attributes:
-        plan: the plan it ran. built, fresh: branch names. seconds: by stage.
-        oddities: for each built branch, modules by what happened to them.
+        plan: the plan it ran. built, fresh: labels such as ``gptq/main``. seconds: by stage.
+        oddities: for each built branch's label, modules by what happened to them.
     """
 
     plan: Plan
@@ -87,7 +87,7 @@ def build_recipe(
         plan = plan_recipe(loaded, dist, only, weights=True, notify=notify)
         result = BuildResult(plan)
         todo = plan.work
-        result.fresh = [item.branch for item in plan.variants if item.state == "fresh" and item.branch in plan.selected]
+        result.fresh = [item.label for item in plan.variants if item.state == "fresh" and item.label in plan.selected]
         try:
             if todo:
                 _check_disk(plan, todo)
@@ -125,7 +125,8 @@ def _build(
 ) -> None:
     from quantize.calibration.forward import choose_device, choose_dtype
     from quantize.calibration.tokens import load_tokenizer, sample_tokens
-    from quantize.pipeline.gptq_pass import Branch, GptqPass
+    from quantize.pipeline.branch import Branch
+    from quantize.pipeline.calibration_pass import CalibrationPass
     from quantize.pipeline.memory import return_large_buffers
     from quantize.source.streamed import StreamedModel
 
@@ -146,8 +147,13 @@ def _build(
         f"({compute['device']}, {compute['dtype']})"
     )
     with ExitStack() as stack:
-        branches = [stack.enter_context(Branch(item, work / "building" / item.branch)) for item in todo]
-        GptqPass(plan, model, tokens, branches, result.timed, progress).run()
+        branches = [
+            stack.enter_context(
+                Branch(item, work / "building" / item.label, fail_on=tuple(recipe.section(item.method).fail_on))
+            )
+            for item in todo
+        ]
+        CalibrationPass(plan, model, tokens, branches, result.timed, progress).run()
         with result.timed("write"):
             for branch in branches:
                 branch.writer.finish()
@@ -155,9 +161,9 @@ def _build(
         with result.timed("write"):
             data = _complete(plan, branch.item, branch.folder, branch.ledger, tokens, compute)
             publish(branch.folder, branch.item.folder, work)
-        result.built.append(branch.item.branch)
+        result.built.append(branch.item.label)
         if odd := oddities(data["ledger"]):
-            result.oddities[branch.item.branch] = odd
+            result.oddities[branch.item.label] = odd
 
 
 def _complete(
@@ -169,22 +175,16 @@ def _complete(
     compute: dict[str, str],
 ) -> dict[str, Any]:
     """Everything in a branch's folder beside its weights: configs, the source's files, manifest, card."""
-    from quantize.formats.gptq import quantize_config
-
-    recipe, source = plan.recipe, plan.source
-    config = quantize_config(
-        **item.variant.model_dump(include={"bits", "group_size", "desc_act", "act_group_aware", "sym", "damp_percent"}),
-        checkpoint_format=recipe.gptq.checkpoint_format,
-        version=__version__,
-    )
+    source = plan.source
+    file, as_file, config = loader_config(plan.recipe, item)
     for name in source.carried_over:
         copy_file(source.folder / name, folder / name)
-    write_atomically(folder / "quantize_config.json", as_json(config))
+    write_atomically(folder / file, as_json(as_file))
     write_atomically(folder / "config.json", as_json(release_config(source.checkpoint.config, config)))
-    inputs = plan.key_inputs(item.variant)
+    inputs = plan.key_inputs(item)
     data = manifest(
         branch=item.branch,
-        repo=plan.repo,
+        repo=item.repo,
         key=key_of(inputs),
         key_inputs=inputs,
         source={
@@ -206,7 +206,7 @@ def _complete(
         ledger=ledger,
     )
     write_atomically(folder / MANIFEST_NAME, as_json(data))
-    write_atomically(folder / "README.md", render_card(plan).encode())
+    write_atomically(folder / "README.md", render_card(plan, item.method).encode())
     return data
 
 
@@ -221,8 +221,8 @@ def _versions() -> dict[str, str]:
 
 def _refresh_cards(plan: Plan) -> None:
     """Every finished branch shows the same table, so a new branch also changes the cards of the old ones."""
-    card = render_card(plan).encode()
+    cards = {method: render_card(plan, method).encode() for method in plan.repos}
     for item in plan.variants:
-        path = item.folder / "README.md"
+        path, card = item.folder / "README.md", cards[item.method]
         if item.folder.is_dir() and (not path.is_file() or path.read_bytes() != card):
             write_atomically(path, card)

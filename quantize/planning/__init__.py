@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -19,7 +19,8 @@ from quantize.planning.modules import ModuleTable, find_linears
 from quantize.planning.propagation import with_propagation
 from quantize.planning.sizes import Layout, check_variant, variant_layout
 from quantize.recipe import LoadedRecipe
-from quantize.recipe.schema import GptqVariant, Recipe, RepoNameError, repo_id
+from quantize.recipe.methods import Gptq, Method, Variant
+from quantize.recipe.schema import Recipe, RepoNameError, repo_id
 from quantize.source.resolve import resolve
 from quantize.source.resolved import Notify, Source
 
@@ -31,13 +32,16 @@ class PlannedVariant:
     """One branch to build.
 
     Attributes:
+        method: the method, whose repo ``repo`` it belongs to.
         variant: its parameters.
         layout: its tensors, shard by shard; ``layout.nbytes`` is exact.
         folder: where it will lie, ``dist/<repo name>/<branch>``.
         state: ``missing``, ``stale`` or ``fresh``; ``why`` says why in one line.
     """
 
-    variant: GptqVariant
+    method: Method
+    repo: str
+    variant: Variant
     layout: Layout
     folder: Path
     state: State
@@ -47,6 +51,11 @@ class PlannedVariant:
     def branch(self) -> str:
         assert self.variant.branch
         return self.variant.branch
+
+    @property
+    def label(self) -> str:
+        """What commands and reports call it: ``gptq/main``. Every method's repo has a ``main``."""
+        return f"{self.method}/{self.branch}"
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +69,7 @@ class Plan:
     loaded: LoadedRecipe
     source: Source
     table: ModuleTable
-    repo: str
+    repos: Mapping[Method, str]
     dist: Path
     variants: tuple[PlannedVariant, ...]
     selected: frozenset[str]
@@ -72,7 +81,11 @@ class Plan:
     @property
     def work(self) -> list[PlannedVariant]:
         """The selected branches that are not fresh."""
-        return [item for item in self.variants if item.state != "fresh" and item.branch in self.selected]
+        return [item for item in self.variants if item.state != "fresh" and item.label in self.selected]
+
+    def of(self, method: Method) -> list[PlannedVariant]:
+        """The branches of one method's repo."""
+        return [item for item in self.variants if item.method == method]
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -84,13 +97,13 @@ class Plan:
     def calibration(self) -> dict[str, Any]:
         return calibration_identity(self.recipe.calibration)
 
-    def key_inputs(self, variant: GptqVariant) -> dict[str, Any]:
-        return _key_inputs(self.recipe, self.source, self.calibration, variant)
+    def key_inputs(self, item: PlannedVariant) -> dict[str, Any]:
+        return _key_inputs(self.recipe, self.source, self.calibration, item.method, item.variant)
 
     def as_data(self) -> dict[str, Any]:
         """The plan for machines."""
         return {
-            "repo": self.repo,
+            "repos": dict(self.repos),
             "source": {"named": self.source.named, "commit": self.source.commit},
             "calibration": {
                 "dataset": [title(corpus) for corpus in self.recipe.calibration.dataset],
@@ -103,13 +116,15 @@ class Plan:
             "peak_bytes": self.estimate.peak_bytes,
             "variants": [
                 {
+                    "method": item.method,
+                    "repo": item.repo,
                     "branch": item.branch,
                     **item.variant.model_dump(exclude={"branch"}),
                     "tensor_bytes": item.nbytes,
                     "shards": len(item.layout.shards),
                     "state": item.state,
                     "why": item.why,
-                    "selected": item.branch in self.selected,
+                    "selected": item.label in self.selected,
                 }
                 for item in self.variants
             ],
@@ -129,7 +144,7 @@ def plan_recipe(
     Args:
         loaded: a recipe from :func:`quantize.load_recipe`.
         dist: where finished branches lie.
-        only: branch patterns such as ``gptq-4bit*``; none selects all.
+        only: patterns of branches, such as ``gptq-4bit*`` or ``awq/*``; none selects all.
         weights: fetch a hub model's weights too (a build), not only its headers (a plan).
         notify: told in one line before anything slow begins.
 
@@ -140,26 +155,31 @@ def plan_recipe(
     source = resolve(recipe.model, weights=weights, notify=notify)
     table = find_linears(source.checkpoint)
     _check_length(loaded, source)
-    repo = _repo(loaded, source)
+    repos = _repos(loaded, source)
     identity = calibration_identity(recipe.calibration)
     planned = []
-    for asked, place in zip(recipe.gptq.variants, loaded.variant_places, strict=True):
-        variant = with_propagation(asked)
-        try:
-            check_variant(table, variant)
-        except PlanError as error:
-            raise loaded.error(place, f"branch {variant.branch}: {error}") from None
-        layout = variant_layout(source.checkpoint, table, variant, recipe.release.max_shard_size, recipe.gptq.zero_bias)
-        folder = Path(dist) / repo.rsplit("/", 1)[-1] / str(variant.branch)
-        state, why = _state(folder, lambda v=variant: _key_inputs(recipe, source, identity, v))
-        planned.append(PlannedVariant(variant, layout, folder, state, why))
-    selected = _select([item.branch for item in planned], only)
-    return Plan(loaded, source, table, repo, Path(dist), tuple(planned), selected)
+    for method, repo in repos.items():
+        section = recipe.section(method)
+        for asked, place in zip(recipe.variants(method), loaded.variant_places[method], strict=True):
+            variant = with_propagation(asked)
+            try:
+                check_variant(table, variant)
+            except PlanError as error:
+                raise loaded.error(place, f"branch {variant.branch}: {error}") from None
+            zero_bias = isinstance(section, Gptq) and section.zero_bias
+            layout = variant_layout(source.checkpoint, table, variant, recipe.release.max_shard_size, zero_bias)
+            folder = Path(dist) / repo.rsplit("/", 1)[-1] / str(variant.branch)
+            state, why = _state(folder, lambda m=method, v=variant: _key_inputs(recipe, source, identity, m, v))
+            planned.append(PlannedVariant(method, repo, variant, layout, folder, state, why))
+    selected = _select(planned, only)
+    return Plan(loaded, source, table, repos, Path(dist), tuple(planned), selected)
 
 
-def _key_inputs(recipe: Recipe, source: Source, calibration: dict[str, Any], variant: GptqVariant) -> dict[str, Any]:
+def _key_inputs(
+    recipe: Recipe, source: Source, calibration: dict[str, Any], method: Method, variant: Variant
+) -> dict[str, Any]:
     settings = {**calibration, "compute_dtype": recipe.calibration.compute_dtype}
-    return key_inputs(source.hashes, settings, recipe.gptq, variant, recipe.release)
+    return key_inputs(source.hashes, settings, method, recipe.section(method), variant, recipe.release)
 
 
 def _state(folder: Path, inputs: Any) -> tuple[State, str]:
@@ -190,16 +210,25 @@ def _check_length(loaded: LoadedRecipe, source: Source) -> None:
         )
 
 
-def _repo(loaded: LoadedRecipe, source: Source) -> str:
+def _repos(loaded: LoadedRecipe, source: Source) -> dict[Method, str]:
     release = loaded.recipe.release
     try:
-        return repo_id(release.repo, release.owner, source.short_name, "gptq")
+        return {
+            method: repo_id(release.repo, release.owner, source.short_name, method) for method in loaded.recipe.methods
+        }
     except RepoNameError as error:
         raise loaded.error(("release", "repo"), str(error)) from None
 
 
-def _select(branches: list[str], only: Sequence[str]) -> frozenset[str]:
+def _select(items: Sequence[PlannedVariant], only: Sequence[str]) -> frozenset[str]:
+    """Labels that match a pattern: one with a slash is of method and branch, others are of the branch alone."""
+
+    def matches(item: PlannedVariant, pattern: str) -> bool:
+        return fnmatchcase(item.label if "/" in pattern else item.branch, pattern)
+
     for pattern in only:
-        if not any(fnmatchcase(branch, pattern) for branch in branches):
-            raise PlanError(f"--only '{pattern}' matches no branch; the branches are {', '.join(branches)}")
-    return frozenset(branch for branch in branches if not only or any(fnmatchcase(branch, pattern) for pattern in only))
+        if not any(matches(item, pattern) for item in items):
+            raise PlanError(
+                f"--only '{pattern}' matches no branch; the branches are {', '.join(item.label for item in items)}"
+            )
+    return frozenset(item.label for item in items if not only or any(matches(item, pattern) for pattern in only))

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantize.planning.modules import ModuleTable
-from quantize.recipe.schema import Calibration, GptqVariant
+from quantize.recipe.methods import GptqVariant, Variant
+from quantize.recipe.schema import Calibration
 from quantize.source.checkpoint import Checkpoint
 
 SHARE_FORWARD, SHARE_STATISTICS, SHARE_SOLVE = 0.55, 0.8, 0.25
 MSE_FACTOR = 1.4
+AWQ_SEARCH = 1.0  # the search of scales, against a solve
 SETUP_SECONDS = 15.0
 PROCESS_BYTES = 700 * 2**20  # Python with torch, transformers and numba loaded
 SOLVE_BYTES = 3 * 192 * 2**20
@@ -44,7 +46,7 @@ class Estimate:
 
 
 def estimate(
-    checkpoint: Checkpoint, table: ModuleTable, calibration: Calibration, variants: Sequence[GptqVariant]
+    checkpoint: Checkpoint, table: ModuleTable, calibration: Calibration, variants: Sequence[Variant]
 ) -> Estimate:
     """Predict time and peak memory of one calibration pass and the solves of ``variants``."""
     tokens = calibration.samples * calibration.sequence_length
@@ -55,10 +57,12 @@ def estimate(
     statistics = 2 * tokens * sum(size * size for _, size in inputs)
     trailing = sum(linear.out_features * linear.in_features**2 for linear in table.linears)
     solve = sum(trailing * (MSE_FACTOR if variant.mse else 1) for variant in variants)
-    factors = len({(variant.damp_percent, bool(variant.desc_act)) for variant in variants})
-    solve += factors * sum(size**3 for _, size in inputs)
+    gptq = [variant for variant in variants if isinstance(variant, GptqVariant)]
+    awq = len(variants) - len(gptq)  # each has scales, and so a Hessian and a factor of its own
+    factors = len({(variant.damp_percent, bool(variant.desc_act)) for variant in gptq}) + awq
+    solve += awq * AWQ_SEARCH * trailing + factors * sum(size**3 for _, size in inputs)
     rate = _operations_per_second() if variants else 1.0
-    own = sum(variant.propagate == "quantized" for variant in variants)
+    own = sum(variant.propagate == "quantized" for variant in gptq)
     passes = int(own < len(variants)) + own
     forwards = 1 + 2 * own
     solve += 2 * own * sum(size**3 for _, size in inputs)

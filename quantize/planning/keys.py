@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from quantize.recipe.schema import Gptq, GptqVariant, Release
+from quantize.recipe.methods import Awq, Gptq, Method, Variant
+from quantize.recipe.schema import Release
 
 SOLVER_VERSION = 2
 """Raised when the same source, tokens and parameters give other bytes: finished variants are then stale."""
@@ -16,22 +17,19 @@ SOLVER_VERSION = 2
 def key_inputs(
     hashes: Mapping[str, str],
     calibration: Mapping[str, Any],
-    gptq: Gptq,
-    variant: GptqVariant,
+    method: Method,
+    section: Gptq | Awq,
+    variant: Variant,
     release: Release,
 ) -> dict[str, Any]:
-    """All that determines the bytes of a GPTQ branch's weights and configs, as plain data."""
+    """All that determines the bytes of a branch's weights and configs, as plain data."""
+    as_a_whole = set(type(section).model_fields) - set(type(variant).model_fields) - {"variants", "matrix", "fail_on"}
     return {
         "solver": SOLVER_VERSION,
         "source": dict(hashes),
         "calibration": dict(calibration),
         "parameters": variant.model_dump(exclude={"branch"}),
-        "method": {
-            "name": "gptq",
-            "checkpoint_format": gptq.checkpoint_format,
-            "zero_bias": gptq.zero_bias,
-            "rtn_fallback": gptq.rtn_fallback,
-        },
+        "method": {"name": method, **section.model_dump(include=as_a_whole)},
         "max_shard_size": release.max_shard_size,
     }
 

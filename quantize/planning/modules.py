@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 
 from quantize.errors import PlanError
 from quantize.formats.tensors import TensorSpec
@@ -50,11 +51,20 @@ class ModuleTable:
     blocks: int
     linears: tuple[LinearSpec, ...]
 
-    @property
+    @cached_property
     def quantized_tensors(self) -> frozenset[str]:
         """Names of the source tensors that quantization replaces: weights, and biases (rewritten as float16)."""
         names = {f"{linear.name}.weight" for linear in self.linears}
         return frozenset(names | {f"{linear.name}.bias" for linear in self.linears if linear.bias})
+
+    def is_in_block(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint belongs to a block."""
+        return name.startswith(self.prefix) and name[len(self.prefix) :].partition(".")[0].isdigit()
+
+    def beside_linears(self, checkpoint: Checkpoint, block: int) -> list[str]:
+        """Names of a block's tensors that are not replaced: norms and the like."""
+        inside = f"{self.prefix}{block}."
+        return [name for name in checkpoint.tensors if name.startswith(inside) and name not in self.quantized_tensors]
 
 
 def find_linears(checkpoint: Checkpoint) -> ModuleTable:

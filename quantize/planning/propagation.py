@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from quantize.recipe.schema import GptqVariant
+from quantize.recipe.methods import AwqVariant, Variant
 
 FEWEST_SHARED_BITS = 4
 """From here up, statistics of the source model, which all variants share, lose nothing that was measured."""
 
 
-def with_propagation(variant: GptqVariant) -> GptqVariant:
-    """``variant`` with ``propagate`` decided: ``source`` or ``quantized``, never ``auto``."""
-    if variant.propagate != "auto":
+def with_propagation(variant: Variant) -> Variant:
+    """``variant`` with ``propagate`` decided: ``source`` or ``quantized``, never ``auto``. AWQ's is the source's."""
+    if isinstance(variant, AwqVariant) or variant.propagate != "auto":
         return variant
     chosen = "source" if variant.bits >= FEWEST_SHARED_BITS else "quantized"
     return variant.model_copy(update={"propagate": chosen})

@@ -2,6 +2,7 @@
 
 Layout: AutoGPTQ's checkpoint format; for K inputs, N outputs, b bits and G groups a linear takes
 ``K*N*b/8`` (qweight) + ``G*N*b/8`` (qzeros) + ``2*G*N`` (scales) + ``4*K`` (g_idx) + ``2*N`` (bias) bytes.
+AutoAWQ's GEMM layout holds the same but for g_idx, packed along N.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from quantize.errors import PlanError
 from quantize.formats.tensors import SINGLE_NAME, TensorSpec
 from quantize.planning.modules import LinearSpec, ModuleTable
-from quantize.recipe.schema import GROUP_SIZES, GptqVariant
+from quantize.recipe.methods import AWQ_GROUP_SIZES, GROUP_SIZES, GptqVariant, Variant
 from quantize.source.checkpoint import Checkpoint
 
 
@@ -32,16 +33,18 @@ class Layout:
         return sum(spec.nbytes for tensors in self.shards.values() for spec in tensors.values())
 
 
-def linear_tensors(linear: LinearSpec, variant: GptqVariant, zero_bias: bool = False) -> dict[str, TensorSpec]:
+def linear_tensors(linear: LinearSpec, variant: Variant, zero_bias: bool = False) -> dict[str, TensorSpec]:
     """The tensors that replace one linear's weight and bias."""
     rows, columns, bits = linear.in_features, linear.out_features, variant.bits
     groups = 1 if variant.group_size == -1 else rows // variant.group_size
+    along_inputs = isinstance(variant, GptqVariant)
     tensors = {
-        "qweight": TensorSpec("I32", (rows * bits // 32, columns)),
+        "qweight": TensorSpec("I32", (rows * bits // 32, columns) if along_inputs else (rows, columns * bits // 32)),
         "qzeros": TensorSpec("I32", (groups, columns * bits // 32)),
         "scales": TensorSpec("F16", (groups, columns)),
-        "g_idx": TensorSpec("I32", (rows,)),
     }
+    if along_inputs:
+        tensors["g_idx"] = TensorSpec("I32", (rows,))
     if linear.bias or zero_bias:
         tensors["bias"] = TensorSpec("F16", (columns,))
     return {f"{linear.name}.{suffix}": spec for suffix, spec in tensors.items()}
@@ -50,7 +53,7 @@ def linear_tensors(linear: LinearSpec, variant: GptqVariant, zero_bias: bool = F
 def variant_layout(
     checkpoint: Checkpoint,
     table: ModuleTable,
-    variant: GptqVariant,
+    variant: Variant,
     max_shard_size: int,
     zero_bias: bool = False,
 ) -> Layout:
@@ -66,20 +69,21 @@ def variant_layout(
     return Layout(_shards(tensors, max_shard_size))
 
 
-def check_variant(table: ModuleTable, variant: GptqVariant) -> None:
+def check_variant(table: ModuleTable, variant: Variant) -> None:
     """Refuse what no loader could read, naming the module and the group sizes that divide.
 
     Raises:
         PlanError: in_features not divisible by group_size, or a shape that does not fill 32-bit words.
     """
+    known = GROUP_SIZES if isinstance(variant, GptqVariant) else AWQ_GROUP_SIZES
     for linear in table.linears:
         rows, columns, bits = linear.in_features, linear.out_features, variant.bits
         if variant.group_size != -1 and rows % variant.group_size:
             raise PlanError(
                 f"group_size {variant.group_size} does not divide the {rows} inputs of {linear.name}; "
-                f"for this model use {_listing(dividing_group_sizes(table))}"
+                f"for this model use {_listing(dividing_group_sizes(table, known))}"
             )
-        if rows % 32:
+        if rows % 32 and isinstance(variant, GptqVariant):
             raise PlanError(
                 f"{linear.name} has {rows} inputs, which is no multiple of 32, so its codes do not fill the "
                 "32-bit words of the GPTQ format; no loader reads such a module"
@@ -91,10 +95,10 @@ def check_variant(table: ModuleTable, variant: GptqVariant) -> None:
             )
 
 
-def dividing_group_sizes(table: ModuleTable) -> list[int]:
+def dividing_group_sizes(table: ModuleTable, known: Sequence[int] = GROUP_SIZES) -> list[int]:
     """The group sizes that divide the inputs of every linear, largest first, then -1."""
     inputs = {linear.in_features for linear in table.linears}
-    sizes = [size for size in GROUP_SIZES if size > 0 and all(rows % size == 0 for rows in inputs)]
+    sizes = [size for size in known if size > 0 and all(rows % size == 0 for rows in inputs)]
     return [*sorted(sizes, reverse=True), -1]
 
 

@@ -10,7 +10,7 @@ import difflib
 import itertools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from pydantic_core import ErrorDetails
 
 from quantize.errors import RecipeError
 from quantize.recipe.located import Key, Located, merge, read_located, set_value
+from quantize.recipe.methods import AwqParameters, AwqVariant, GptqParameters, GptqVariant, Method, Strict, Variant
 from quantize.recipe.presets import PRESETS
-from quantize.recipe.schema import GptqMatrix, GptqParameters, GptqVariant, Recipe
+from quantize.recipe.schema import Recipe
 from quantize.recipe.shipped import find_shipped
 
 MOST_VARIANTS = 256  # a matrix of long lists multiplies quickly
@@ -32,15 +33,15 @@ class LoadedRecipe:
     """A valid recipe and the tree it came from, which later errors use to name file and line.
 
     Attributes:
-        recipe: the validated data; every GPTQ variant is explicit and has its ``branch``.
+        recipe: the validated data; every variant is explicit and has its ``branch``.
         located: the merged tree with the place of each value.
-        variant_places: for each variant, the key path of what caused it.
+        variant_places: by method, for each variant the key path of what caused it.
         name: what messages call the recipe.
     """
 
     recipe: Recipe
     located: Located
-    variant_places: tuple[tuple[Key, ...], ...]
+    variant_places: Mapping[Method, tuple[tuple[Key, ...], ...]]
     name: str
 
     def error(self, path: Iterable[Key], message: str) -> RecipeError:
@@ -68,9 +69,14 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except ValidationError as error:
         raise _first_error(located, error) from None
     _check_presets(located, recipe)
-    variants, places = _expand(located, recipe)
-    gptq = recipe.gptq.model_copy(update={"variants": variants, "matrix": None})
-    return LoadedRecipe(recipe.model_copy(update={"gptq": gptq}), located, places, os.fspath(path))
+    if not recipe.methods:
+        raise located.error((), "asks for nothing; give it a `gptq:` or an `awq:` section with variants")
+    sections: dict[str, Any] = {}
+    places = {}
+    for method in recipe.methods:
+        variants, places[method] = _expand(located, recipe, method)
+        sections[method] = recipe.section(method).model_copy(update={"variants": variants, "matrix": None})
+    return LoadedRecipe(recipe.model_copy(update=sections), located, places, os.fspath(path))
 
 
 def _find(path: str) -> Path:
@@ -221,32 +227,35 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def _expand(located: Located, recipe: Recipe) -> tuple[list[GptqVariant], tuple[tuple[Key, ...], ...]]:
+VARIANTS: dict[Method, type[Variant]] = {"gptq": GptqVariant, "awq": AwqVariant}
+
+
+def _expand(located: Located, recipe: Recipe, method: Method) -> tuple[list[Variant], tuple[tuple[Key, ...], ...]]:
     """Explicit variants, then the matrix's combinations that none of them already is; all with a branch."""
-    gptq = recipe.gptq
-    defaults = {name: getattr(gptq, name) for name in GptqParameters.model_fields}
-    found: list[tuple[GptqVariant, tuple[Key, ...]]] = []
-    for index, variant in enumerate(gptq.variants):
-        given = {name: getattr(variant, name) for name in variant.model_fields_set}
-        found.append((GptqVariant(**{**defaults, **given}), ("gptq", "variants", index)))
-    count = math.prod(len(values) for values in _axes(gptq.matrix).values())
+    section, kind = recipe.section(method), VARIANTS[method]
+    defaults = {name: getattr(section, name) for name in kind.model_fields if name != "branch"}
+    found: list[tuple[Variant, tuple[Key, ...]]] = []
+    for index, asked in enumerate(section.variants):
+        given = {name: getattr(asked, name) for name in asked.model_fields_set}
+        found.append((kind(**{**defaults, **given}), (method, "variants", index)))
+    count = math.prod(len(values) for values in _axes(section.matrix).values())
     if count > MOST_VARIANTS:
-        raise located.error(("gptq", "matrix"), f"has {count:,} combinations; a release has at most {MOST_VARIANTS}")
-    for combination in _combinations(gptq.matrix):
+        raise located.error((method, "matrix"), f"has {count:,} combinations; a release has at most {MOST_VARIANTS}")
+    for combination in _combinations(section.matrix):
         try:
-            variant = GptqVariant(**{**defaults, **combination})
+            variant = kind(**{**defaults, **combination})
         except ValidationError as error:
             key = error.errors()[0]["loc"][0]
-            raise located.error(("gptq", "matrix", key), _sentence(error.errors()[0])) from None
+            raise located.error((method, "matrix", key), _sentence(error.errors()[0])) from None
         if not any(_parameters(variant) == _parameters(known) for known, _ in found):
-            found.append((variant, ("gptq", "matrix")))
+            found.append((variant, (method, "matrix")))
     if not found:
-        raise located.error(("gptq",), "lists no variants; give `variants:` or `matrix:`")
+        raise located.error((method,), "lists no variants; give `variants:` or `matrix:`")
     named: dict[str, tuple[Key, ...]] = {}
     variants = []
     main_is_free = all(variant.branch != "main" for variant, _ in found)
     for index, (variant, place) in enumerate(found):
-        branch = variant.branch or ("main" if index == 0 and main_is_free else branch_name(variant, gptq))
+        branch = variant.branch or ("main" if index == 0 and main_is_free else branch_name(variant, section))
         other = next((known for known in named if known.lower() == branch.lower()), None)
         if other is not None:
             raise located.error(
@@ -259,12 +268,17 @@ def _expand(located: Located, recipe: Recipe) -> tuple[list[GptqVariant], tuple[
     return variants, tuple(named.values())
 
 
-def branch_name(variant: GptqParameters, defaults: GptqParameters) -> str:
-    """The published form, ``gptq-4bit-32g-actorder_True``; unusual choices are appended to it."""
-    order = "static" if variant.desc_act == "static" else str(variant.desc_act)
-    name = f"gptq-{variant.bits}bit-{variant.group_size}g-actorder_{order}"
-    if not variant.sym:
-        name += "-asym"
+def branch_name(variant: GptqParameters | AwqParameters, defaults: GptqParameters | AwqParameters) -> str:
+    """The published forms, ``gptq-4bit-32g-actorder_True`` and ``awq-4bit-64g``; unusual choices are appended."""
+    if isinstance(variant, GptqParameters):
+        order = "static" if variant.desc_act == "static" else str(variant.desc_act)
+        name = f"gptq-{variant.bits}bit-{variant.group_size}g-actorder_{order}"
+        name += "" if variant.sym else "-asym"
+    else:
+        name = f"awq-{variant.bits}bit-{variant.group_size}g"
+        name += "" if variant.zero_point else "-sym"
+    if isinstance(variant, AwqParameters) and variant.rounding != getattr(defaults, "rounding", None):
+        name += f"-rounding_{variant.rounding}"
     if variant.damp_percent != defaults.damp_percent:
         name += f"-damp_{variant.damp_percent:g}"
     if variant.mse != defaults.mse:
@@ -272,16 +286,16 @@ def branch_name(variant: GptqParameters, defaults: GptqParameters) -> str:
     return name
 
 
-def _axes(matrix: GptqMatrix | None) -> dict[str, list[Any]]:
+def _axes(matrix: Strict | None) -> dict[str, list[Any]]:
     if matrix is None:
         return {}
-    return {name: getattr(matrix, name) for name in GptqMatrix.model_fields if getattr(matrix, name)}
+    return {name: getattr(matrix, name) for name in type(matrix).model_fields if getattr(matrix, name)}
 
 
-def _combinations(matrix: GptqMatrix | None) -> list[dict[str, Any]]:
+def _combinations(matrix: Strict | None) -> list[dict[str, Any]]:
     axes = _axes(matrix)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
 
 
-def _parameters(variant: GptqVariant) -> dict[str, Any]:
+def _parameters(variant: Variant) -> dict[str, Any]:
     return variant.model_dump(exclude={"branch"})

@@ -8,31 +8,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-BITS = (2, 3, 4, 8)
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # what the GPTQ loaders have kernels for
-BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+from quantize.recipe.methods import METHODS, Awq, Gptq, Method, Strict, Variant
+
 REPO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-
-Bits = Literal[2, 3, 4, 8]
-
-
-def _desc_act(value: Any) -> Any:
-    if not (isinstance(value, bool) or value == "static"):
-        raise ValueError(f"must be true, false or static, not {value!r}")
-    return value
-
-
-DescAct = Annotated[bool | Literal["static"], BeforeValidator(_desc_act)]
-Propagate = Literal["auto", "source", "quantized"]
-Outcome = Literal["damp_raised", "dead_columns", "rtn_fallback"]
-
-
-class Strict(BaseModel):
-    """Base of every part of the recipe: unknown keys are errors, values are frozen once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Model(Strict):
@@ -150,79 +130,26 @@ class Calibration(Strict):
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
-class GptqParameters(Strict):
-    """The parameters of one GPTQ solve, as the loaders and the papers name them."""
-
-    bits: Bits = 4
-    group_size: int = Field(default=128, strict=True)
-    desc_act: DescAct = False
-    act_group_aware: bool = True
-    """Where ``desc_act`` is false: solve groups, and columns in them, by activation. Files are the same kind."""
-    sym: bool = True
-    damp_percent: float = Field(default=0.1, gt=0, lt=1)
-    mse: bool = True
-    """Search each group's range for the least error, weighed as the solve weighs it."""
-    propagate: Propagate = "auto"
-    """Whose activations the statistics are of: the source model's, or those of the blocks quantized so far."""
-
-    @field_validator("bits", mode="before")
-    @classmethod
-    def _bits(cls, value: Any) -> Any:
-        if isinstance(value, bool) or value not in BITS:
-            raise ValueError(f"must be one of {', '.join(map(str, BITS))}, not {value!r}")
-        return value
-
-    @field_validator("group_size")
-    @classmethod
-    def _group_size(cls, value: int) -> int:
-        if value not in GROUP_SIZES:
-            nearest = min(GROUP_SIZES[1:], key=lambda known: abs(known - value))
-            raise ValueError(
-                f"must be one of {', '.join(map(str, GROUP_SIZES))} (-1: one group per row), which loaders "
-                f"have kernels for, not {value}; the nearest is {nearest}"
-            )
-        return value
-
-
-class GptqVariant(GptqParameters):
-    """One branch of the GPTQ repo. ``branch`` is always set once a recipe is loaded."""
-
-    branch: str | None = None
-
-    @field_validator("branch")
-    @classmethod
-    def _branch(cls, value: str | None) -> str | None:
-        if value is not None and (not BRANCH.fullmatch(value) or ".." in value or value.endswith((".", ".lock"))):
-            raise ValueError(f"{value!r} is no branch name for the hub; use letters, digits, '.', '_' and '-' only")
-        return value
-
-
-class GptqMatrix(Strict):
-    """Lists of parameters; every combination becomes a variant."""
-
-    bits: list[int] = Field(default=[], min_length=1)
-    group_size: list[int] = Field(default=[], min_length=1)
-    desc_act: list[DescAct] = Field(default=[], min_length=1)
-    sym: list[bool] = Field(default=[], min_length=1)
-    damp_percent: list[float] = Field(default=[], min_length=1)
-    mse: list[bool] = Field(default=[], min_length=1)
-
-
-class Gptq(GptqParameters):
-    """Defaults for all GPTQ variants, the variants, and how the method behaves as a whole."""
-
-    variants: list[GptqVariant] = []
-    matrix: GptqMatrix | None = None
-    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
-    zero_bias: bool = False
-    rtn_fallback: bool = False
-    fail_on: list[Outcome] = []
-
-
 class Recipe(Strict):
     """A whole recipe, as validated data."""
 
     model: Model
     release: Release = Release()
     calibration: Calibration = Calibration()
-    gptq: Gptq
+    gptq: Gptq | None = None
+    awq: Awq | None = None
+
+    def section(self, method: Method) -> Gptq | Awq:
+        """The section of a method that this recipe has."""
+        section: Gptq | Awq | None = getattr(self, method)
+        assert section is not None
+        return section
+
+    def variants(self, method: Method) -> list[Variant]:
+        """The variants of a method, as the recipe lists them."""
+        return list(self.section(method).variants)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods that this recipe has a section for."""
+        return tuple(method for method in METHODS if getattr(self, method) is not None)

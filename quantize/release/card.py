@@ -9,12 +9,13 @@ from typing import Any
 from quantize import __version__
 from quantize.calibration.corpus import title, url
 from quantize.planning import Plan, PlannedVariant
+from quantize.recipe.methods import AwqVariant, GptqVariant, Method
 
 HUB = "https://huggingface.co"
 
 
-def render_card(plan: Plan) -> str:
-    """``README.md`` of every branch of the GPTQ repo: metadata, provided files, how to use."""
+def render_card(plan: Plan, method: Method) -> str:
+    """``README.md`` of every branch of a method's repo: metadata, provided files, how to use."""
     from huggingface_hub import ModelCardData
     from jinja2 import PackageLoader, StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
@@ -46,18 +47,19 @@ def render_card(plan: Plan) -> str:
         pipeline_tag="text-generation",
         prompt_template=recipe.model.prompt_template,
         quantized_by=recipe.release.quantized_by or recipe.release.owner,
-        tags=sorted({*(str(tag) for tag in tags), "gptq"}),
+        tags=sorted({*(str(tag) for tag in tags), method}),
     )
-    return environment.get_template("gptq.md.j2").render(
+    return environment.get_template(f"{method}.md.j2").render(
         metadata=metadata.to_yaml(line_break="\n").strip(),
         name=name,
         creator=recipe.model.creator,
         hub=HUB,
-        repo=plan.repo,
+        repo=plan.repos[method],
+        siblings={name.upper(): repo for name, repo in plan.repos.items() if name != method},
         hub_id=source.hub_id,
         license=recipe.model.license or front.get("license"),
         prompt_template=recipe.model.prompt_template,
-        rows=[_row(plan, item) for item in plan.variants],
+        rows=[_row(plan, item) for item in plan.of(method)],
         samples=recipe.calibration.samples,
         version=__version__,
         original=original,
@@ -85,28 +87,31 @@ def source_card(folder: Path | None) -> tuple[dict[str, Any], str]:
 def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:
     calibration, variant = plan.recipe.calibration, item.variant
     datasets = [f"[{title(corpus)}]({url(corpus)})" if url(corpus) else title(corpus) for corpus in calibration.dataset]
-    order = {True: "Yes", False: "No", "static": "Static"}[variant.desc_act]
-    exllama = variant.bits == 4 and plan.source.checkpoint.model_type in {"llama", "mistral"}
-    return {
+    row = {
         "branch": item.branch,
-        "link": f"{HUB}/{plan.repo}/tree/{item.branch}",
+        "link": f"{HUB}/{item.repo}/tree/{item.branch}",
         "bits": variant.bits,
         "group_size": "None" if variant.group_size == -1 else variant.group_size,
-        "order": order,
-        "damp": f"{variant.damp_percent:g}",
         "dataset": ", ".join(datasets),
         "length": calibration.sequence_length,
         "size": f"{item.nbytes / 1e9:.2f} GB",
-        "exllama": "Yes" if exllama else "No",
-        "description": _description(item),
     }
+    if isinstance(variant, GptqVariant):
+        exllama = variant.bits == 4 and plan.source.checkpoint.model_type in {"llama", "mistral"}
+        return row | {
+            "order": {True: "Yes", False: "No", "static": "Static"}[variant.desc_act],
+            "damp": f"{variant.damp_percent:g}",
+            "exllama": "Yes" if exllama else "No",
+            "description": _gptq_description(variant),
+        }
+    return row | {"zero_point": "Yes" if variant.zero_point else "No", "description": _awq_description(variant)}
 
 
-def _description(item: PlannedVariant) -> str:
-    variant = item.variant
-    group = (
-        "no group size, for the lowest memory use" if variant.group_size == -1 else f"group size {variant.group_size}"
-    )
+def _group(group_size: int) -> str:
+    return "no group size, for the lowest memory use" if group_size == -1 else f"group size {group_size}"
+
+
+def _gptq_description(variant: GptqVariant) -> str:
     order = {
         True: "with act-order, for higher accuracy",
         False: "without act-order, read by every loader",
@@ -114,4 +119,10 @@ def _description(item: PlannedVariant) -> str:
     }[variant.desc_act]
     grid = "" if variant.sym else " Asymmetric grid."
     own = " Calibrated on its own quantized activations." if variant.propagate == "quantized" else ""
-    return f"{variant.bits}-bit, {group}, {order}.{grid}{own}"
+    return f"{variant.bits}-bit, {_group(variant.group_size)}, {order}.{grid}{own}"
+
+
+def _awq_description(variant: AwqVariant) -> str:
+    grid = "" if variant.zero_point else " Symmetric grid."
+    rounding = "rounded by GPTQ" if variant.rounding == "gptq" else "rounded to nearest"
+    return f"{variant.bits}-bit, {_group(variant.group_size)}, scaled by activation and {rounding}.{grid}"

@@ -6,6 +6,28 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from quantize import __version__
+from quantize.formats import awq, gptq
+from quantize.planning import PlannedVariant
+from quantize.recipe.methods import GptqVariant
+from quantize.recipe.schema import Recipe
+
+
+def loader_config(recipe: Recipe, item: PlannedVariant) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """What a branch tells its loaders: the name and content of the method's own file, and what goes as
+    ``quantization_config`` into ``config.json``."""
+    variant = item.variant
+    if isinstance(variant, GptqVariant):
+        assert recipe.gptq
+        config = gptq.quantize_config(
+            **variant.model_dump(include={"bits", "group_size", "desc_act", "act_group_aware", "sym", "damp_percent"}),
+            checkpoint_format=recipe.gptq.checkpoint_format,
+            version=__version__,
+        )
+        return "quantize_config.json", config, config
+    settings = variant.model_dump(include={"group_size", "zero_point"})
+    return "quant_config.json", awq.quant_config(**settings), awq.quantization_config(**settings)
+
 
 def release_config(source: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
     """The source's config with ``quantization_config``; where transformers 4 and 5 name a thing differently

@@ -119,6 +119,14 @@ class StreamedModel:
         """The name that a module of block ``index`` has in the checkpoint."""
         return self.names[f"{self.block_prefix}{index}.{local}.weight"].removesuffix(".weight")
 
+    def stored_weight(self, index: int, linear: Linear) -> torch.Tensor:
+        """The weight [N, K] in float32, exact even where the forward pass runs in less."""
+        if linear.weight.dtype == torch.float32:
+            return linear.weight.contiguous()
+        name = self.checkpoint_name(index, linear.local)
+        stored = self.read(f"{name}.weight").to(self.device, torch.float32)
+        return stored if stored.shape == linear.weight.shape else stored.t().contiguous()
+
     # -- running
 
     @torch.inference_mode()

@@ -1,0 +1,82 @@
+"""AWQ: what it adds to the set of eight, and its quality against gptqmodel's AWQ on the same token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.child import run
+from benchmarks.document import machine, replace_section, table
+from benchmarks.ours import Task, Variant, stages_table
+from benchmarks.peers import ROUNDS, WINDOWS, figures, measure, prepare
+from quantize.formats.reader import BranchReader
+from quantize.measure.quality import Weights
+from quantize.methods.gptq import GptqParameters, round_to_nearest
+from quantize.source.checkpoint import read_checkpoint
+from quantize.source.tensor_file import TensorFile
+
+GROUP_SIZE = 64
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, rounding: nearest": {"rounding": "nearest"},
+    "ours, rounding: nearest, mse: false": {"rounding": "nearest", "mse": False},
+    "ours, zero_point: false": {"zero_point": False},
+}
+
+
+class Nearest:
+    """The source's linears rounded to nearest on the same grid: the yardstick."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.checkpoint = folder, read_checkpoint(folder)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return TensorFile(self.folder / self.checkpoint.tensors[name].file).read(name)
+
+    def weight(self, module: str) -> torch.Tensor:
+        weight = self.tensor(f"{module}.weight").float()
+        wish = GptqParameters(4, GROUP_SIZE, sym=False, mse=False)
+        return round_to_nearest(weight, torch.eye(weight.shape[1]), wish).dequantize()
+
+
+def compare(task: Task, eight: list[Variant], evaluation: str, folder: Path) -> None:
+    """Run everything and write the section."""
+    source, ids = prepare(task, folder, eight)
+    one = [{"group_size": GROUP_SIZE, "branch": "awq"}]
+    without = task.build(folder / "without", eight, ROUNDS)
+    with_awq = task.build(folder / "with", eight, ROUNDS, awq=one)
+    alone = task.build(folder / "alone", [], ROUNDS, awq=one)
+    every = task.build(
+        folder / "every",
+        [],
+        awq=[{"group_size": GROUP_SIZE, "branch": f"b{n}", **s} for n, s in enumerate(OURS.values())],
+    )
+    theirs = run(
+        "-m", "benchmarks.peer_gptqmodel_awq", source, str(folder / "peer"), str(ids), str(GROUP_SIZE), cwd=folder
+    )
+    readers: dict[str, Weights] = {name: BranchReader(every.awq / f"b{n}") for n, name in enumerate(OURS)}
+    readers["gptqmodel"] = BranchReader(folder / "peer")
+    readers["nearest, unscaled"] = Nearest(Path(source))
+    rows = measure(folder / "prepare.json", readers, evaluation, task.length)
+    seconds = {"ours": f"{alone.process.seconds:.0f}", "gptqmodel": f"{theirs.seconds:.0f}"}
+    body = [[name, figures(rows[name]), seconds.get(name, "")] for name in readers]
+    added = with_awq.process.seconds / without.process.seconds - 1
+    builds = [("eight GPTQ branches", without), ("and one AWQ branch", with_awq), ("one AWQ branch alone", alone)]
+    replace_section(
+        "awq",
+        f"""## AWQ on SmolLM2-135M-Instruct
+
+4 bits, group_size {GROUP_SIZE}, zero points; {task.samples} x {task.length} calibration tokens of
+{Path(task.calibration).name}, {WINDOWS * task.length} other tokens of {Path(evaluation).name}; {machine("gptqmodel")},
+gptqmodel in float32 with its torch backend. Seconds are of whole processes (ours: medians of {ROUNDS}), all in one
+call. Perplexity (KL divergence); the source model's perplexity is {next(iter(rows.values())).perplexity:.2f}:
+
+{table(["run", "quality", "seconds"], body)}
+
+Adding the AWQ branch to the recipe of eight GPTQ branches takes {added:.0%} more time:
+
+{stages_table(builds, "build")}
+""",
+    )

@@ -1,0 +1,186 @@
+"""Which operation before a linear can take the inverse of its input's scale: found by trying, on the real block.
+
+A norm whose output is the input scales it away in its weight. So does a linear whose outputs reach the input
+channel by channel: v_proj through the attention into o_proj, up_proj through the product with the gate into
+down_proj, fc1 through a ReLU into fc2. No architecture needs a table of its own: whatever keeps the block's output
+as it was when scaled by random numbers is right, whatever changes it is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.calibration.statistics import InputStatistics
+from quantize.source.streamed import Linear, StreamedModel
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
+"""Of the block's change to its input; a wrong fold changes it by a third or more."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The operation before an input.
+
+    Attributes:
+        producer: its module's name inside the block.
+        rows: which of its outputs feeds each input channel, [K] int64.
+        norm: a norm; otherwise a linear.
+        plus_one: a norm that multiplies by 1 + weight (Gemma).
+    """
+
+    producer: str
+    rows: torch.Tensor
+    norm: bool
+    plus_one: bool = False
+
+
+def find_folds(
+    model: StreamedModel, index: int, block: nn.Module, groups: Sequence[InputStatistics], hidden: torch.Tensor
+) -> dict[str, Fold | None]:
+    """For the first linear of each group, by its name in the block: its fold, or None where nothing takes a scale.
+
+    Args:
+        block: loaded, and the same after as before. hidden: what enters it, [batch, length, width].
+    """
+    with torch.inference_mode():
+        seen: dict[str, torch.Tensor] = {}
+        before = _norms_before(model, index, block, groups, hidden, seen)
+        expected = model.run(index, block, hidden)
+        found: dict[str, Fold | None] = {}
+        for group in groups:
+            leader = group.linears[0].local
+            candidates = [*_norm_folds(block, before.get(leader)), *_linear_folds(model, block, group)]
+            found[leader] = next(
+                (fold for fold in candidates if _holds(model, index, block, group, fold, hidden, expected)), None
+            )
+    return found
+
+
+def _norms_before(
+    model: StreamedModel,
+    index: int,
+    block: nn.Module,
+    groups: Sequence[InputStatistics],
+    hidden: torch.Tensor,
+    kept: dict[str, torch.Tensor],
+) -> dict[str, str]:
+    """For each group's leader, the norm that puts out the very tensor which it reads."""
+    made: dict[tuple[Any, ...], str] = {}
+    found: dict[str, str] = {}
+
+    def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+        return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
+
+    def after(name: str) -> Any:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                kept[name] = output  # so that no later tensor can lie at its address
+                made[identity(output)] = name
+
+        return hook
+
+    def entering(leader: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            inputs = arguments[0] if arguments else next(iter(keywords.values()))
+            if (norm := made.get(identity(inputs))) is not None:
+                found[leader] = norm
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for name, module in block.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, torch.Tensor) and weight.dim() == 1:
+                stack.callback(module.register_forward_hook(after(name)).remove)
+        for group in groups:
+            first = group.linears[0]
+            stack.callback(first.module.register_forward_pre_hook(entering(first.local), with_kwargs=True).remove)
+        model.run(index, block, hidden)
+    return found
+
+
+def _norm_folds(block: nn.Module, norm: str | None) -> Iterator[Fold]:
+    if norm is None:
+        return
+    rows = torch.arange(_outputs(block.get_submodule(norm)))
+    yield Fold(norm, rows, norm=True)
+    yield Fold(norm, rows, norm=True, plus_one=True)
+
+
+def _outputs(norm: nn.Module) -> int:
+    assert isinstance(norm.weight, torch.Tensor)
+    return norm.weight.numel()
+
+
+def _linear_folds(model: StreamedModel, block: nn.Module, group: InputStatistics) -> Iterator[Fold]:
+    """Every run of outputs of another linear that could feed the group's K inputs one by one, or head by head."""
+    columns = group.linears[0].weight.shape[1]
+    own = {linear.local for linear in group.linears}
+    config = model.model.config.get_text_config()
+    heads = int(getattr(config, "num_attention_heads", 0) or 0)
+    fewer = 1 if getattr(config, "multi_query", False) else int(getattr(config, "num_key_value_heads", 0) or heads)
+    straight = torch.arange(columns)
+    for linear in model.linears(block):
+        if linear.local in own:
+            continue
+        outputs = linear.weight.shape[0]
+        if outputs >= columns:  # all of them, or the last of a fused projection
+            yield Fold(linear.local, straight + outputs - columns, norm=False)
+        if heads and fewer < heads and columns % heads == 0:
+            wide = columns // heads
+            if outputs >= fewer * wide:  # grouped-query attention: several heads read one
+                shared = (straight // wide // (heads // fewer)) * wide + straight % wide
+                yield Fold(linear.local, shared + outputs - fewer * wide, norm=False)
+
+
+def _holds(
+    model: StreamedModel,
+    index: int,
+    block: nn.Module,
+    group: InputStatistics,
+    fold: Fold,
+    hidden: torch.Tensor,
+    expected: torch.Tensor,
+) -> bool:
+    """Whether the block's output stays when the producer divides by random scales and the linears multiply."""
+    producer = block.get_submodule(fold.producer)
+    outputs = _outputs(producer) if fold.norm else Linear(fold.producer, producer).weight.shape[0]
+    drawn = torch.rand(outputs, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).exp_()
+    untouched = torch.ones(outputs, dtype=torch.bool)
+    untouched[fold.rows] = False
+    drawn[untouched] = 1
+    scale = drawn.to(device=hidden.device, dtype=torch.float32)
+    touched = [producer, *(linear.module for linear in group.linears)]
+    kept = [parameter for module in touched for parameter in module.parameters(recurse=False)]
+    saved = [parameter.clone() for parameter in kept]
+    try:
+        _divide(producer, fold, scale)
+        columns = scale[fold.rows.to(scale.device)]
+        for linear in group.linears:
+            linear.set_weight(linear.weight.float() * columns)
+        result = model.run(index, block, hidden)
+    finally:
+        for parameter, values in zip(kept, saved, strict=True):
+            parameter.copy_(values)
+    change = (expected - hidden).float().norm()
+    return bool((result - expected).float().norm() <= TOLERANCE[expected.dtype] * change)
+
+
+def _divide(producer: nn.Module, fold: Fold, scale: torch.Tensor) -> None:
+    bias = getattr(producer, "bias", None)
+    if fold.norm:
+        weight = producer.weight
+        assert isinstance(weight, torch.Tensor)
+        offset = 1.0 if fold.plus_one else 0.0
+        weight.copy_((weight.float() + offset) / scale - offset)
+    else:
+        linear = Linear(fold.producer, producer)
+        linear.set_weight(linear.weight.float() / scale[:, None])
+    if isinstance(bias, torch.Tensor):
+        bias.copy_(bias.float() / scale)

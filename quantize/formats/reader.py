@@ -1,0 +1,45 @@
+"""Weights of a finished branch, read back from its own bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from quantize.formats import awq, gptq
+from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME
+
+PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales")}
+
+
+class BranchReader:
+    """Tensors of a branch's folder, one at a time; its linears dequantized.
+
+    Raises:
+        OSError, KeyError, ValueError: the folder is neither a GPTQ nor an AWQ branch.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        self.method = str(config["quant_method"])
+        if self.method not in PARTS:
+            raise ValueError(f"{folder}: quant_method '{self.method}' is neither gptq nor awq")
+        self.bits, self.checkpoint_format = int(config["bits"]), str(config.get("checkpoint_format", "gptq"))
+        index = folder / INDEX_NAME
+        self._shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor as stored."""
+        with safe_open(self.folder / self._shard_of.get(name, SINGLE_NAME), framework="pt") as file:
+            return file.get_tensor(name)
+
+    def weight(self, module: str) -> torch.Tensor:
+        """The weight [out_features, in_features] float32 that a loader computes for a quantized linear."""
+        tensors = {part: self.tensor(f"{module}.{part}") for part in PARTS[self.method]}
+        if self.method == "awq":
+            return awq.decode(tensors)
+        return gptq.decode(tensors, self.bits, self.checkpoint_format)

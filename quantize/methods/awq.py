@@ -1,0 +1,144 @@
+"""AWQ: input channels that matter are scaled up before rounding, and the operation before scales them down.
+
+Source: Lin, Tang, Tang, Yang, Dang, Han, "AWQ: Activation-aware Weight Quantization for LLM Compression and
+Acceleration", 2023, https://arxiv.org/abs/2306.00978. With s > 0 per input channel, W diag(s) is rounded and the
+input comes in as X diag(1/s): the float output is the same, the error of a channel is divided by its s.
+
+A candidate's error tr((W - W') H (W - W')^T) needs only H = X^T X, so that no candidate costs a forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from quantize.errors import SolveError
+from quantize.methods.gptq import GptqParameters, Solution, round_to_nearest, solve
+from quantize.methods.grid import Grid
+
+STEPS = 20
+RATIOS = tuple(step / STEPS for step in range(STEPS + 1))
+LARGEST = 256.0  # of a scale, and 1 / LARGEST the smallest: what a float16 norm weight bears
+ROWS = 256  # of the weight that the search looks at; more did not choose better (docs/benchmarks.md)
+
+
+@dataclass(frozen=True)
+class AwqParameters:
+    """What one AWQ variant is asked for. ``group_size`` -1 is one group per row."""
+
+    group_size: int
+    bits: int = 4
+    zero_point: bool = True
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    damp_percent: float = 0.1
+    mse: bool = True
+
+    @property
+    def rounded(self) -> GptqParameters:
+        """The rounding of the scaled weight, in GPTQ's terms: group-aware order, trivial ``g_idx``."""
+        return GptqParameters(
+            self.bits, self.group_size, sym=not self.zero_point, damp_percent=self.damp_percent, mse=self.mse
+        )
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The outcome of a search.
+
+    Attributes:
+        scale: s, what each input channel of the weight is multiplied by, [K] float32.
+        ratio: the exponent that won; 0 leaves the channels as they are.
+    """
+
+    scale: torch.Tensor
+    ratio: float
+
+
+def search_scales(
+    weight: torch.Tensor, hessian: torch.Tensor, parameters: AwqParameters, ties: torch.Tensor | None = None
+) -> Scales:
+    """Scales of least error among the powers of each channel's strength, the root of its mean square.
+
+    Args:
+        weight: [N, K] float32, all linears that read the input stacked. hessian: [K, K].
+        ties: [K] numbers; channels of one number get one scale (those that one output of the operation before
+            feeds). None: each its own.
+
+    Raises:
+        SolveError: statistics not finite.
+    """
+    power = hessian.diagonal().double()
+    if not bool(torch.isfinite(power).all()):
+        raise SolveError("its input statistics are not finite")
+    if ties is not None:
+        sums = torch.zeros(int(ties.max()) + 1, dtype=power.dtype, device=power.device).index_add_(0, ties, power)
+        power = (sums / torch.bincount(ties, minlength=len(sums)).clamp(min=1))[ties]
+    alive = power > 0
+    if not bool(alive.any()):
+        return Scales(torch.ones_like(hessian.diagonal()), 0.0)
+    strength = power.clamp(min=float(power[alive].min())).sqrt().log()
+    strength -= strength[alive].mean()
+    sample = weight[torch.linspace(0, len(weight) - 1, min(len(weight), ROWS), device=weight.device).long()]
+    best, found = float("inf"), Scales(torch.ones_like(hessian.diagonal()), 0.0)
+    for ratio in RATIOS:
+        scale = (ratio * strength).exp().clamp(1 / LARGEST, LARGEST).to(weight.dtype)
+        scale = torch.where(alive, scale, torch.ones_like(scale))
+        error = scaled_error(sample, hessian, scale, parameters)
+        if error < best:
+            best, found = error, Scales(scale, ratio)
+    return found
+
+
+def scaled_error(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, parameters: AwqParameters) -> float:
+    """tr((W - W') H (W - W')^T) of W diag(s) rounded to nearest on its whole range and divided by s again."""
+    rows, columns = weight.shape
+    size = columns if parameters.group_size == -1 else parameters.group_size
+    scaled = (weight * scale).view(-1, size)
+    grid = Grid(parameters.bits, not parameters.zero_point, mse=False)
+    step, zero = grid.fit(scaled, scaled[0])
+    rounded = step[:, None] * (grid.round(scaled, step[:, None], zero[:, None]) - zero[:, None])
+    difference = (rounded - scaled).view(rows, columns) / scale
+    return float(((difference @ hessian) * difference).sum(dtype=torch.float64))
+
+
+def quantize_scaled(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    scale: torch.Tensor,
+    parameters: AwqParameters,
+    rtn_fallback: bool = False,
+) -> Solution:
+    """Round W diag(s), whose input has the Hessian diag(1/s) H diag(1/s).
+
+    Args:
+        scale: [K], as the operation before really divides by it.
+
+    Raises:
+        SolveError: as :func:`quantize.methods.gptq.solve`.
+    """
+    scaled, seen = weight * scale, hessian / scale / scale[:, None]
+    if parameters.rounding == "nearest":
+        solution = round_to_nearest(scaled, seen, parameters.rounded)
+        solution.fallback = None
+        return solution
+    return solve(scaled, seen, [parameters.rounded], rtn_fallback)[0]
+
+
+def divided(values: torch.Tensor, scale: torch.Tensor, plus_one: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide the weight of a norm by s in the dtype that it is stored in.
+
+    Args:
+        values: the stored weight [K]. scale: s [K]. plus_one: the norm multiplies by 1 + weight (Gemma).
+
+    Returns:
+        The weight to store, and the scale that it really divides by, [K] in the dtype of ``scale``: with it the
+        float output stays as it was. A channel whose weight is zero or would not fit the dtype keeps scale 1.
+    """
+    offset = 1.0 if plus_one else 0.0
+    factor = values.to(scale.dtype) + offset
+    stored = (factor / scale - offset).to(values.dtype)
+    real = factor / (stored.to(scale.dtype) + offset)
+    keep = ~torch.isfinite(real) | ~torch.isfinite(stored.to(scale.dtype)) | (real <= 0)
+    return torch.where(keep, values, stored), torch.where(keep, torch.ones_like(real), real)

@@ -1,0 +1,98 @@
+"""A branch in the making: its open shards, and the ledger of its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from quantize.errors import SolveError, SourceError
+from quantize.formats.manifest import LedgerEntry
+from quantize.formats.safetensors_writer import ShardWriter
+from quantize.methods.gptq import Solution
+from quantize.planning import PlannedVariant
+
+
+@dataclass
+class Branch:
+    """A branch in the making.
+
+    Attributes:
+        fail_on: outcomes that the recipe makes errors.
+    """
+
+    item: PlannedVariant
+    folder: Path
+    fail_on: tuple[str, ...] = ()
+    ledger: list[LedgerEntry] = field(default_factory=list)
+
+    def __enter__(self) -> Branch:
+        self.folder.mkdir(parents=True)
+        self.writer = ShardWriter(self.folder, self.item.layout.shards).__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.writer.__exit__(kind, error, trace)
+
+    def write(self, module: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a quantized module's tensors, by suffix."""
+        for suffix, tensor in tensors.items():
+            self.writer.write(f"{module}.{suffix}", tensor)
+
+    def record(
+        self,
+        module: str,
+        solution: Solution,
+        rows: slice,
+        energy: torch.Tensor,
+        tokens: int,
+        scale_ratio: float | None = None,
+        scale_folded_into: str | None = None,
+    ) -> None:
+        """Enter into the ledger how the ``rows`` of a solve, which are this module's, came out.
+
+        Args:
+            energy: tr(W H W^T) split by rows, [N].
+
+        Raises:
+            SolveError: an outcome that the recipe makes an error.
+        """
+        unscaled = scale_ratio is not None and scale_folded_into is None
+        outcome = "rtn_fallback" if solution.fallback else "damp_raised" if solution.damp_raised else "solved"
+        whole = float(energy[rows].sum())
+        entry = LedgerEntry(
+            module=module,
+            outcome=outcome if outcome != "solved" or not unscaled else "unscaled",
+            damp_percent=float(f"{solution.damp_percent:.6g}"),
+            dead_columns=solution.dead_columns,
+            relative_error=float(f"{float(solution.row_error[rows].sum()) / whole:.6g}") if whole > 0 else 0.0,
+            tokens=tokens,
+            scale_ratio=scale_ratio if scale_folded_into else None,
+            scale_folded_into=scale_folded_into,
+        )
+        for fatal in self.fail_on:
+            if entry.outcome == fatal or (fatal == "dead_columns" and entry.dead_columns):
+                raise SolveError(f"{module}: {fatal}, which {self.item.method}.fail_on of the recipe makes an error")
+        self.ledger.append(entry)
+
+
+def energy_of(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """tr(W H W^T) split by the rows of W, [N] float64."""
+    return ((weight @ hessian) * weight).sum(dim=1, dtype=torch.float64).cpu()
+
+
+def half_bias(tensor: torch.Tensor, module: str) -> torch.Tensor:
+    """A bias in float16, as the GPTQ and AWQ formats store it.
+
+    Raises:
+        SourceError: it does not fit.
+    """
+    half = tensor.to(torch.float16)
+    if not bool(torch.isfinite(half).all()):
+        raise SourceError(f"{module}.bias: does not fit float16, in which quantized linears store a bias")
+    return half

@@ -1,0 +1,156 @@
+"""The methods' part of a recipe: what one variant of GPTQ or AWQ may ask for, and what no loader could read."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # what the GPTQ loaders have kernels for
+AWQ_GROUP_SIZES = (-1, 32, 64, 128)  # what the AWQ loaders have kernels for
+BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+Bits = Literal[2, 3, 4, 8]
+
+
+def _desc_act(value: Any) -> Any:
+    if not (isinstance(value, bool) or value == "static"):
+        raise ValueError(f"must be true, false or static, not {value!r}")
+    return value
+
+
+DescAct = Annotated[bool | Literal["static"], BeforeValidator(_desc_act)]
+Propagate = Literal["auto", "source", "quantized"]
+Outcome = Literal["damp_raised", "dead_columns", "rtn_fallback"]
+
+
+def _known_group_size(value: int, known: tuple[int, ...]) -> int:
+    if value not in known:
+        nearest = min(known[1:], key=lambda size: abs(size - value))
+        raise ValueError(
+            f"must be one of {', '.join(map(str, known))} (-1: one group per row), which loaders "
+            f"have kernels for, not {value}; the nearest is {nearest}"
+        )
+    return value
+
+
+class Strict(BaseModel):
+    """Base of every part of the recipe: unknown keys are errors, values are frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GptqParameters(Strict):
+    """The parameters of one GPTQ solve, as the loaders and the papers name them."""
+
+    bits: Bits = 4
+    group_size: int = Field(default=128, strict=True)
+    desc_act: DescAct = False
+    act_group_aware: bool = True
+    """Where ``desc_act`` is false: solve groups, and columns in them, by activation. Files are the same kind."""
+    sym: bool = True
+    damp_percent: float = Field(default=0.1, gt=0, lt=1)
+    mse: bool = True
+    """Search each group's range for the least error, weighed as the solve weighs it."""
+    propagate: Propagate = "auto"
+    """Whose activations the statistics are of: the source model's, or those of the blocks quantized so far."""
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _bits(cls, value: Any) -> Any:
+        if isinstance(value, bool) or value not in BITS:
+            raise ValueError(f"must be one of {', '.join(map(str, BITS))}, not {value!r}")
+        return value
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size(cls, value: int) -> int:
+        return _known_group_size(value, GROUP_SIZES)
+
+
+class Named(Strict):
+    """A variant is a branch of its method's repo. ``branch`` is always set once a recipe is loaded."""
+
+    branch: str | None = None
+
+    @field_validator("branch")
+    @classmethod
+    def _branch(cls, value: str | None) -> str | None:
+        if value is not None and (not BRANCH.fullmatch(value) or ".." in value or value.endswith((".", ".lock"))):
+            raise ValueError(f"{value!r} is no branch name for the hub; use letters, digits, '.', '_' and '-' only")
+        return value
+
+
+class GptqVariant(GptqParameters, Named):
+    """One branch of the GPTQ repo."""
+
+
+class GptqMatrix(Strict):
+    """Lists of parameters; every combination becomes a variant."""
+
+    bits: list[int] = Field(default=[], min_length=1)
+    group_size: list[int] = Field(default=[], min_length=1)
+    desc_act: list[DescAct] = Field(default=[], min_length=1)
+    sym: list[bool] = Field(default=[], min_length=1)
+    damp_percent: list[float] = Field(default=[], min_length=1)
+    mse: list[bool] = Field(default=[], min_length=1)
+
+
+class Gptq(GptqParameters):
+    """Defaults for all GPTQ variants, the variants, and how the method behaves as a whole."""
+
+    variants: list[GptqVariant] = []
+    matrix: GptqMatrix | None = None
+    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
+    zero_bias: bool = False
+    rtn_fallback: bool = False
+    fail_on: list[Outcome] = []
+
+
+class AwqParameters(Strict):
+    """The parameters of one AWQ variant, as the loaders and the paper name them."""
+
+    bits: Literal[4] = 4
+    group_size: int = Field(default=128, strict=True)
+    zero_point: bool = True
+    rounding: Literal["gptq", "nearest"] = "gptq"
+    """How the scaled weights are rounded: by GPTQ from the same statistics, or each to its nearest code."""
+    damp_percent: float = Field(default=0.1, gt=0, lt=1)
+    mse: bool = True
+    """Search each group's range for the least error: what AWQ calls weight clipping."""
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size(cls, value: int) -> int:
+        return _known_group_size(value, AWQ_GROUP_SIZES)
+
+
+class AwqVariant(AwqParameters, Named):
+    """One branch of the AWQ repo."""
+
+
+class AwqMatrix(Strict):
+    """Lists of parameters; every combination becomes a variant."""
+
+    group_size: list[int] = Field(default=[], min_length=1)
+    zero_point: list[bool] = Field(default=[], min_length=1)
+    rounding: list[Literal["gptq", "nearest"]] = Field(default=[], min_length=1)
+    mse: list[bool] = Field(default=[], min_length=1)
+
+
+class Awq(AwqParameters):
+    """Defaults for all AWQ variants, the variants, and how the method behaves as a whole."""
+
+    variants: list[AwqVariant] = []
+    matrix: AwqMatrix | None = None
+    version: Literal["gemm"] = "gemm"
+    rtn_fallback: bool = False
+    fail_on: list[Outcome | Literal["unscaled"]] = []
+
+
+Variant = GptqVariant | AwqVariant
+Method = Literal["gptq", "awq"]
+METHODS: tuple[Method, ...] = ("gptq", "awq")
+"""In the order in which their repos are shown; each is a section of a recipe."""
