@@ -10,7 +10,7 @@ import torch
 from benchmarks.child import run
 from benchmarks.document import machine, replace_section, table
 from benchmarks.ours import Task, Variant, stages_table
-from benchmarks.peers import ROUNDS, WINDOWS, figures, measure, prepare
+from benchmarks.peers import WINDOWS, figures, measure, prepare
 from quantize.formats.reader import BranchReader
 from quantize.measure.quality import Weights
 from quantize.methods.gptq import GptqParameters, round_to_nearest
@@ -45,9 +45,9 @@ def compare(task: Task, eight: list[Variant], evaluation: str, folder: Path) -> 
     """Run everything and write the section."""
     source, ids = prepare(task, folder, eight)
     one = [{"group_size": GROUP_SIZE, "branch": "awq"}]
-    without = task.build(folder / "without", eight, ROUNDS)
-    with_awq = task.build(folder / "with", eight, ROUNDS, awq=one)
-    alone = task.build(folder / "alone", [], ROUNDS, awq=one)
+    without = task.build(folder / "without", eight)
+    with_awq = task.build(folder / "with", eight, awq=one)
+    alone = task.build(folder / "alone", [], awq=one)
     every = task.build(
         folder / "every",
         [],
@@ -70,7 +70,7 @@ def compare(task: Task, eight: list[Variant], evaluation: str, folder: Path) -> 
 
 4 bits, group_size {GROUP_SIZE}, zero points; {task.samples} x {task.length} calibration tokens of
 {Path(task.calibration).name}, {WINDOWS * task.length} other tokens of {Path(evaluation).name}; {machine("gptqmodel")},
-gptqmodel in float32 with its torch backend. Seconds are of whole processes (ours: medians of {ROUNDS}), all in one
+gptqmodel in float32 with its torch backend. Seconds are of whole processes (one run each), all in one
 call. Perplexity (KL divergence); the source model's perplexity is {next(iter(rows.values())).perplexity:.2f}:
 
 {table(["run", "quality", "seconds"], body)}

@@ -38,3 +38,7 @@ class SolveError(QuantizeError):
 
 class BuildError(QuantizeError):
     """The build could not finish: full disk, a second build in the same dist, no such device."""
+
+
+class GgufError(QuantizeError):
+    """llama.cpp is missing, or its converter or quantizer refuses."""

@@ -13,7 +13,19 @@ import pytest
 import quantize
 
 PACKAGE = Path(quantize.__file__).parent
-FLOORS = ("cli", "pipeline", "measure", "release", "planning", "calibration", "source", "methods", "formats", "recipe")
+FLOORS = (
+    "cli",
+    "pipeline",
+    "measure",
+    "release",
+    "planning",
+    "gguf",
+    "calibration",
+    "source",
+    "methods",
+    "formats",
+    "recipe",
+)
 """From top to bottom, as docs/architecture.md lists them."""
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from quantize.errors import SolveError
 from quantize.methods.gptq import GptqParameters, solve
-from quantize.pipeline import gptq_pass
+from quantize.pipeline import gptq_blocks
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -341,7 +341,7 @@ def broken_statistics(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None
         def wrapped(weight: torch.Tensor, hessian: torch.Tensor, *rest: object) -> object:
             return solve(weight, indefinite(256, coupling) if hessian.shape[0] == 256 else hessian, *rest)
 
-        monkeypatch.setattr(gptq_pass, "solve", wrapped)
+        monkeypatch.setattr(gptq_blocks, "solve", wrapped)
 
     return arrange
 
@@ -357,7 +357,7 @@ def test_the_ledger_says_where_damping_was_raised(
     raised = {entry["module"]: entry["damp_percent"] for entry in ledger if entry["outcome"] == "damp_raised"}
     assert raised == {f"model.layers.{index}.mlp.down_proj": 1.0 for index in range(3)}
     assert {entry["damp_percent"] for entry in ledger if entry["outcome"] == "solved"} == {0.1}
-    assert "note   main: damp_raised in model.layers.0.mlp.down_proj" in result.stdout
+    assert "note   gptq/main: damp_raised in model.layers.0.mlp.down_proj" in result.stdout
 
 
 @pytest.mark.parametrize(

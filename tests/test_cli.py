@@ -65,7 +65,12 @@ def test_a_wrong_command_line_is_exit_code_2(invoke: Command, line: str) -> None
 
 def test_recipes_lists_every_shipped_recipe_with_its_headline(invoke: Command) -> None:
     lines = invoke("recipes").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["demo", "examples/airoboros-l2-13b-gpt4-m2.0", "gptq-8-branches"]
+    assert [line.split()[0] for line in lines] == [
+        "demo",
+        "examples/airoboros-l2-13b-gpt4-m2.0",
+        "gptq-8-branches",
+        "gptq-and-awq",
+    ]
     assert all(len(line.split()) > 3 for line in lines)
 
 
@@ -97,7 +102,10 @@ def test_validate_lists_the_branches_and_needs_no_model(invoke: Command) -> None
     result = invoke("validate", "gptq-8-branches", "--set", "model.source=no-such/model")
     assert result.returncode == 0
     assert result.stderr == ""
-    assert [line.strip() for line in result.stdout.splitlines()[1:3]] == ["main", "gptq-4bit-64g-actorder_True"]
+    assert [line.strip() for line in result.stdout.splitlines()[1:3]] == [
+        "gptq/main",
+        "gptq/gptq-4bit-64g-actorder_True",
+    ]
 
 
 def test_validate_refuses_a_bad_recipe(invoke: Command) -> None:
@@ -209,7 +217,9 @@ def test_only_builds_the_branches_that_match(invoke: Command, tiny_recipe: Path,
 
 def test_only_that_matches_nothing_lists_the_branches(invoke: Command, tiny_recipe: Path, dist: Path) -> None:
     for command in ("plan", "build", "explain"):
-        assert_refused(invoke(command, tiny_recipe, "--dist", dist, "--only", "9*"), "--only '9*'", "main, eight")
+        assert_refused(
+            invoke(command, tiny_recipe, "--dist", dist, "--only", "9*"), "--only '9*'", "gptq/main, gptq/eight"
+        )
 
 
 def test_a_second_build_is_fresh_and_touches_nothing(invoke: Command, tiny_recipe: Path, dist: Path) -> None:

@@ -30,47 +30,60 @@ class Fold:
     Attributes:
         producer: its module's name inside the block.
         rows: which of its outputs feeds each input channel, [K] int64.
-        norm: a norm; otherwise a linear.
+        norm: a norm; otherwise a linear, or an activation.
         plus_one: a norm that multiplies by 1 + weight (Gemma).
+        activation: an activation whose output loaders divide by a tensor of its own.
     """
 
     producer: str
     rows: torch.Tensor
     norm: bool
     plus_one: bool = False
+    activation: bool = False
 
 
 def find_folds(
-    model: StreamedModel, index: int, block: nn.Module, groups: Sequence[InputStatistics], hidden: torch.Tensor
+    model: StreamedModel,
+    index: int,
+    block: nn.Module,
+    groups: Sequence[InputStatistics],
+    hidden: torch.Tensor,
+    activation: str | None = None,
 ) -> dict[str, Fold | None]:
     """For the first linear of each group, by its name in the block: its fold, or None where nothing takes a scale.
 
     Args:
         block: loaded, and the same after as before. hidden: what enters it, [batch, length, width].
+        activation: name of the module whose output loaders divide by scales of its own, where they do.
     """
     with torch.inference_mode():
         seen: dict[str, torch.Tensor] = {}
-        before = _norms_before(model, index, block, groups, hidden, seen)
+        before = _modules_before(model, index, block, groups, hidden, activation, seen)
         expected = model.run(index, block, hidden)
         found: dict[str, Fold | None] = {}
         for group in groups:
             leader = group.linears[0].local
-            candidates = [*_norm_folds(block, before.get(leader)), *_linear_folds(model, block, group)]
+            producer = before.get(leader)
+            if producer is not None and producer.rpartition(".")[2] == activation:
+                found[leader] = Fold(producer, torch.arange(group.linears[0].weight.shape[1]), False, activation=True)
+                continue
+            candidates = [*_norm_folds(block, producer), *_linear_folds(model, block, group)]
             found[leader] = next(
                 (fold for fold in candidates if _holds(model, index, block, group, fold, hidden, expected)), None
             )
     return found
 
 
-def _norms_before(
+def _modules_before(
     model: StreamedModel,
     index: int,
     block: nn.Module,
     groups: Sequence[InputStatistics],
     hidden: torch.Tensor,
+    activation: str | None,
     kept: dict[str, torch.Tensor],
 ) -> dict[str, str]:
-    """For each group's leader, the norm that puts out the very tensor which it reads."""
+    """For each group's leader, the norm or activation that puts out the very tensor which it reads."""
     made: dict[tuple[Any, ...], str] = {}
     found: dict[str, str] = {}
 
@@ -96,7 +109,8 @@ def _norms_before(
     with contextlib.ExitStack() as stack:
         for name, module in block.named_modules():
             weight = getattr(module, "weight", None)
-            if isinstance(weight, torch.Tensor) and weight.dim() == 1:
+            is_norm = isinstance(weight, torch.Tensor) and weight.dim() == 1
+            if is_norm or name.rpartition(".")[2] == activation:
                 stack.callback(module.register_forward_hook(after(name)).remove)
         for group in groups:
             first = group.linears[0]

@@ -41,11 +41,14 @@ def build(
             "oddities": result.oddities,
         })  # fmt: skip
         return
-    for item in result.plan.variants:
-        if item.label in result.built:
-            click.echo(f"built  {item.folder}  {gigabytes(item.nbytes)}")
-        elif item.label in result.fresh:
-            click.echo(f"fresh  {item.folder}  {gigabytes(item.nbytes)}")
+    levels = result.plan.gguf.levels if result.plan.gguf else ()
+    places = [(item.label, item.folder, item.nbytes) for item in result.plan.variants]
+    places += [(item.label, item.folder / item.file, item.nbytes) for item in levels]
+    for label, place, nbytes in places:
+        if label in result.built:
+            click.echo(f"built  {place}  {gigabytes(nbytes)}")
+        elif label in result.fresh:
+            click.echo(f"fresh  {place}  {gigabytes(nbytes)}")
     for label, found in result.oddities.items():
         for what, modules in found.items():
             shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")

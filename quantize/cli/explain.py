@@ -16,25 +16,24 @@ from quantize.cli.options import dist_option, json_option, only_option, print_js
 @json_option
 def explain(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], as_json: bool) -> None:
     """Say for each branch of RECIPE why it is fresh or stale: every input of its key that changed."""
-    from quantize.formats.manifest import read_manifest
     from quantize.planning import plan_recipe
     from quantize.planning.keys import differences, key_of
     from quantize.recipe import load_recipe
 
     planned = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
     answers: list[dict[str, Any]] = []
-    for item in planned.variants:
+    for item in planned.everything:
         if item.label not in planned.selected:
             continue
         inputs = planned.key_inputs(item)
-        manifest = read_manifest(item.folder)
-        changed = differences(manifest.get("key_inputs") or {}, inputs) if manifest else []
+        known = planned.finished(item)
+        changed = differences(known.get("key_inputs") or {}, inputs) if known else []
         answers.append({
             "branch": item.label,
             "state": item.state,
             "why": item.why,
             "key": key_of(inputs),
-            "built_key": manifest.get("key") if manifest else None,
+            "built_key": known.get("key"),
             "changed": changed,
         })  # fmt: skip
     if as_json:

@@ -21,8 +21,10 @@ from quantize.cli.options import (
 
 if TYPE_CHECKING:
     from quantize.planning import Plan, PlannedVariant
+    from quantize.planning.levels import PlannedLevel
 
 WORK_IS_LEFT = 2
+LEVEL_HEADING = ["file", "size", "fallbacks", "state", "why"]
 HEADINGS = {
     "gptq": ["branch", "bits", "group", "act-order", "propagate", "size", "state", "why"],
     "awq": ["branch", "bits", "group", "zero point", "rounding", "size", "state", "why"],
@@ -48,20 +50,36 @@ def plan(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ..
         print_json(planned.as_data())
     else:
         click.echo(f"{len(planned.table.linears)} linears in {planned.table.blocks} blocks")
-        for method, repo in planned.repos.items():
-            click.echo(f"{repo}:")
+        for method in planned.recipe.methods:
+            click.echo(f"{planned.repos[method]}:")
             rows = [HEADINGS[method], *(_row(planned, item) for item in planned.of(method))]
             click.echo(table(rows, right=frozenset({1, 2, 5})))
-        if planned.work:
+        levels = planned.gguf.levels if planned.gguf else ()
+        if planned.gguf:
+            click.echo(f"{planned.gguf.repo}:")
+            click.echo(table([LEVEL_HEADING, *(_level_row(planned, item) for item in levels)], right=frozenset({1, 2})))
+        left = len(planned.work) + len(planned.level_work)
+        if left:
             cost = planned.estimate
             click.echo(
-                f"to build: {len(planned.work)} of {len(planned.variants)}, "
+                f"to build: {left} of {len(planned.variants) + len(levels)}, "
                 f"about {duration(cost.seconds)} on this machine's CPU, peak memory about {gigabytes(cost.peak_bytes)}"
             )
         else:
             click.echo("nothing to build")
-    if check and planned.work:
+    if check and (planned.work or planned.level_work):
         sys.exit(WORK_IS_LEFT)
+
+
+def _level_row(planned: Plan, item: PlannedLevel) -> list[str]:
+    outcome = item.outcome
+    return [
+        item.file,
+        gigabytes(outcome.nbytes) if outcome else "?",
+        f"{len(outcome.fallbacks)} of {len(outcome.types)}" if outcome and outcome.fallbacks else "-",
+        item.state if item.label in planned.selected else "skipped",
+        item.why,
+    ]
 
 
 def _row(planned: Plan, item: PlannedVariant) -> list[str]:

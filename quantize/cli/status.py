@@ -18,24 +18,26 @@ if TYPE_CHECKING:
 @json_option
 def status(recipe: str, overrides: tuple[str, ...], dist: str, as_json: bool) -> None:
     """Show which branches of RECIPE are built, how well they came out, and what lies beside them in dist."""
-    from quantize.formats.manifest import oddities, read_manifest
+    from quantize.formats.manifest import oddities
     from quantize.planning import plan_recipe
     from quantize.recipe import load_recipe
 
     planned = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
     report: list[dict[str, Any]] = []
-    for item in planned.variants:
-        manifest = read_manifest(item.folder) or {}
-        ledger = manifest.get("ledger", [])
+    for item in planned.everything:
+        known = planned.finished(item)
+        ledger = known.get("ledger", [])
         errors = [entry["relative_error"] for entry in ledger]
-        size = sum(path.stat().st_size for path in item.folder.rglob("*") if path.is_file())
+        strange = oddities(ledger) | ({"fallback": known["fallbacks"]} if known.get("fallbacks") else {})
+        files = [item.folder / name for name in known.get("files", {})]
+        size = sum(path.stat().st_size for path in files if path.is_file())
         report.append({
             "branch": item.label,
             "state": item.state,
             "bytes_on_disk": size,
-            "modules": len(ledger),
+            "modules": len(ledger) or len(known.get("tensor_types", {})),
             "mean_relative_error": sum(errors) / len(errors) if errors else None,
-            "oddities": oddities(ledger),
+            "oddities": strange,
         })  # fmt: skip
     others = _not_in_recipe(planned)
     if as_json:
@@ -61,7 +63,7 @@ def status(recipe: str, overrides: tuple[str, ...], dist: str, as_json: bool) ->
 
 def _not_in_recipe(planned: Plan) -> list[str]:
     """Folders that lie in the repos' folders but are no branch of the recipe."""
-    known = {item.folder for item in planned.variants}
+    known = {item.folder for item in planned.everything}
     parents = sorted({folder.parent for folder in known})
     return [
         f"{parent.name}/{path.name}"

@@ -20,7 +20,11 @@ def validate(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
         return
     found = loaded.recipe
     counts = [f"{len(found.section(method).variants)} {method.upper()}" for method in found.methods]
-    click.echo(f"{recipe}: valid; {' and '.join(counts)} branches of {found.model.source}:")
+    wanted = [f"{' and '.join(counts)} branches"] if counts else []
+    wanted += [f"{len(found.gguf.levels)} GGUF levels"] if found.gguf else []
+    click.echo(f"{recipe}: valid; {' and '.join(wanted)} of {found.model.source}:")
     for method in found.methods:
         for variant in found.section(method).variants:
             click.echo(f"  {method}/{variant.branch}")
+    for level in found.gguf.levels if found.gguf else ():
+        click.echo(f"  gguf/{level}")

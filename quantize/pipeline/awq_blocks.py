@@ -14,7 +14,7 @@ from quantize.errors import SolveError
 from quantize.formats import awq as awq_format
 from quantize.methods.awq import AwqParameters, Scales, divided, quantize_scaled, search_scales
 from quantize.pipeline.branch import Branch, energy_of, half_bias
-from quantize.planning.modules import ModuleTable
+from quantize.planning.modules import SCALED_ACTIVATIONS, ModuleTable
 from quantize.recipe.methods import Awq
 from quantize.source.streamed import StreamedModel
 
@@ -65,7 +65,8 @@ class AwqBlocks:
         """
         with self.timed("solve"):
             if entered is not None:
-                self._known[_kind(block)] = find_folds(self.model, index, block, groups, entered)
+                activation, _ = SCALED_ACTIVATIONS.get(self.model.source.checkpoint.model_type, (None, None))
+                self._known[_kind(block)] = find_folds(self.model, index, block, groups, entered, activation)
             folds = self._known[_kind(block)]
             weights = {
                 linear.local: self.model.stored_weight(index, linear) for group in groups for linear in group.linears
@@ -100,7 +101,11 @@ class AwqBlocks:
                 found = search_scales(stacked, group.hessian, parameters, fold.rows.to(stacked.device))
             except SolveError as error:
                 raise SolveError(f"{self.model.checkpoint_name(index, leader)}: {error}") from None
-            producer = self.model.checkpoint_name(index, fold.producer)
+            producer = (
+                f"{self.table.prefix}{index}.{fold.producer}"
+                if fold.activation
+                else self.model.checkpoint_name(index, fold.producer)
+            )
             scaled.producers[leader], scaled.ratios[leader] = producer, found.ratio
             scaled.columns[leader] = self._divide(index, fold, producer, found, weights, scaled)
         return scaled
@@ -115,6 +120,10 @@ class AwqBlocks:
         scaled: _Scaled,
     ) -> torch.Tensor:
         """Note what the producer is divided by; returns what the columns have to be multiplied by."""
+        if fold.activation:
+            stored = found.scale.half()
+            scaled.stored[f"{producer}.scales"] = stored
+            return stored.to(found.scale.dtype)
         if not fold.norm:
             outputs = torch.ones(len(weights[fold.producer]), device=found.scale.device)
             outputs[fold.rows.to(outputs.device)] = found.scale
@@ -175,6 +184,10 @@ class AwqBlocks:
         """Everything of the block that is no linear: divided, or as it was."""
         for name in self.table.beside_linears(self.model.source.checkpoint, index):
             branch.writer.write(name, scaled.stored[name] if name in scaled.stored else self.model.read(name))
+        inside = f"{self.table.prefix}{index}."
+        for name, length in self.table.activation_scales(self.model.source.checkpoint.model_type).items():
+            if name.startswith(inside):
+                branch.writer.write(name, scaled.stored.get(name, torch.ones(length, dtype=torch.float16)))
 
 
 def _kind(block: nn.Module) -> tuple[tuple[str, type], ...]:

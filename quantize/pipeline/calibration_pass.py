@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+import numpy as np
 from torch import nn
 from tqdm import tqdm
 
@@ -28,6 +29,7 @@ class CalibrationPass:
     """One pass over a model for several branches.
 
     Args:
+        diagonals: where to put the diagonal of each linear's H, for an importance matrix; None gathers none.
         timed: a context manager factory that books time to a stage.
         progress: True, False, or None for a bar on a terminal only.
     """
@@ -38,9 +40,11 @@ class CalibrationPass:
         model: StreamedModel,
         tokens: Tokens,
         branches: Sequence[Branch],
+        diagonals: dict[str, tuple[np.ndarray, int]] | None,
         timed: Timed,
         progress: bool | None = None,
     ) -> None:
+        self.diagonals = diagonals
         self.plan, self.model, self.tokens, self.branches, self.timed = plan, model, tokens, branches, timed
         self.disable = None if progress is None else not progress
         self.sharing = [branch for branch in branches if _propagate(branch) == "source"]
@@ -81,9 +85,15 @@ class CalibrationPass:
         gptq: GptqBlocks | None,
         awq: AwqBlocks | None,
     ) -> None:
+        gather = bool(self.sharing or self.awq or self.diagonals is not None)
         entered = source.first() if awq and self.awq and awq.wants_input(block) else None
         with self.timed("forward"):
-            shared, own = block_statistics(index, block, source, streams, bool(self.sharing or self.awq), self.timed)
+            shared, own = block_statistics(index, block, source, streams, gather, self.timed)
+        if self.diagonals is not None:
+            for group in shared:
+                diagonal = group.hessian.diagonal().cpu().numpy().copy()
+                for linear in group.linears:
+                    self.diagonals[self.model.checkpoint_name(index, linear.local)] = diagonal, group.tokens
         if awq and self.awq:
             awq.solve_block(index, block, shared, entered, self.awq)
         if gptq:

@@ -20,10 +20,11 @@ from typing import Any
 from quantize import __version__
 from quantize.errors import BuildError
 from quantize.formats.manifest import MANIFEST_NAME, LedgerEntry, manifest, oddities
+from quantize.gguf.toolchain import require_library
 from quantize.planning import Plan, PlannedVariant, plan_recipe
 from quantize.planning.keys import key_of
 from quantize.recipe import LoadedRecipe
-from quantize.release.card import render_card
+from quantize.release.card import render_card, render_gguf_card
 from quantize.release.config import as_json, loader_config, release_config
 from quantize.release.tree import copy_file, describe_files, locked, publish
 from quantize.source.cache import cache_folder, write_atomically
@@ -87,11 +88,16 @@ def build_recipe(
         plan = plan_recipe(loaded, dist, only, weights=True, notify=notify)
         result = BuildResult(plan)
         todo = plan.work
-        result.fresh = [item.label for item in plan.variants if item.state == "fresh" and item.label in plan.selected]
+        result.fresh = [item.label for item in plan.everything if item.state == "fresh" and item.label in plan.selected]
         try:
-            if todo:
+            if plan.level_work:
+                require_library()
+            diagonals: dict[str, tuple[Any, int]] | None = {} if plan.gathers_imatrix else None
+            if todo or diagonals is not None:
                 _check_disk(plan, todo)
-                _build(plan, todo, work, device, progress, notify, result)
+                _build(plan, todo, diagonals, work, device, progress, notify, result)
+            if plan.level_work:
+                _build_levels(plan, diagonals, work, progress, notify, result)
             _refresh_cards(plan)
         except OSError as error:
             if error.errno in NO_SPACE:
@@ -114,9 +120,21 @@ def _check_disk(plan: Plan, todo: Sequence[PlannedVariant]) -> None:
         )
 
 
+def _build_levels(
+    plan: Plan, diagonals: Any, work: Path, progress: bool | None, notify: Notify, result: BuildResult
+) -> None:
+    from quantize.pipeline.gguf_levels import build_levels
+
+    result.built += build_levels(plan, plan.level_work, diagonals, work, result.timed, progress, notify)
+    for item in plan.level_work:
+        if item.outcome and item.outcome.fallbacks:
+            result.oddities[item.label] = {"fallback": list(item.outcome.fallbacks)}
+
+
 def _build(
     plan: Plan,
     todo: Sequence[PlannedVariant],
+    diagonals: dict[str, tuple[Any, int]] | None,
     work: Path,
     device: str,
     progress: bool | None,
@@ -143,7 +161,7 @@ def _build(
         model = StreamedModel(source, plan.table.prefix, dtype, where, recipe.model.trust_remote_code)
     compute = {"device": where.type, "dtype": str(dtype).removeprefix("torch.")}
     notify(
-        f"calibrating once on {tokens.ids.size} tokens for {len(todo)} branch{'es' if len(todo) != 1 else ''} "
+        f"calibrating once on {tokens.ids.size} tokens for {_what(todo, diagonals is not None)} "
         f"({compute['device']}, {compute['dtype']})"
     )
     with ExitStack() as stack:
@@ -153,7 +171,7 @@ def _build(
             )
             for item in todo
         ]
-        CalibrationPass(plan, model, tokens, branches, result.timed, progress).run()
+        CalibrationPass(plan, model, tokens, branches, diagonals, result.timed, progress).run()
         with result.timed("write"):
             for branch in branches:
                 branch.writer.finish()
@@ -164,6 +182,11 @@ def _build(
         result.built.append(branch.item.label)
         if odd := oddities(data["ledger"]):
             result.oddities[branch.item.label] = odd
+
+
+def _what(todo: Sequence[PlannedVariant], imatrix: bool) -> str:
+    parts = [f"{len(todo)} branch{'es' if len(todo) != 1 else ''}"] if todo else []
+    return " and ".join([*parts, *(["an importance matrix"] if imatrix else [])])
 
 
 def _complete(
@@ -221,8 +244,13 @@ def _versions() -> dict[str, str]:
 
 def _refresh_cards(plan: Plan) -> None:
     """Every finished branch shows the same table, so a new branch also changes the cards of the old ones."""
-    cards = {method: render_card(plan, method).encode() for method in plan.repos}
+    cards = {method: render_card(plan, method).encode() for method in plan.recipe.methods}
     for item in plan.variants:
         path, card = item.folder / "README.md", cards[item.method]
         if item.folder.is_dir() and (not path.is_file() or path.read_bytes() != card):
+            write_atomically(path, card)
+    if plan.gguf and plan.gguf.folder.is_dir():
+        card = render_gguf_card(plan).encode()
+        path = plan.gguf.folder / "README.md"
+        if not path.is_file() or path.read_bytes() != card:
             write_atomically(path, card)

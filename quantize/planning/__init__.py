@@ -15,6 +15,7 @@ from quantize.errors import PlanError
 from quantize.formats.manifest import is_complete, read_manifest
 from quantize.planning.estimate import Estimate, estimate
 from quantize.planning.keys import differences, key_inputs, key_of
+from quantize.planning.levels import LevelPlan, PlannedLevel, plan_levels
 from quantize.planning.modules import ModuleTable, find_linears
 from quantize.planning.propagation import with_propagation
 from quantize.planning.sizes import Layout, check_variant, variant_layout
@@ -69,9 +70,10 @@ class Plan:
     loaded: LoadedRecipe
     source: Source
     table: ModuleTable
-    repos: Mapping[Method, str]
+    repos: Mapping[str, str]
     dist: Path
     variants: tuple[PlannedVariant, ...]
+    gguf: LevelPlan | None
     selected: frozenset[str]
 
     @property
@@ -83,6 +85,22 @@ class Plan:
         """The selected branches that are not fresh."""
         return [item for item in self.variants if item.state != "fresh" and item.label in self.selected]
 
+    @property
+    def everything(self) -> list[PlannedVariant | PlannedLevel]:
+        """Branches, then GGUF levels."""
+        return [*self.variants, *(self.gguf.levels if self.gguf else ())]
+
+    @property
+    def level_work(self) -> list[PlannedLevel]:
+        """The selected GGUF levels that are not fresh."""
+        levels = self.gguf.levels if self.gguf else ()
+        return [item for item in levels if item.state != "fresh" and item.label in self.selected]
+
+    @property
+    def gathers_imatrix(self) -> bool:
+        """Whether the pass has to gather an importance matrix for the levels that are left."""
+        return self.gguf is not None and bool(self.level_work) and self.gguf.needs_pass
+
     def of(self, method: Method) -> list[PlannedVariant]:
         """The branches of one method's repo."""
         return [item for item in self.variants if item.method == method]
@@ -90,14 +108,30 @@ class Plan:
     @cached_property
     def estimate(self) -> Estimate:
         return estimate(
-            self.source.checkpoint, self.table, self.recipe.calibration, [item.variant for item in self.work]
+            self.source.checkpoint,
+            self.table,
+            self.recipe.calibration,
+            [item.variant for item in self.work],
+            [(item.level, self.source.checkpoint.nbytes) for item in self.level_work],
+            self.gathers_imatrix,
         )
 
     @cached_property
     def calibration(self) -> dict[str, Any]:
         return calibration_identity(self.recipe.calibration)
 
-    def key_inputs(self, item: PlannedVariant) -> dict[str, Any]:
+    def finished(self, item: PlannedVariant | PlannedLevel) -> dict[str, Any]:
+        """What the manifest on disk says of an item; empty where there is none."""
+        data = read_manifest(item.folder) or {}
+        if isinstance(item, PlannedVariant):
+            return data
+        entry: dict[str, Any] = (data.get("levels") or {}).get(item.level) or {}
+        return entry
+
+    def key_inputs(self, item: PlannedVariant | PlannedLevel) -> dict[str, Any]:
+        """What the item's bytes depend on."""
+        if isinstance(item, PlannedLevel):
+            return dict(item.key_inputs)
         return _key_inputs(self.recipe, self.source, self.calibration, item.method, item.variant)
 
     def as_data(self) -> dict[str, Any]:
@@ -127,6 +161,19 @@ class Plan:
                     "selected": item.label in self.selected,
                 }
                 for item in self.variants
+            ],
+            "levels": [
+                {
+                    "repo": item.repo,
+                    "level": item.level,
+                    "file": item.file,
+                    "bytes": item.outcome.nbytes if item.outcome else None,
+                    "fallbacks": list(item.outcome.fallbacks) if item.outcome else None,
+                    "state": item.state,
+                    "why": item.why,
+                    "selected": item.label in self.selected,
+                }
+                for item in (self.gguf.levels if self.gguf else ())
             ],
         }
 
@@ -158,8 +205,8 @@ def plan_recipe(
     repos = _repos(loaded, source)
     identity = calibration_identity(recipe.calibration)
     planned = []
-    for method, repo in repos.items():
-        section = recipe.section(method)
+    for method in recipe.methods:
+        repo, section = repos[method], recipe.section(method)
         for asked, place in zip(recipe.variants(method), loaded.variant_places[method], strict=True):
             variant = with_propagation(asked)
             try:
@@ -171,8 +218,9 @@ def plan_recipe(
             folder = Path(dist) / repo.rsplit("/", 1)[-1] / str(variant.branch)
             state, why = _state(folder, lambda m=method, v=variant: _key_inputs(recipe, source, identity, m, v))
             planned.append(PlannedVariant(method, repo, variant, layout, folder, state, why))
-    selected = _select(planned, only)
-    return Plan(loaded, source, table, repos, Path(dist), tuple(planned), selected)
+    gguf = plan_levels(recipe, source, identity, repos["gguf"], Path(dist), notify) if recipe.gguf else None
+    selected = _select([*planned, *(gguf.levels if gguf else ())], only)
+    return Plan(loaded, source, table, repos, Path(dist), tuple(planned), gguf, selected)
 
 
 def _key_inputs(
@@ -210,20 +258,19 @@ def _check_length(loaded: LoadedRecipe, source: Source) -> None:
         )
 
 
-def _repos(loaded: LoadedRecipe, source: Source) -> dict[Method, str]:
+def _repos(loaded: LoadedRecipe, source: Source) -> dict[str, str]:
     release = loaded.recipe.release
+    methods = [*loaded.recipe.methods, *(["gguf"] if loaded.recipe.gguf else [])]
     try:
-        return {
-            method: repo_id(release.repo, release.owner, source.short_name, method) for method in loaded.recipe.methods
-        }
+        return {method: repo_id(release.repo, release.owner, source.short_name, method) for method in methods}
     except RepoNameError as error:
         raise loaded.error(("release", "repo"), str(error)) from None
 
 
-def _select(items: Sequence[PlannedVariant], only: Sequence[str]) -> frozenset[str]:
+def _select(items: Sequence[PlannedVariant | PlannedLevel], only: Sequence[str]) -> frozenset[str]:
     """Labels that match a pattern: one with a slash is of method and branch, others are of the branch alone."""
 
-    def matches(item: PlannedVariant, pattern: str) -> bool:
+    def matches(item: PlannedVariant | PlannedLevel, pattern: str) -> bool:
         return fnmatchcase(item.label if "/" in pattern else item.branch, pattern)
 
     for pattern in only:

@@ -6,6 +6,7 @@ hundredths of a second; shares of that rate which the stages reach were measured
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,6 +24,13 @@ SETUP_SECONDS = 15.0
 PROCESS_BYTES = 700 * 2**20  # Python with torch, transformers and numba loaded
 SOLVE_BYTES = 3 * 192 * 2**20
 COMPUTE_BYTES = 4
+
+CONVERT_SECONDS = 15.0
+LEVEL_RATES = (
+    ("F", 500.0), ("BF", 500.0), ("Q8", 270.0), ("Q4_0", 125.0), ("Q4_1", 125.0), ("Q5_0", 100.0), ("Q5_1", 100.0),
+    ("Q6", 55.0), ("Q3", 62.0), ("Q2", 60.0), ("Q4", 35.0), ("Q5", 35.0), ("IQ4", 10.0), ("IQ3", 5.0), ("IQ2", 1.0),
+    ("IQ1", 0.2),
+)  # fmt: skip
 
 _OUTPUT_PROJECTIONS = (
     "o_proj",
@@ -46,9 +54,23 @@ class Estimate:
 
 
 def estimate(
-    checkpoint: Checkpoint, table: ModuleTable, calibration: Calibration, variants: Sequence[Variant]
+    checkpoint: Checkpoint,
+    table: ModuleTable,
+    calibration: Calibration,
+    variants: Sequence[Variant],
+    levels: Sequence[tuple[str, int]] = (),
+    imatrix: bool = False,
 ) -> Estimate:
-    """Predict time and peak memory of one calibration pass and the solves of ``variants``."""
+    """Predict time and peak memory of one calibration pass, the solves of ``variants``, and GGUF ``levels``.
+
+    Args:
+        levels: name and bytes of the full-width file of each. imatrix: the pass runs for them too.
+    """
+    passed = bool(variants) or imatrix
+    quantizing = sum(nbytes / (1e6 * _megabytes_per_second(level)) for level, nbytes in levels)
+    quantizing = quantizing / (os.cpu_count() or 1) + (CONVERT_SECONDS if levels else 0.0)
+    if not passed:
+        return Estimate(quantizing, PROCESS_BYTES if levels else 0)
     tokens = calibration.samples * calibration.sequence_length
     width = int(checkpoint.text_config.get("hidden_size") or checkpoint.text_config.get("n_embd") or 0)
     inputs = _distinct_inputs(table)
@@ -61,9 +83,9 @@ def estimate(
     awq = len(variants) - len(gptq)  # each has scales, and so a Hessian and a factor of its own
     factors = len({(variant.damp_percent, bool(variant.desc_act)) for variant in gptq}) + awq
     solve += awq * AWQ_SEARCH * trailing + factors * sum(size**3 for _, size in inputs)
-    rate = _operations_per_second() if variants else 1.0
+    rate = _operations_per_second()
     own = sum(variant.propagate == "quantized" for variant in gptq)
-    passes = int(own < len(variants)) + own
+    passes = int(own < len(variants) or imatrix) + own
     forwards = 1 + 2 * own
     solve += 2 * own * sum(size**3 for _, size in inputs)
     drifts = own * 2 * tokens * sum(size * size for _, size in inputs)
@@ -71,9 +93,14 @@ def estimate(
         forwards * forward / SHARE_FORWARD + (passes * statistics + drifts) / SHARE_STATISTICS + solve / SHARE_SOLVE
     )
     return Estimate(
-        seconds / rate + SETUP_SECONDS if variants else 0.0,
+        seconds / rate + SETUP_SECONDS + quantizing,
         _peak(checkpoint, table, calibration, width, inputs, 1 + own),
     )
+
+
+def _megabytes_per_second(level: str) -> float:
+    """Of full-width input that a core quantizes in a second, as measured on one machine."""
+    return next((rate for start, rate in LEVEL_RATES if level.startswith(start)), 50.0)
 
 
 def _peak(

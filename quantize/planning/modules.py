@@ -19,6 +19,18 @@ from quantize.source.checkpoint import Checkpoint
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Architectures whose linears are transformers' ``Conv1D``: weights stored [in_features, out_features]."""
 
+SCALED_ACTIVATIONS = {
+    "starcoder2": ("act", "c_fc"),
+    "falcon": ("act", "dense_h_to_4h"),
+    "mpt": ("act", "up_proj"),
+    "gptj": ("act", "fc_in"),
+    "gpt_neox": ("act", "dense_h_to_4h"),
+    "gpt_bigcode": ("act", "c_fc"),
+    "bloom": ("gelu_impl", "dense_h_to_4h"),
+}
+"""Architectures for which AWQ loaders divide the output of an activation by ``<activation>.scales``: the activation's
+name, and the linear before it, whose outputs the scales are as many as."""
+
 _NUMBERED = re.compile(r"^(?P<prefix>.*?)(?P<index>\d+)\.(?P<rest>.+)$")
 
 
@@ -56,6 +68,15 @@ class ModuleTable:
         """Names of the source tensors that quantization replaces: weights, and biases (rewritten as float16)."""
         names = {f"{linear.name}.weight" for linear in self.linears}
         return frozenset(names | {f"{linear.name}.bias" for linear in self.linears if linear.bias})
+
+    def activation_scales(self, model_type: str) -> dict[str, int]:
+        """Names and lengths of the scales that an AWQ loader of this architecture asks for."""
+        activation, before = SCALED_ACTIVATIONS.get(model_type, ("", ""))
+        return {
+            f"{linear.name.removesuffix(before)}{activation}.scales": linear.out_features
+            for linear in self.linears
+            if before and linear.name.rpartition(".")[2] == before
+        }
 
     def is_in_block(self, name: str) -> bool:
         """Whether a tensor of the checkpoint belongs to a block."""

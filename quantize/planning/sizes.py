@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from quantize.errors import PlanError
 from quantize.formats.tensors import SINGLE_NAME, TensorSpec
 from quantize.planning.modules import LinearSpec, ModuleTable
-from quantize.recipe.methods import AWQ_GROUP_SIZES, GROUP_SIZES, GptqVariant, Variant
+from quantize.recipe.methods import AWQ_GROUP_SIZES, GROUP_SIZES, AwqVariant, GptqVariant, Variant
 from quantize.source.checkpoint import Checkpoint
 
 
@@ -66,6 +66,9 @@ def variant_layout(
             tensors.update(linear_tensors(by_weight[name], variant, zero_bias))
         elif name not in replaced:
             tensors[name] = TensorSpec(spec.dtype, spec.shape)
+    if isinstance(variant, AwqVariant):
+        for name, length in table.activation_scales(checkpoint.model_type).items():
+            tensors[name] = TensorSpec("F16", (length,))
     return Layout(_shards(tensors, max_shard_size))
 
 

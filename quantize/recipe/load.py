@@ -69,8 +69,8 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except ValidationError as error:
         raise _first_error(located, error) from None
     _check_presets(located, recipe)
-    if not recipe.methods:
-        raise located.error((), "asks for nothing; give it a `gptq:` or an `awq:` section with variants")
+    if not recipe.methods and recipe.gguf is None:
+        raise located.error((), "asks for nothing; give it a `gptq:`, `awq:` or `gguf:` section")
     sections: dict[str, Any] = {}
     places = {}
     for method in recipe.methods:
@@ -125,6 +125,9 @@ def _resolve_paths(located: Located) -> None:
     if isinstance(model, dict) and isinstance(model.get("source"), str) and ":" not in model["source"]:
         model["source"] = resolve(("model", "source"), model["source"])
     calibration = data.get("calibration")
+    levels = data.get("gguf")
+    if isinstance(levels, dict) and isinstance(levels.get("imatrix"), str):
+        levels["imatrix"] = resolve(("gguf", "imatrix"), levels["imatrix"])
     if not isinstance(calibration, dict):
         return
     dataset = calibration.get("dataset")

@@ -1,11 +1,14 @@
-"""The methods' part of a recipe: what one variant of GPTQ or AWQ may ask for, and what no loader could read."""
+"""The methods' part of a recipe: what a variant of GPTQ or AWQ and a level of GGUF may ask for."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from quantize.recipe.levels import LEVEL_SETS, LEVELS, TENSOR_TYPES
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # what the GPTQ loaders have kernels for
@@ -148,6 +151,54 @@ class Awq(AwqParameters):
     version: Literal["gemm"] = "gemm"
     rtn_fallback: bool = False
     fail_on: list[Outcome | Literal["unscaled"]] = []
+
+
+def _levels(value: Any) -> Any:
+    """A level, a named set, or a list of both, as a list of levels without repetition."""
+    found: list[Any] = []
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, str) or (item not in LEVEL_SETS and item.upper() not in LEVELS):
+            near = difflib.get_close_matches(str(item).upper(), LEVELS, n=1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"{item!r} is no level of GGUF and no set ({', '.join(LEVEL_SETS)}){hint}")
+        found += LEVEL_SETS.get(item, (item.upper(),))
+    return list(dict.fromkeys(found))
+
+
+class Gguf(Strict):
+    """The GGUF levels: files of one branch, made by llama.cpp's quantizer from one full-width conversion."""
+
+    levels: Annotated[list[str], BeforeValidator(_levels), Field(min_length=1)]
+    imatrix: bool | str = True
+    """An importance matrix from the calibration pass, none, or one from a GGUF file of llama-imatrix."""
+    intermediate: Literal["auto", "F16", "BF16", "F32"] = "auto"
+    """Width of the conversion that all levels are made from; auto is the source's."""
+    tensor_types: dict[str, str] = {}
+    """Regex of GGUF tensor names -> type, for all levels."""
+    logits_tolerance: float = Field(default=0.02, gt=0)
+    """Most that the conversion's mean KL divergence from the source may be, in nats."""
+
+    @field_validator("tensor_types")
+    @classmethod
+    def _types(cls, value: dict[str, str]) -> dict[str, str]:
+        for pattern, kind in value.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+            if kind.upper() not in TENSOR_TYPES:
+                near = difflib.get_close_matches(kind.upper(), TENSOR_TYPES, n=1, cutoff=0.5)
+                raise ValueError(
+                    f"'{kind}' is no type of a GGUF tensor" + (f"; did you mean {near[0]}?" if near else "")
+                )
+        return {pattern.lower(): kind.upper() for pattern, kind in value.items()}
+
+    @model_validator(mode="after")
+    def _imatrix(self) -> Gguf:
+        needing = [level for level in self.levels if LEVELS[level].needs_imatrix]
+        if needing and not self.imatrix:
+            raise ValueError(f"{', '.join(needing)} cannot be made without an importance matrix; set imatrix: true")
+        return self
 
 
 Variant = GptqVariant | AwqVariant

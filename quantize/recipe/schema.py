@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from quantize.recipe.methods import METHODS, Awq, Gptq, Method, Strict, Variant
+from quantize.recipe.methods import METHODS, Awq, Gguf, Gptq, Method, Strict, Variant
 
 REPO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
@@ -138,6 +138,7 @@ class Recipe(Strict):
     calibration: Calibration = Calibration()
     gptq: Gptq | None = None
     awq: Awq | None = None
+    gguf: Gguf | None = None
 
     def section(self, method: Method) -> Gptq | Awq:
         """The section of a method that this recipe has."""
@@ -151,5 +152,5 @@ class Recipe(Strict):
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """The methods that this recipe has a section for."""
+        """The methods with branches of their own that this recipe has a section for."""
         return tuple(method for method in METHODS if getattr(self, method) is not None)

@@ -8,7 +8,10 @@ from typing import Any
 
 from quantize import __version__
 from quantize.calibration.corpus import title, url
+from quantize.formats.manifest import read_manifest
+from quantize.formats.tensors import DTYPE_BYTES
 from quantize.planning import Plan, PlannedVariant
+from quantize.recipe.levels import LEVELS
 from quantize.recipe.methods import AwqVariant, GptqVariant, Method
 
 HUB = "https://huggingface.co"
@@ -16,6 +19,30 @@ HUB = "https://huggingface.co"
 
 def render_card(plan: Plan, method: Method) -> str:
     """``README.md`` of every branch of a method's repo: metadata, provided files, how to use."""
+    return _render(plan, method, "transformers", [_row(plan, item) for item in plan.of(method)])
+
+
+def render_gguf_card(plan: Plan) -> str:
+    """``README.md`` of the GGUF repo."""
+    assert plan.gguf
+    manifest = (read_manifest(plan.gguf.folder) or {}).get("levels") or {}
+    elements = sum(spec.nbytes // DTYPE_BYTES[spec.dtype] for spec in plan.source.checkpoint.tensors.values())
+    rows = []
+    for item in plan.gguf.levels:
+        built = sum(file["bytes"] for file in manifest.get(item.level, {}).get("files", {}).values())
+        nbytes = built or item.nbytes
+        rows.append({
+            "file": item.file,
+            "link": f"{HUB}/{item.repo}/blob/main/{item.file}",
+            "level": item.level,
+            "bits": f"{8 * nbytes / elements:.2f}",
+            "size": f"{nbytes / 1e9:.2f} GB",
+            "use": LEVELS[item.level].use,
+        })  # fmt: skip
+    return _render(plan, "gguf", "gguf", rows, imatrix=plan.gguf.imatrix_file)
+
+
+def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], **more: Any) -> str:
     from huggingface_hub import ModelCardData
     from jinja2 import PackageLoader, StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
@@ -37,7 +64,7 @@ def render_card(plan: Plan, method: Method) -> str:
         base_model_relation="quantized" if source.hub_id else None,
         inference=False,
         language=front.get("language"),
-        library_name="transformers",
+        library_name=library,
         license=recipe.model.license or front.get("license"),
         license_link=front.get("license_link"),
         license_name=front.get("license_name"),
@@ -55,14 +82,15 @@ def render_card(plan: Plan, method: Method) -> str:
         creator=recipe.model.creator,
         hub=HUB,
         repo=plan.repos[method],
-        siblings={name.upper(): repo for name, repo in plan.repos.items() if name != method},
+        siblings={other.upper(): repo for other, repo in plan.repos.items() if other != method},
         hub_id=source.hub_id,
         license=recipe.model.license or front.get("license"),
         prompt_template=recipe.model.prompt_template,
-        rows=[_row(plan, item) for item in plan.of(method)],
+        rows=rows,
         samples=recipe.calibration.samples,
         version=__version__,
         original=original,
+        **more,
     )
 
 

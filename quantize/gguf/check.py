@@ -1,0 +1,97 @@
+"""The full-width GGUF answers as its source does: logits of llama.cpp and transformers on a fixed text."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantize.errors import GgufError
+from quantize.source.cache import write_atomically
+from quantize.source.resolved import Notify, Source
+
+TEXT = (
+    "The ship had been at sea for three weeks when the cook noticed that the last barrel of flour was damp. "
+    "He told nobody, baked the bread a little longer, and wrote the number 17 on the lid."
+)
+LENGTH = 48
+
+
+def check_conversion(
+    source: Source, prefix: str, path: Path, tolerance: float, notify: Notify = lambda line: None
+) -> dict[str, Any]:
+    """Compare the conversion with its source, once; the answer is kept beside the file.
+
+    Args:
+        prefix: of the source's blocks. tolerance: most that the mean KL divergence may be, in nats.
+
+    Returns:
+        ``kl_divergence``, ``top1_agreement``, ``largest_difference`` of a logit, ``same_tokens``.
+
+    Raises:
+        GgufError: beyond the tolerance, with the known causes; or llama.cpp cannot load the file.
+    """
+    place = path.with_suffix(".check.json")
+    if place.is_file():
+        found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    else:
+        notify("comparing the conversion's logits with the source's")
+        found = _compare(source, prefix, path)
+        write_atomically(place, json.dumps(found).encode())
+    if not found["kl_divergence"] <= tolerance:  # NaN too
+        raise GgufError(
+            f"{source.named}: the converted file does not answer as its source does (mean KL divergence "
+            f"{found['kl_divergence']:.3g}, allowed {tolerance:g}); known causes are rope or attention settings that "
+            "the converter drops, and a tokenizer that llama.cpp reads otherwise; compare config.json with the log of "
+            "llama.cpp, or raise gguf.logits_tolerance if you know why"
+        )
+    return found
+
+
+def _compare(source: Source, prefix: str, path: Path) -> dict[str, Any]:
+    import torch
+
+    from quantize.calibration.forward import Activations
+    from quantize.calibration.tokens import load_tokenizer
+    from quantize.source.streamed import StreamedModel
+
+    tokenizer = load_tokenizer(source)
+    plain = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    ids = np.array(tokenizer(TEXT)["input_ids"][:LENGTH], dtype=np.int64)
+    logits, tokens = _run_llama(source, path, ids)
+    theirs = torch.from_numpy(logits)
+    model = StreamedModel(source, prefix, torch.float32, torch.device("cpu"), head=True)
+    state = Activations(model, ids[None], 1)
+    for index in range(len(model)):
+        with model.block(index) as block:
+            state.advance(index, block)
+    ours = model.logits(state.ids, state.hidden)[0].float()
+    theirs = theirs[:, : ours.shape[1]]
+    left, right = ours.log_softmax(-1), theirs.log_softmax(-1)
+    divergence = (left.exp() * (left - right)).sum(-1).mean()
+    return {
+        "kl_divergence": float(f"{float(divergence):.3g}"),
+        "top1_agreement": float(f"{float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()):.4g}"),
+        "largest_difference": float(f"{float((ours - theirs).abs().max()):.3g}"),
+        "same_tokens": tokens == list(plain),
+    }
+
+
+def _run_llama(source: Source, path: Path, ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """llama.cpp's logits for ``ids``, and the ids that it makes of the text itself."""
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch) / "ids.npy", Path(scratch) / "logits.npy"
+        np.save(asked, ids)
+        worker = Path(__file__).with_name("worker_logits.py")
+        command = [sys.executable, str(worker), str(path), str(asked), str(answered), str(os.cpu_count() or 1), TEXT]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
+            raise GgufError(f"{source.named}: llama.cpp cannot load the converted file: {lines[-1][:300]}")
+        return np.load(answered), json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,104 @@
+"""The importance matrix, as llama.cpp keeps it: sums of squares of each input channel, and token counts.
+
+Format: GGUF of ``general.type`` ``imatrix``, as llama-imatrix writes it: for each weight the tensors
+``<name>.in_sum2`` float32 [K] and ``<name>.counts`` float32 [1]. The sums are the diagonal of H = X^T X.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from quantize.errors import GgufError
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Sums of squares and counts by GGUF tensor name.
+
+    Attributes:
+        sums: float32 [K] each. counts: tokens.
+        dataset: what the text is called. chunks, chunk_size: windows and their tokens.
+    """
+
+    sums: Mapping[str, np.ndarray]
+    counts: Mapping[str, int]
+    dataset: str
+    chunks: int
+    chunk_size: int
+
+    def means(self) -> dict[str, np.ndarray]:
+        """Mean squares, float32 [K]: what the quantizer takes. A weight that no token reached gets ones."""
+        return {
+            name: sums / np.float32(self.counts[name]) if self.counts[name] else np.ones_like(sums)
+            for name, sums in self.sums.items()
+        }
+
+
+def write_importance(path: Path, importance: Importance) -> None:
+    """Write the file whole, or not at all."""
+    import gguf
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = gguf.GGUFWriter(temporary, "")
+    try:
+        writer.kv_data[0].clear()  # no architecture: it is no model
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", [importance.dataset])
+        writer.add_uint32("imatrix.chunk_count", importance.chunks)
+        writer.add_uint32("imatrix.chunk_size", importance.chunk_size)
+        for name in sorted(importance.sums):
+            writer.add_tensor(f"{name}.in_sum2", importance.sums[name].astype(np.float32).reshape(1, -1))
+            writer.add_tensor(f"{name}.counts", np.array([[importance.counts[name]]], dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_importance(path: Path) -> Importance:
+    """Read a file of llama-imatrix or of :func:`write_importance`.
+
+    Raises:
+        GgufError: it is no importance matrix.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise GgufError(f"{path}: is no GGUF importance matrix: {error}") from None
+    sums: dict[str, np.ndarray] = {}
+    counts: dict[str, int] = {}
+    for tensor in reader.tensors:
+        name, _, what = tensor.name.rpartition(".")
+        if what == "in_sum2":
+            sums[name] = np.array(tensor.data, dtype=np.float32).reshape(-1)
+        elif what == "counts":
+            counts[name] = int(np.max(tensor.data))
+    if not sums or sums.keys() != counts.keys():
+        raise GgufError(
+            f"{path}: is no importance matrix in GGUF (tensors .in_sum2 and .counts); make one with llama-imatrix"
+        )
+    bad = [name for name, values in sums.items() if not np.isfinite(values).all()]
+    if bad:
+        raise GgufError(f"{path}: {bad[0]} holds NaN or infinity; make the importance matrix again")
+
+    def number(key: str) -> int:
+        field = reader.fields.get(key)
+        return int(field.contents()) if field else 0
+
+    datasets = reader.fields.get("imatrix.datasets")
+    named = list(datasets.contents()) if datasets else []
+    return Importance(
+        sums, counts, str(named[0]) if named else "", number("imatrix.chunk_count"), number("imatrix.chunk_size")
+    )

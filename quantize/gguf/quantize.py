@@ -1,0 +1,152 @@
+"""Levels from the full-width GGUF: exact sizes by llama.cpp's own dry run, files by its own quantizer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import GgufError
+from quantize.gguf.convert import Header
+from quantize.recipe.levels import LEVELS
+
+BUFFER_BYTES = 64 * 2**20  # of rows kept by a running quantizer
+ALIGNMENT = 32
+ANY = "any"
+"""In place of an importance matrix: types depend on whether there is one, not on what it holds."""
+
+ROW = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- \[([^\]]*)\], type = +(\w+), (.*)$")
+_FALLBACK = re.compile(r"warning: +(\S+) +- ncols")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What llama.cpp makes of every tensor at a level.
+
+    Attributes:
+        types: GGUF tensor name -> type name.
+        fallbacks: tensors whose rows do not fill the blocks of the type that the level wanted.
+        nbytes: of the whole file, exact.
+    """
+
+    types: Mapping[str, str]
+    fallbacks: tuple[str, ...]
+    nbytes: int
+
+
+def request(
+    level: str,
+    source: Path,
+    target: Path,
+    *,
+    threads: int,
+    tensor_types: Mapping[str, str] | None = None,
+    imatrix: Path | str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """The child's request for a level.
+
+    Args:
+        imatrix: a ``.npz`` of mean squares by tensor name; for a dry run :data:`ANY`.
+        metadata: strings and integers that the file adds.
+    """
+    import gguf
+
+    known = LEVELS[level]
+    numbers = {kind.name: int(kind) for kind in gguf.GGMLQuantizationType}
+    wide = numbers["Q8_0"] if known.wide else None
+    return {
+        "source": str(source),
+        "target": str(target),
+        "ftype": known.ftype,
+        "threads": threads,
+        "buffer_bytes": BUFFER_BYTES,
+        "dry_run": dry_run,
+        "output_type": wide,
+        "embedding_type": wide,
+        "tensor_types": [[pattern, numbers[kind]] for pattern, kind in (tensor_types or {}).items()],
+        "imatrix": str(imatrix) if imatrix else None,
+        "metadata": dict(metadata or {}),
+    }
+
+
+def start(wish: Mapping[str, Any]) -> subprocess.Popen[str]:
+    """Start the child that fulfils a request."""
+    worker = Path(__file__).with_name("worker_quantize.py")
+    child = subprocess.Popen(
+        [sys.executable, str(worker)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env={**os.environ, "OMP_NUM_THREADS": str(wish["threads"])},
+    )
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(wish))
+    child.stdin.close()
+    return child
+
+
+def failure(level: str, code: int, log: str) -> GgufError:
+    """llama.cpp's own reason why a level failed."""
+    if code < 0:
+        return GgufError(f"{level}: llama.cpp's quantizer was killed by signal {-code}; nothing of this level was kept")
+    reasons = re.findall(r"failed to quantize: (.*)", log)
+    return GgufError(f"{level}: llama.cpp cannot make it: {reasons[-1] if reasons else 'it gave no reason'}")
+
+
+def predict(requests: Mapping[str, Mapping[str, Any]], header: Header) -> dict[str, Outcome]:
+    """Types, fallbacks and exact size of levels, by llama.cpp's dry run on the header of the full-width file.
+
+    Args:
+        requests: by level, made with ``dry_run``.
+
+    Raises:
+        GgufError: llama.cpp refuses a level.
+    """
+    found = {}
+    children = {level: start(wish) for level, wish in requests.items()}
+    for level, child in children.items():
+        assert child.stderr is not None
+        log = child.stderr.read()
+        if code := child.wait():
+            raise failure(level, code, log)
+        found[level] = _outcome(log, header, requests[level]["metadata"])
+    return found
+
+
+def _outcome(log: str, header: Header, metadata: Mapping[str, Any]) -> Outcome:
+    import gguf
+
+    types, total = {}, 0
+    for line in log.splitlines():
+        if not (match := ROW.match(line)):
+            continue
+        name, shape, kind, rest = match.groups()
+        if changed := re.search(r"\((\w+)\)\s*$", rest):
+            kind = changed[1]
+        types[name] = kind.upper()
+        block, width = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[types[name]]]
+        total += _padded(math.prod(int(size) for size in shape.split(",")) // block * width)
+    fallbacks = tuple(dict.fromkeys(match[1] for match in _FALLBACK.finditer(log)))
+    added = {"general.quantization_version": 2, "general.file_type": 1, **metadata}
+    own = sum(_entry_bytes(key, value) for key, value in added.items() if key not in header.keys)
+    return Outcome(types, fallbacks, total + _padded(header.nbytes + own))
+
+
+def _entry_bytes(key: str, value: Any) -> int:
+    """A key of GGUF metadata with a 32-bit number or a string."""
+    return 8 + len(key.encode()) + 4 + (4 if isinstance(value, int) else 8 + len(str(value).encode()[:127]))
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

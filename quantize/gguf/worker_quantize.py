@@ -1,0 +1,77 @@
+"""Child process: one call of ``llama_model_quantize``, asked for in JSON on stdin.
+
+A crash of the library, or its abort, then ends this process and not the build. Keys of the request: ``source``,
+``target``, ``ftype``, ``threads``, ``buffer_bytes``, ``dry_run``, and optionally ``output_type``, ``embedding_type``
+(numbers of ``ggml_type``), ``tensor_types`` (pairs of regex and number), ``imatrix`` (a ``.npz`` of vectors by tensor
+name), ``metadata`` (strings and integers). llama.cpp's log goes to stderr; exit code 1 is its failure.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from typing import Any
+
+
+def main() -> None:
+    wish: dict[str, Any] = json.load(sys.stdin)
+    import llama_cpp
+    import numpy as np
+
+    log = sys.stderr.buffer
+
+    @llama_cpp.llama_log_callback
+    def write(level: int, text: bytes, user_data: Any) -> None:
+        log.write(text)
+        log.flush()
+
+    llama_cpp.llama_log_set(write, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = wish["ftype"]
+    params.nthread = wish["threads"]
+    params.dry_run = wish["dry_run"]
+    params.max_buf_size = wish["buffer_bytes"]
+    if wish.get("output_type") is not None:
+        params.output_tensor_type = wish["output_type"]
+    if wish.get("embedding_type") is not None:
+        params.token_embedding_type = wish["embedding_type"]
+    alive: list[Any] = []  # ctypes keeps no reference to what a pointer points at
+    if wish.get("tensor_types"):
+        overrides = (llama_cpp.llama_model_tensor_override * (len(wish["tensor_types"]) + 1))()
+        for place, (pattern, kind) in enumerate(wish["tensor_types"]):
+            overrides[place].pattern, overrides[place].type = pattern.encode(), kind
+        params.tt_overrides = overrides
+        alive.append(overrides)
+    if wish.get("imatrix"):
+        # a dry run asks only whether there is one
+        vectors = {"any": np.ones(1)} if wish["imatrix"] == "any" else np.load(wish["imatrix"])
+        names = sorted(vectors)
+        entries = (llama_cpp.llama_model_imatrix_data * (len(names) + 1))()
+        for place, name in enumerate(names):
+            values = np.ascontiguousarray(vectors[name], dtype=np.float32)
+            alive.append(values)
+            entries[place].name = name.encode()
+            entries[place].data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            entries[place].size = values.size
+        params.imatrix = entries
+        alive.append(entries)
+    if wish.get("metadata"):
+        keys = (llama_cpp.llama_model_kv_override * (len(wish["metadata"]) + 1))()
+        for place, (key, value) in enumerate(wish["metadata"].items()):
+            keys[place].key = key.encode()
+            if isinstance(value, int):
+                keys[place].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
+                keys[place].value.val_i64 = value
+            else:
+                keys[place].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
+                keys[place].value.val_str = str(value).encode()[:127]
+        params.kv_overrides = keys
+        alive.append(keys)
+    failed = llama_cpp.llama_model_quantize(wish["source"].encode(), wish["target"].encode(), ctypes.byref(params))
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""GGUF levels of a build: one conversion, checked against the source, then levels side by side in child processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from quantize import __version__
+from quantize.calibration.statistics import Timed
+from quantize.errors import BuildError, GgufError
+from quantize.formats.manifest import MANIFEST_NAME, SCHEMA, read_manifest
+from quantize.gguf.check import check_conversion
+from quantize.gguf.imatrix import Importance, read_importance, write_importance
+from quantize.gguf.quantize import ROW, failure, request, start
+from quantize.gguf.toolchain import VERSION, require_library
+from quantize.planning import Plan
+from quantize.planning.keys import key_of
+from quantize.planning.levels import LevelPlan, PlannedLevel, imatrix_entries
+from quantize.release.config import as_json
+from quantize.release.tree import copy_file, sync_folder
+from quantize.source.cache import sha256_of_file, write_atomically
+from quantize.source.resolved import Notify
+
+LEVEL_MEMORY = 512 * 2**20  # of one running quantizer
+LICENCES = ("license", "licence", "notice", "use_policy", "copying")
+
+Diagonals = Mapping[str, tuple[np.ndarray, int]]
+"""For each linear of the checkpoint: diagonal of X^T X, float32 [K], and tokens."""
+
+
+def build_levels(
+    plan: Plan,
+    todo: list[PlannedLevel],
+    diagonals: Diagonals | None,
+    work: Path,
+    timed: Timed,
+    progress: bool | None,
+    notify: Notify,
+) -> list[str]:
+    """Make every file of ``todo``; each is put into place as soon as it is whole.
+
+    Returns:
+        The labels of what was built.
+
+    Raises:
+        GgufError: llama.cpp is missing or refuses. BuildError: not enough disk.
+    """
+    require_library()
+    levels = plan.gguf
+    assert levels is not None
+    levels.folder.mkdir(parents=True, exist_ok=True)
+    with timed("convert"):
+        header = levels.conversion.header(notify)
+        path = levels.conversion.make(notify)
+        checked = check_conversion(plan.source, plan.table.prefix, path, levels.section.logits_tolerance, notify)
+    _check_disk(levels, todo)
+    notebook = _Notebook(plan, levels, checked)
+    importance = _importance(levels, header, diagonals, notebook)
+    vectors = None
+    if importance is not None:
+        vectors = work / "imatrix.npz"
+        arrays: dict[str, Any] = importance.means()
+        np.savez(vectors, **arrays)
+    with timed("levels"):
+        _run_all(levels, todo, path, vectors, importance, work, notebook, progress)
+    for name in plan.source.hashes:
+        if Path(name).name.lower().startswith(LICENCES):
+            copy_file(plan.source.folder / name, levels.folder / name)
+    return [item.label for item in todo]
+
+
+class _Notebook:
+    """The manifest of the GGUF repo, rewritten whenever a file is in its place."""
+
+    def __init__(self, plan: Plan, levels: LevelPlan, checked: Mapping[str, Any]) -> None:
+        self.folder = levels.folder
+        known = read_manifest(levels.folder) or {}
+        self.data: dict[str, Any] = {
+            "schema": SCHEMA,
+            "repo": levels.repo,
+            "branch": "main",
+            "source": {
+                "name": plan.source.hub_id or plan.source.short_name,
+                "commit": plan.source.commit,
+                "made_of": plan.source.origin,
+                "files": plan.source.hashes,
+            },
+            "conversion": {"type": levels.conversion.outtype, **checked},
+            "versions": {"quantize": __version__, "llama-cpp-python": VERSION},
+            "imatrix": known.get("imatrix"),
+            "levels": dict(known.get("levels") or {}),
+        }
+
+    def enter(self, part: str, name: str | None, entry: Mapping[str, Any]) -> None:
+        """Note an entry and write the manifest."""
+        if name is None:
+            self.data[part] = dict(entry)
+        else:
+            self.data[part][name] = dict(entry)
+            self.data[part] = dict(sorted(self.data[part].items()))
+        write_atomically(self.folder / MANIFEST_NAME, as_json(self.data))
+
+
+def _importance(levels: LevelPlan, header: Any, diagonals: Diagonals | None, notebook: _Notebook) -> Importance | None:
+    """The importance matrix of the pass, of the file the recipe names, or the one that lies in the repo."""
+    if levels.imatrix_file is None:
+        return None
+    place = levels.folder / levels.imatrix_file
+    if isinstance(levels.section.imatrix, str):
+        given = Path(levels.section.imatrix)
+        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+        copy_file(given, temporary)
+        os.replace(temporary, place)
+    elif diagonals is not None:
+        entries = imatrix_entries(header, list(diagonals))
+        chunks = int(levels.imatrix_inputs["chunks"])
+        tokens = max((count for _, count in diagonals.values()), default=0)
+        importance = Importance(
+            {new: diagonals[old][0] for new, old in entries.items()},
+            {new: diagonals[old][1] for new, old in entries.items()},
+            str(levels.imatrix_inputs["dataset"]),
+            chunks,
+            tokens // max(chunks, 1),
+        )
+        write_importance(place, importance)
+    found = read_importance(place)
+    notebook.enter("imatrix", None, {
+        "key": key_of(levels.imatrix_inputs),
+        "key_inputs": dict(levels.imatrix_inputs),
+        "entries": len(found.sums),
+        "files": {place.name: _described(place)},
+    })  # fmt: skip
+    return found
+
+
+def _run_all(
+    levels: LevelPlan,
+    todo: list[PlannedLevel],
+    source: Path,
+    vectors: Path | None,
+    importance: Importance | None,
+    work: Path,
+    notebook: _Notebook,
+    progress: bool | None,
+) -> None:
+    """Levels side by side, as many as cores and memory bear; the first failure ends the others."""
+    cores = os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 2**34
+    lanes = max(1, min(cores, len(todo), memory // LEVEL_MEMORY))
+    threads = max(1, cores // lanes)
+    waiting = list(todo)
+    running: list[threading.Thread] = []
+    failures: list[Exception] = []
+    children: dict[str, Popen[str]] = {}
+    lock = threading.Lock()
+    count = sum(len(item.outcome.types) for item in todo if item.outcome)
+    with tqdm(total=count, desc="levels", unit="tensor", disable=None if progress is None else not progress) as bar:
+
+        def lane() -> None:
+            while True:
+                with lock:
+                    if failures or not waiting:
+                        return
+                    item = waiting.pop(0)
+                try:
+                    _run_one(levels, item, source, vectors, importance, work, notebook, threads, lock, children, bar)
+                except Exception as error:
+                    with lock:
+                        failures.append(error)
+                        for child in children.values():
+                            child.kill()
+                    return
+
+        for _ in range(lanes):
+            thread = threading.Thread(target=lane)
+            thread.start()
+            running.append(thread)
+        try:
+            for thread in running:
+                thread.join()
+        except BaseException:  # Ctrl-C: no child may outlive the build
+            with lock:
+                waiting.clear()
+                for child in children.values():
+                    child.kill()
+            raise
+    if failures:
+        raise failures[0]
+
+
+def _run_one(
+    levels: LevelPlan,
+    item: PlannedLevel,
+    source: Path,
+    vectors: Path | None,
+    importance: Importance | None,
+    work: Path,
+    notebook: _Notebook,
+    threads: int,
+    lock: threading.Lock,
+    children: dict[str, Popen[str]],
+    bar: Any,
+) -> None:
+    with_imatrix = importance is not None and item.key_inputs["imatrix"] is not None
+    temporary = work / f"{item.file}.part"
+    wish = request(
+        item.level,
+        source,
+        temporary,
+        threads=threads,
+        tensor_types=levels.section.tensor_types,
+        imatrix=vectors if with_imatrix else None,
+        metadata=levels.metadata(len(importance.sums)) if with_imatrix and importance else {},
+    )
+    log = []
+    with lock:
+        child = children[item.level] = start(wish)
+    try:
+        assert child.stderr is not None
+        for line in child.stderr:
+            log.append(line)
+            if ROW.match(line.rstrip()) or line.startswith("["):
+                bar.update()
+        if code := child.wait():
+            raise failure(item.level, code, "".join(log))
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        if item.outcome is not None and temporary.stat().st_size != item.outcome.nbytes:
+            raise GgufError(
+                f"{item.level}: the file has {temporary.stat().st_size:,} bytes, planned were {item.outcome.nbytes:,}"
+            )
+        described = _described(temporary)
+        with lock:
+            os.replace(temporary, levels.folder / item.file)
+            sync_folder(levels.folder)
+            notebook.enter("levels", item.level, {
+                "key": key_of(item.key_inputs),
+                "key_inputs": dict(item.key_inputs),
+                "files": {item.file: described},
+                "tensor_types": dict(item.outcome.types) if item.outcome else {},
+                "fallbacks": list(item.outcome.fallbacks) if item.outcome else [],
+            })  # fmt: skip
+    finally:
+        with lock:
+            children.pop(item.level, None)
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+def _check_disk(levels: LevelPlan, todo: list[PlannedLevel]) -> None:
+    needed, free = sum(item.nbytes for item in todo), shutil.disk_usage(levels.folder).free
+    if needed > free:
+        raise BuildError(
+            f"{levels.folder}: the levels take {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free; "
+            "free some space, use another --dist, or build fewer levels with --only"
+        )

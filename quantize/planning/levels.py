@@ -1,0 +1,267 @@
+"""The GGUF part of a plan: one file a level, exact sizes, what falls back, what is fresh. Imports no torch.
+
+Types and sizes are llama.cpp's own answer: its quantizer's dry run, in a child process, on the header that its
+converter writes. Answers are kept in the cache beside that header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from quantize.calibration.corpus import title
+from quantize.errors import GgufError
+from quantize.formats.manifest import is_complete, read_manifest
+from quantize.gguf.convert import Conversion, Header, outtype_of
+from quantize.gguf.quantize import ANY, Outcome, predict, request
+from quantize.gguf.toolchain import VERSION, missing_library
+from quantize.planning.keys import differences, key_of
+from quantize.recipe.methods import Gguf
+from quantize.recipe.schema import Recipe
+from quantize.source.cache import sha256_of_file, write_atomically
+from quantize.source.resolved import Notify, Source, safe_name
+
+BRANCH = "main"
+State = Literal["missing", "stale", "fresh"]
+
+
+@dataclass(frozen=True)
+class PlannedLevel:
+    """One GGUF file to build.
+
+    Attributes:
+        repo, level: where it belongs and what it is.
+        folder: ``dist/<repo name>/main``; ``file`` is its name there.
+        outcome: types, fallbacks, exact size; None where llama.cpp could not be asked, which ``why`` then says.
+        key_inputs: what its bytes depend on.
+        state: ``missing``, ``stale`` or ``fresh``; ``why`` says why in one line.
+    """
+
+    repo: str
+    level: str
+    folder: Path
+    file: str
+    outcome: Outcome | None
+    key_inputs: Mapping[str, Any]
+    state: State
+    why: str
+
+    @property
+    def method(self) -> str:
+        return "gguf"
+
+    @property
+    def branch(self) -> str:
+        """What ``--only`` matches."""
+        return self.level
+
+    @property
+    def label(self) -> str:
+        return f"gguf/{self.level}"
+
+    @property
+    def nbytes(self) -> int:
+        return self.outcome.nbytes if self.outcome else 0
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """All levels of a recipe.
+
+    Attributes:
+        conversion: the full-width file they are made from.
+        imatrix_file: name of the importance matrix in the repo, or None; ``imatrix_key`` what it depends on.
+        lacking: why llama.cpp cannot be asked, or None.
+    """
+
+    repo: str
+    section: Gguf
+    conversion: Conversion
+    model: str
+    folder: Path
+    imatrix_file: str | None
+    imatrix_inputs: Mapping[str, Any]
+    levels: tuple[PlannedLevel, ...]
+    lacking: str | None
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether an importance matrix has to be gathered: none of this key lies in the repo."""
+        if self.imatrix_file is None or self.section.imatrix is not True:
+            return False
+        known = (read_manifest(self.folder) or {}).get("imatrix") or {}
+        return known.get("key") != key_of(self.imatrix_inputs) or not is_complete(
+            self.folder, {"files": known.get("files", {})}
+        )
+
+    def metadata(self, entries: int) -> dict[str, Any]:
+        """What a level's file says of its importance matrix, in llama-quantize's own keys."""
+        if self.imatrix_file is None:
+            return {}
+        return {
+            "quantize.imatrix.file": self.imatrix_file,
+            "quantize.imatrix.dataset": str(self.imatrix_inputs["dataset"]),
+            "quantize.imatrix.entries_count": entries,
+            "quantize.imatrix.chunks_count": int(self.imatrix_inputs["chunks"]),
+        }
+
+
+def plan_levels(
+    recipe: Recipe,
+    source: Source,
+    calibration: Mapping[str, Any],
+    repo: str,
+    dist: Path,
+    notify: Notify = lambda line: None,
+) -> LevelPlan:
+    """Plan the levels of a recipe.
+
+    Args:
+        calibration: the calibration's identity, as in the keys of branches.
+
+    Raises:
+        GgufError: llama.cpp is there but cannot convert this model, or refuses a level.
+    """
+    section = recipe.gguf
+    assert section is not None
+    name = recipe.model.name or source.short_name
+    model = safe_name(repo.rsplit("/", 1)[-1].removesuffix("-GGUF"))
+    conversion = Conversion(
+        source, outtype_of(source.checkpoint, section.intermediate), name, _authorship(recipe, source)
+    )
+    folder = dist / repo.rsplit("/", 1)[-1] / BRANCH
+    file, inputs = _imatrix(recipe, source, calibration, model)
+    blank = LevelPlan(repo, section, conversion, model, folder, file, inputs, (), missing_library())
+    header = None
+    if blank.lacking is None and source.checkpoint.folder is not None:
+        header = conversion.header(notify)
+    outcomes = _outcomes(blank, header) if header else {}
+    levels = tuple(
+        _planned(blank, level, outcomes.get(level), bool(inputs) and _uses_imatrix(level)) for level in section.levels
+    )
+    return LevelPlan(repo, section, conversion, model, folder, file, inputs, levels, blank.lacking)
+
+
+def imatrix_entries(header: Header, linears: Sequence[str]) -> dict[str, str]:
+    """For each GGUF weight that a quantized linear became, that linear's name in the checkpoint."""
+    found = {}
+    for name in linears:
+        for new_name in header.became.get(f"{name}.weight", []):
+            if new_name.endswith(".weight"):
+                found[new_name] = name
+    return found
+
+
+def _uses_imatrix(level: str) -> bool:
+    return level not in {"F32", "F16", "BF16"}
+
+
+def _imatrix(
+    recipe: Recipe, source: Source, calibration: Mapping[str, Any], model: str
+) -> tuple[str | None, Mapping[str, Any]]:
+    section = recipe.gguf
+    assert section is not None
+    if section.imatrix is False:
+        return None, {}
+    if isinstance(section.imatrix, str):
+        path = Path(section.imatrix)
+        if not path.is_file():
+            raise GgufError(f"{section.imatrix}: no such importance matrix; set gguf.imatrix to true to make one")
+        from quantize.gguf.imatrix import read_importance
+
+        given = read_importance(path)
+        inputs = {"sha256": sha256_of_file(path), "dataset": given.dataset, "chunks": given.chunks}
+        return f"{model}-imatrix.gguf", inputs
+    settings = recipe.calibration
+    return f"{model}-imatrix.gguf", {
+        "source": dict(source.hashes),
+        "calibration": dict(calibration),
+        "compute_dtype": settings.compute_dtype,
+        "dataset": ", ".join(title(corpus) for corpus in settings.dataset),
+        "chunks": settings.samples,
+    }
+
+
+def _authorship(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """Keys of the file's metadata that say what it is and of whom."""
+    found: dict[str, Any] = {"general.quantized_by": recipe.release.quantized_by or recipe.release.owner}
+    if recipe.model.license:
+        found["general.license"] = recipe.model.license
+    if recipe.model.creator:
+        found["general.author"] = recipe.model.creator
+    if source.hub_id:
+        found["general.base_models"] = [
+            {
+                "name": recipe.model.name or source.short_name,
+                "organization": source.hub_id.split("/")[0],
+                "repo_url": f"https://huggingface.co/{source.hub_id}",
+            }
+        ]
+    return found
+
+
+def _planned(blank: LevelPlan, level: str, outcome: Outcome | None, with_imatrix: bool) -> PlannedLevel:
+    file = f"{blank.model}-{level}.gguf"
+    inputs = {
+        "conversion": blank.conversion.identity,
+        "quantizer": f"llama-cpp-python {VERSION}",
+        "level": level,
+        "tensor_types": dict(blank.section.tensor_types),
+        "imatrix": dict(blank.imatrix_inputs) if with_imatrix else None,
+        "file": file,
+    }
+    if blank.lacking is not None:
+        return PlannedLevel(blank.repo, level, blank.folder, file, None, inputs, "missing", blank.lacking)
+    state, why = _state(blank.folder, level, inputs)
+    return PlannedLevel(blank.repo, level, blank.folder, file, outcome, inputs, state, why)
+
+
+def _state(folder: Path, level: str, inputs: Mapping[str, Any]) -> tuple[State, str]:
+    known = ((read_manifest(folder) or {}).get("levels") or {}).get(level)
+    if known is None:
+        return "missing", "not built yet"
+    if not is_complete(folder, known):
+        return "stale", "its file is missing or cut short"
+    if known.get("key") == key_of(inputs):
+        return "fresh", "up to date"
+    changed = differences(known.get("key_inputs") or {}, inputs)
+    return "stale", "changed: " + (changed[0] if changed else "its key") + (
+        f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    )
+
+
+def _outcomes(blank: LevelPlan, header: Header) -> dict[str, Outcome]:
+    """Every level's outcome, from the cache or asked of llama.cpp now."""
+    entries = sum(1 for names in header.became.values() for name in names if name.startswith("blk."))
+    found: dict[str, Outcome] = {}
+    wishes, places = {}, {}
+    for level in blank.section.levels:
+        metadata = blank.metadata(entries) if _uses_imatrix(level) else {}
+        wish = request(
+            level,
+            header.path,
+            Path("/dev/null"),
+            threads=1,
+            tensor_types=blank.section.tensor_types,
+            metadata=metadata,
+            imatrix=ANY if metadata else None,
+            dry_run=True,
+        )
+        known = {name: wish[name] for name in ("ftype", "output_type", "tensor_types", "imatrix", "metadata")}
+        known["quantizer"] = VERSION
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
+        place = header.path.with_name(f"outcome-{digest}.json")
+        if place.is_file():
+            data = json.loads(place.read_text(encoding="utf-8"))
+            found[level] = Outcome(data["types"], tuple(data["fallbacks"]), data["nbytes"])
+        else:
+            wishes[level], places[level] = wish, place
+    for level, outcome in predict(wishes, header).items():
+        data = {"types": dict(outcome.types), "fallbacks": list(outcome.fallbacks), "nbytes": outcome.nbytes}
+        write_atomically(places[level], json.dumps(data).encode())
+        found[level] = outcome
+    return found
