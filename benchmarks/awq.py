@@ -44,6 +44,9 @@ class Nearest:
 def compare(task: Task, eight: list[Variant], evaluation: str, folder: Path) -> None:
     """Run everything and write the section."""
     source, ids = prepare(task, folder, eight)
+    theirs = run(
+        "-m", "benchmarks.peer_gptqmodel_awq", source, str(folder / "peer"), str(ids), str(GROUP_SIZE), cwd=folder
+    )
     one = [{"group_size": GROUP_SIZE, "branch": "awq"}]
     without = task.build(folder / "without", eight)
     with_awq = task.build(folder / "with", eight, awq=one)
@@ -52,9 +55,6 @@ def compare(task: Task, eight: list[Variant], evaluation: str, folder: Path) -> 
         folder / "every",
         [],
         awq=[{"group_size": GROUP_SIZE, "branch": f"b{n}", **s} for n, s in enumerate(OURS.values())],
-    )
-    theirs = run(
-        "-m", "benchmarks.peer_gptqmodel_awq", source, str(folder / "peer"), str(ids), str(GROUP_SIZE), cwd=folder
     )
     readers: dict[str, Weights] = {name: BranchReader(every.awq / f"b{n}") for n, name in enumerate(OURS)}
     readers["gptqmodel"] = BranchReader(folder / "peer")
@@ -70,8 +70,8 @@ def compare(task: Task, eight: list[Variant], evaluation: str, folder: Path) -> 
 
 4 bits, group_size {GROUP_SIZE}, zero points; {task.samples} x {task.length} calibration tokens of
 {Path(task.calibration).name}, {WINDOWS * task.length} other tokens of {Path(evaluation).name}; {machine("gptqmodel")},
-gptqmodel in float32 with its torch backend. Seconds are of whole processes (one run each), all in one
-call. Perplexity (KL divergence); the source model's perplexity is {next(iter(rows.values())).perplexity:.2f}:
+gptqmodel in bfloat16 with its torch backend (it has no other here). Seconds are of whole processes, one run each, all
+in one call. Perplexity (KL divergence); the source model's perplexity is {next(iter(rows.values())).perplexity:.2f}:
 
 {table(["run", "quality", "seconds"], body)}
 

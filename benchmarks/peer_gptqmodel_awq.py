@@ -16,7 +16,7 @@ def main() -> None:
         bits=4, group_size=int(group_size), sym=False, quant_method=METHOD.AWQ, format=FORMAT.GEMM,
         device="cpu", offload_to_disk=False,
     )  # fmt: skip
-    model = GPTQModel.load(source, config, dtype=torch.float32)
+    model = GPTQModel.load(source, config, dtype=torch.bfloat16)  # it refuses float32
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in np.load(ids)]
     model.quantize(rows, batch_size=8, backend=BACKEND.AWQ_TORCH)
     model.save(out)

@@ -116,10 +116,11 @@ def predict(requests: Mapping[str, Mapping[str, Any]], header: Header) -> dict[s
     found = {}
     children = {level: start(wish) for level, wish in requests.items()}
     for level, child in children.items():
-        assert child.stderr is not None
-        log = child.stderr.read()
-        if code := child.wait():
-            raise failure(level, code, log)
+        with child:
+            assert child.stderr is not None
+            log = child.stderr.read()
+        if child.returncode:
+            raise failure(level, child.returncode, log)
         found[level] = _outcome(log, header, requests[level]["metadata"])
     return found
 

@@ -30,10 +30,14 @@ _WANTED = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
 
 def missing_library() -> str | None:
     """One sentence on how to get the quantizer, or None where it is installed."""
-    lacking = [name for name in ("llama_cpp", "sentencepiece") if importlib.util.find_spec(name) is None]
+    lacking = [name for name in ("llama_cpp", "sentencepiece") if not _installed(name)]
     if not lacking:
         return None
     return f"GGUF needs the package{'s' if len(lacking) > 1 else ''} {' and '.join(lacking)}: {HOW}"
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def require_library() -> None:

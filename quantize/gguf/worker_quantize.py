@@ -39,7 +39,7 @@ def main() -> None:
         params.token_embedding_type = wish["embedding_type"]
     alive: list[Any] = []  # ctypes keeps no reference to what a pointer points at
     if wish.get("tensor_types"):
-        overrides = (llama_cpp.llama_model_tensor_override * (len(wish["tensor_types"]) + 1))()
+        overrides: Any = (llama_cpp.llama_model_tensor_override * (len(wish["tensor_types"]) + 1))()
         for place, (pattern, kind) in enumerate(wish["tensor_types"]):
             overrides[place].pattern, overrides[place].type = pattern.encode(), kind
         params.tt_overrides = overrides
@@ -48,7 +48,7 @@ def main() -> None:
         # a dry run asks only whether there is one
         vectors = {"any": np.ones(1)} if wish["imatrix"] == "any" else np.load(wish["imatrix"])
         names = sorted(vectors)
-        entries = (llama_cpp.llama_model_imatrix_data * (len(names) + 1))()
+        entries: Any = (llama_cpp.llama_model_imatrix_data * (len(names) + 1))()
         for place, name in enumerate(names):
             values = np.ascontiguousarray(vectors[name], dtype=np.float32)
             alive.append(values)
@@ -58,7 +58,7 @@ def main() -> None:
         params.imatrix = entries
         alive.append(entries)
     if wish.get("metadata"):
-        keys = (llama_cpp.llama_model_kv_override * (len(wish["metadata"]) + 1))()
+        keys: Any = (llama_cpp.llama_model_kv_override * (len(wish["metadata"]) + 1))()
         for place, (key, value) in enumerate(wish["metadata"].items()):
             keys[place].key = key.encode()
             if isinstance(value, int):

@@ -20,7 +20,7 @@ from quantize.errors import BuildError, GgufError
 from quantize.formats.manifest import MANIFEST_NAME, SCHEMA, read_manifest
 from quantize.gguf.check import check_conversion
 from quantize.gguf.imatrix import Importance, read_importance, write_importance
-from quantize.gguf.quantize import ROW, failure, request, start
+from quantize.gguf.quantize import failure, request, start
 from quantize.gguf.toolchain import VERSION, require_library
 from quantize.planning import Plan
 from quantize.planning.keys import key_of
@@ -225,13 +225,14 @@ def _run_one(
     with lock:
         child = children[item.level] = start(wish)
     try:
-        assert child.stderr is not None
-        for line in child.stderr:
-            log.append(line)
-            if ROW.match(line.rstrip()) or line.startswith("["):
-                bar.update()
-        if code := child.wait():
-            raise failure(item.level, code, "".join(log))
+        with child:
+            assert child.stderr is not None
+            for line in child.stderr:
+                log.append(line)
+                if line.startswith("["):
+                    bar.update()
+        if child.returncode:
+            raise failure(item.level, child.returncode, "".join(log))
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         if item.outcome is not None and temporary.stat().st_size != item.outcome.nbytes:
@@ -252,9 +253,6 @@ def _run_one(
     finally:
         with lock:
             children.pop(item.level, None)
-        if child.poll() is None:
-            child.kill()
-            child.wait()
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
 
