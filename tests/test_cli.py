@@ -66,6 +66,7 @@ def test_a_wrong_command_line_is_exit_code_2(invoke: Command, line: str) -> None
 def test_recipes_lists_every_shipped_recipe_with_its_headline(invoke: Command) -> None:
     lines = invoke("recipes").stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
+        "complete",
         "demo",
         "examples/airoboros-l2-13b-gpt4-m2.0",
         "gptq-8-branches",

@@ -20,7 +20,9 @@ WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".npz",
     ".tflite", ".mlmodel", ".ot",
 )  # fmt: skip
-NOT_COPIED = frozenset({"README.md", "config.json", "quantize_config.json", "quant_config.json", INDEX_NAME, "quantize-manifest.json"})
+NOT_COPIED = frozenset(
+    {"README.md", "config.json", "quantize_config.json", "quant_config.json", INDEX_NAME, "quantize-manifest.json"}
+)
 
 
 @dataclass(frozen=True)
