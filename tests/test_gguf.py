@@ -271,6 +271,29 @@ def test_rows_that_fill_no_block_fall_back_and_plan_says_so(
     assert types["blk.0.ffn_down.weight"] in {"Q8_0", "Q5_0"}
 
 
+def test_a_level_above_the_size_is_split_and_loads(small: Path, tmp_path: Path, invoke: Command) -> None:
+    from gguf import GGUFReader
+    from llama_cpp import Llama
+
+    def build(size: str) -> tuple[list[Path], str]:
+        path = write(tmp_path / "r.yaml", small, f"gguf: {{levels: [Q8_0], imatrix: false, max_file_size: {size}}}")
+        assert invoke("build", path, "--dist", tmp_path / "dist", "--device", "cpu").returncode == 0
+        files = sorted((tmp_path / "dist" / "small-GGUF" / "main").glob("*.gguf"))
+        llama = Llama(str(files[0]), n_ctx=64, verbose=False)
+        return files, llama.create_completion("The ship", max_tokens=8, temperature=0)["choices"][0]["text"]
+
+    whole, said = build("50GB")
+    assert [file.name for file in whole] == ["small-Q8_0.gguf"]
+    names = {tensor.name for tensor in GGUFReader(whole[0]).tensors}
+    parts, again = build("1MB")
+    assert [file.name for file in parts] == [
+        f"small-Q8_0-{n:05d}-of-{len(parts):05d}.gguf" for n in range(1, len(parts) + 1)
+    ]
+    assert len(parts) > 1
+    assert {tensor.name for part in parts for tensor in GGUFReader(part).tensors} == names
+    assert again == said
+
+
 # -- mistakes
 
 

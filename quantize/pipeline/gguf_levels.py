@@ -21,6 +21,7 @@ from quantize.formats.manifest import MANIFEST_NAME, SCHEMA, read_manifest
 from quantize.gguf.check import check_conversion
 from quantize.gguf.imatrix import Importance, read_importance, write_importance
 from quantize.gguf.quantize import failure, request, start
+from quantize.gguf.split import split_file
 from quantize.gguf.toolchain import VERSION, require_library
 from quantize.planning import Plan
 from quantize.planning.keys import key_of
@@ -239,14 +240,20 @@ def _run_one(
             raise GgufError(
                 f"{item.level}: the file has {temporary.stat().st_size:,} bytes, planned were {item.outcome.nbytes:,}"
             )
-        described = _described(temporary)
+        parts = {item.file: temporary}
+        if temporary.stat().st_size > levels.section.max_file_size:
+            made = split_file(temporary, item.file.removesuffix(".gguf"), levels.section.max_file_size)
+            parts = {part.name: part for part in made}
+        described = {name: _described(part) for name, part in parts.items()}
         with lock:
-            os.replace(temporary, levels.folder / item.file)
+            _remove_old(levels, item, notebook, parts)
+            for name, part in parts.items():
+                os.replace(part, levels.folder / name)
             sync_folder(levels.folder)
             notebook.enter("levels", item.level, {
                 "key": key_of(item.key_inputs),
                 "key_inputs": dict(item.key_inputs),
-                "files": {item.file: described},
+                "files": described,
                 "tensor_types": dict(item.outcome.types) if item.outcome else {},
                 "fallbacks": list(item.outcome.fallbacks) if item.outcome else [],
             })  # fmt: skip
@@ -255,6 +262,13 @@ def _run_one(
             children.pop(item.level, None)
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _remove_old(levels: LevelPlan, item: PlannedLevel, notebook: _Notebook, parts: Mapping[str, Path]) -> None:
+    """Files that the level had before and has no more: other parts, or the whole instead of parts."""
+    for name in (notebook.data["levels"].get(item.level) or {}).get("files", {}):
+        if name not in parts and Path(name).name == name:
+            (levels.folder / name).unlink(missing_ok=True)
 
 
 def _described(path: Path) -> dict[str, Any]:

@@ -213,6 +213,7 @@ def _planned(blank: LevelPlan, level: str, outcome: Outcome | None, with_imatrix
         "tensor_types": dict(blank.section.tensor_types),
         "imatrix": dict(blank.imatrix_inputs) if with_imatrix else None,
         "file": file,
+        "max_file_size": blank.section.max_file_size,
     }
     if blank.lacking is not None:
         return PlannedLevel(blank.repo, level, blank.folder, file, None, inputs, "missing", blank.lacking)

@@ -18,6 +18,19 @@ BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Bits = Literal[2, 3, 4, 8]
 
 
+def _size(value: Any) -> Any:
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMGT]?)B?\s*", value, re.IGNORECASE)
+        if not match:
+            raise ValueError("must be a size such as 5GB")
+        return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    return value
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(ge=1_000_000)]
+"""Bytes, also written as 5GB or 500MB."""
+
+
 def _desc_act(value: Any) -> Any:
     if not (isinstance(value, bool) or value == "static"):
         raise ValueError(f"must be true, false or static, not {value!r}")
@@ -175,6 +188,8 @@ class Gguf(Strict):
     """Width of the conversion that all levels are made from; auto is the source's."""
     tensor_types: dict[str, str] = {}
     """Regex of GGUF tensor names -> type, for all levels."""
+    max_file_size: Size = 50_000_000_000
+    """Larger levels are split into files of at most so many bytes: the hub takes no larger ones."""
     logits_tolerance: float = Field(default=0.02, gt=0)
     """Most that the conversion's mean KL divergence from the source may be, in nats."""
 

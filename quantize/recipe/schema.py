@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from quantize.recipe.methods import METHODS, Awq, Gguf, Gptq, Method, Strict, Variant
+from quantize.recipe.methods import METHODS, Awq, Gguf, Gptq, Method, Size, Strict, Variant
 
 REPO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
@@ -34,17 +34,7 @@ class Release(Strict):
     owner: str = "local"
     quantized_by: str | None = None
     repo: str = "{owner}/{model}-{METHOD}"
-    max_shard_size: int = Field(default=5_000_000_000, ge=1_000_000)
-
-    @field_validator("max_shard_size", mode="before")
-    @classmethod
-    def _bytes(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMGT]?)B?\s*", value, re.IGNORECASE)
-            if not match:
-                raise ValueError("must be a size such as 5GB")
-            return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-        return value
+    max_shard_size: Size = 5_000_000_000
 
     @field_validator("owner")
     @classmethod
