@@ -18,7 +18,7 @@ LOW = [Variant(4, 128, False), Variant(4, 32, True), Variant(4, 128, True), Vari
        Variant(3, 64, True), Variant(2, 64, False), Variant(2, 32, True), Variant(8, 128, False)]  # fmt: skip
 SIXTEEN = [Variant(bits, size, order) for bits in (4, 8) for size in (64, 32, 16, -1) for order in (False, True)]
 
-NAMES = ("limit", "blocks", "variants", "archived", "sequential", "low", "awq", "eight")
+NAMES = ("limit", "blocks", "variants", "archived", "sequential", "low", "gguf", "awq", "eight")
 FILE = click.Path(exists=True, dir_okay=False)
 
 
@@ -42,7 +42,7 @@ def main(
     length: int,
 ) -> None:
     """Measure the tables NAMES, or all of them; one whose text or model is not given is skipped, with a word."""
-    from benchmarks import archived, awq, curves, peers, sequential
+    from benchmarks import archived, awq, curves, gguf, peers, sequential
 
     demo = Task(DEMO, calibration or "", samples, length)
     small = Task({"source": str(Path(model or "").resolve())}, calibration or "", samples, length)
@@ -70,6 +70,8 @@ def main(
                 sequential.compare(small, LOW[:7], evaluation or "", folder)
             elif name == "awq":
                 awq.compare(demo, EIGHT, evaluation or "", folder)
+            elif name == "gguf":
+                gguf.compare(folder)
             elif name == "variants":
                 curves.variants(demo, SIXTEEN, folder)
             elif name == "blocks":

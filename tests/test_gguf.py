@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -109,6 +110,23 @@ def test_planned_sizes_are_the_files(built: Built) -> None:
     assert built.plan.gguf
     planned = {item.level: item.nbytes for item in built.plan.gguf.levels}
     assert planned == {level: built.file(level).stat().st_size for level in LEVELS}
+
+
+def test_headers_alone_give_the_same_sizes(built: Built, small: Path, tmp_path: Path) -> None:
+    """A hub model is planned before its weights are downloaded."""
+    from quantize.gguf.quantize import ANY, predict, request
+
+    assert built.plan.gguf
+    conversion = built.plan.gguf.conversion
+    checkpoint = dataclasses.replace(conversion.source.checkpoint, folder=None)
+    hashes = {**conversion.source.hashes, "config.json": "another, so that the cache does not know it"}
+    source = dataclasses.replace(conversion.source, checkpoint=checkpoint, remote_hashes=hashes, small_files=small)
+    before = (small / "model.safetensors").read_bytes()
+    header = dataclasses.replace(conversion, source=source).header()
+    assert (small / "model.safetensors").read_bytes() == before
+    wish = request("Q8_0", header.path, tmp_path, threads=1, imatrix=ANY, dry_run=True,
+                   metadata=built.plan.gguf.metadata(14))  # fmt: skip
+    assert predict({"Q8_0": wish}, header)["Q8_0"].nbytes == built.file("Q8_0").stat().st_size
 
 
 def test_types_in_the_files_are_the_manifests(built: Built) -> None:

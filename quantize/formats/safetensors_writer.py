@@ -14,7 +14,8 @@ from types import TracebackType
 
 import torch
 
-from quantize.formats.tensors import DTYPE_BYTES, INDEX_NAME, TensorSpec
+from quantize.formats.safetensors_header import header_of
+from quantize.formats.tensors import INDEX_NAME, TensorSpec
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -39,7 +40,7 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         for name, tensors in self.shards.items():
-            header, offsets = _header(tensors)
+            header, offsets = header_of(tensors)
             file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             self._files[name] = file
             _write_all(file, header, 0)
@@ -83,24 +84,6 @@ class ShardWriter:
             table = {key: name for name, tensors in self.shards.items() for key in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
             (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """Header bytes and data offsets: wide dtypes first, so that every tensor is aligned, then by name."""
-    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offsets, end = {}, 0
-    for name in sorted(tensors, key=lambda key: (-DTYPE_BYTES[tensors[key].dtype], key)):
-        spec = tensors[name]
-        offsets[name] = end
-        table[name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [end, end + spec.nbytes],
-        }
-        end += spec.nbytes
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, offsets
 
 
 def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:

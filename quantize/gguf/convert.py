@@ -9,12 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantize.errors import GgufError
+from quantize.formats.safetensors_header import write_hollow
+from quantize.formats.tensors import TensorSpec
 from quantize.gguf.toolchain import require_library, tree, tree_identity
 from quantize.source.cache import cache_folder, write_atomically
 from quantize.source.checkpoint import Checkpoint
@@ -116,13 +120,15 @@ class Conversion:
         authorship = path.with_name(f".{path.name}.{os.getpid()}.json")
         authorship.write_text(json.dumps(dict(self.authorship)), encoding="utf-8")
         worker = Path(__file__).with_name("worker_convert.py")
+        stack = ExitStack()
+        model = stack.enter_context(_outline(self.source)) if mode == "header" else self.source.folder
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(code), str(code / "gguf-py")]),
             "TRANSFORMERS_VERBOSITY": "error",
             "HF_HUB_OFFLINE": "1",
         }
-        command = [sys.executable, str(worker), str(self.source.folder), str(temporary), self.outtype, mode]
+        command = [sys.executable, str(worker), str(model), str(temporary), self.outtype, mode]
         try:
             done = subprocess.run(
                 [*command, self.name, str(authorship)], capture_output=True, text=True, env=environment
@@ -133,10 +139,30 @@ class Conversion:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
+            stack.close()
             temporary.unlink(missing_ok=True)
             authorship.unlink(missing_ok=True)
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
+
+
+@contextmanager
+def _outline(source: Source) -> Iterator[Path]:
+    """The source's folder; where only headers were fetched, one with the small files and hollow weights."""
+    if source.checkpoint.folder is not None or source.small_files is None:
+        yield source.folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        shards: dict[str, dict[str, TensorSpec]] = {}
+        for name, spec in source.checkpoint.tensors.items():
+            shards.setdefault(spec.file, {})[name] = spec
+        for file in source.small_files.iterdir():
+            if file.is_file() and file.name not in shards:
+                (folder / file.name).symlink_to(file.resolve())
+        for name, tensors in shards.items():
+            write_hollow(folder / name, tensors)
+        yield folder
 
 
 def outtype_of(checkpoint: Checkpoint, wish: str) -> str:

@@ -199,7 +199,7 @@ def plan_recipe(
         SourceError: the model. PlanError: recipe and model do not fit. CalibrationError: no such text.
     """
     recipe = loaded.recipe
-    source = resolve(recipe.model, weights=weights, notify=notify)
+    source = resolve(recipe.model, weights=weights, small_files=recipe.gguf is not None, notify=notify)
     table = find_linears(source.checkpoint)
     _check_length(loaded, source)
     repos = _repos(loaded, source)

@@ -137,7 +137,7 @@ def plan_levels(
     file, inputs = _imatrix(recipe, source, calibration, model)
     blank = LevelPlan(repo, section, conversion, model, folder, file, inputs, (), missing_library())
     header = None
-    if blank.lacking is None and source.checkpoint.folder is not None:
+    if blank.lacking is None:
         header = conversion.header(notify)
     outcomes = _outcomes(blank, header) if header else {}
     levels = tuple(

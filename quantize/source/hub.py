@@ -21,7 +21,7 @@ from quantize.source.checkpoint import (
 from quantize.source.resolved import Notify, Source, safe_name
 
 
-def open_hub(model: Model, *, weights: bool, notify: Notify) -> Source:
+def open_hub(model: Model, *, weights: bool, small_files: bool = False, notify: Notify) -> Source:
     """Resolve a hub id to a commit and read it: headers alone, or the files it needs.
 
     Raises:
@@ -34,6 +34,7 @@ def open_hub(model: Model, *, weights: bool, notify: Notify) -> Source:
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi()
+    beside = None
     try:
         info = api.model_info(model.source, revision=model.revision, files_metadata=True)
         commit = str(info.sha)
@@ -56,6 +57,9 @@ def open_hub(model: Model, *, weights: bool, notify: Notify) -> Source:
             _check_downloads(folder, {name: files[name].lfs for name in shards})
         else:
             checkpoint = _headers(model.source, api, commit)
+            small = [*carried, *index, "config.json", *(["README.md"] if "README.md" in files else [])]
+            if small_files:
+                beside = Path(snapshot_download(model.source, revision=commit, allow_patterns=small))
     except Exception as error:
         if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OSError) or _is_network(error):
             raise SourceError(_explain(model, error)) from None
@@ -68,6 +72,7 @@ def open_hub(model: Model, *, weights: bool, notify: Notify) -> Source:
         commit=commit,
         hub_id=model.source,
         remote_hashes=hashes,
+        small_files=beside,
     )
 
 

@@ -12,12 +12,13 @@ from quantize.source.checkpoint import read_checkpoint
 from quantize.source.resolved import Notify, Source, safe_name
 
 
-def resolve(model: Model, *, weights: bool, notify: Notify = lambda line: None) -> Source:
+def resolve(model: Model, *, weights: bool, small_files: bool = False, notify: Notify = lambda line: None) -> Source:
     """Find the model that a recipe names.
 
     Args:
         model: the recipe's ``model`` section.
         weights: False reads only config and tensor headers of a hub model, which is enough to plan.
+        small_files: without weights, fetch at least all other files of a hub model.
         notify: told in one line before anything slow begins.
 
     Raises:
@@ -34,7 +35,7 @@ def resolve(model: Model, *, weights: bool, notify: Notify = lambda line: None) 
         path = path.resolve()
         return Source(named, safe_name(path.name), read_checkpoint(path))
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named) and ".." not in named and not named.startswith("."):
-        return hub.open_hub(model, weights=weights, notify=notify)
+        return hub.open_hub(model, weights=weights, small_files=small_files, notify=notify)
     raise SourceError(
         f"{named}: no such directory; a source is a local directory, a .gguf file, a hub id org/name, or package:NAME"
     )

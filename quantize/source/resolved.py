@@ -28,6 +28,7 @@ class Source:
         origin: what a converted source was made of, for the manifest (GGUF file name and SHA-256).
         remote_hashes: hash by file name as the hub tells it (SHA-256 of LFS files, ``git:`` and the blob id of
             others), so that planning from headers and building from files see the same source.
+        small_files: a folder with all files but the weights, where only those were fetched.
     """
 
     named: str
@@ -37,6 +38,7 @@ class Source:
     hub_id: str | None = None
     origin: dict[str, str] | None = None
     remote_hashes: dict[str, str] | None = None
+    small_files: Path | None = None
 
     @property
     def folder(self) -> Path:
