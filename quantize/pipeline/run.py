@@ -24,7 +24,7 @@ from quantize.gguf.toolchain import require_library
 from quantize.planning import Plan, PlannedVariant, plan_recipe
 from quantize.planning.keys import key_of
 from quantize.recipe import LoadedRecipe
-from quantize.release.card import render_card, render_gguf_card
+from quantize.release.card import refresh_cards, render_card
 from quantize.release.config import as_json, loader_config, release_config
 from quantize.release.tree import copy_file, describe_files, locked, publish
 from quantize.source.cache import cache_folder, write_atomically
@@ -98,7 +98,7 @@ def build_recipe(
                 _build(plan, todo, diagonals, work, device, progress, notify, result)
             if plan.level_work:
                 _build_levels(plan, diagonals, work, progress, notify, result)
-            _refresh_cards(plan)
+            refresh_cards(plan)
         except OSError as error:
             if error.errno in NO_SPACE:
                 raise BuildError(
@@ -240,17 +240,3 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
     }
-
-
-def _refresh_cards(plan: Plan) -> None:
-    """Every finished branch shows the same table, so a new branch also changes the cards of the old ones."""
-    cards = {method: render_card(plan, method).encode() for method in plan.recipe.methods}
-    for item in plan.variants:
-        path, card = item.folder / "README.md", cards[item.method]
-        if item.folder.is_dir() and (not path.is_file() or path.read_bytes() != card):
-            write_atomically(path, card)
-    if plan.gguf and plan.gguf.folder.is_dir():
-        card = render_gguf_card(plan).encode()
-        path = plan.gguf.folder / "README.md"
-        if not path.is_file() or path.read_bytes() != card:
-            write_atomically(path, card)

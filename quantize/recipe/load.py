@@ -125,6 +125,11 @@ def _resolve_paths(located: Located) -> None:
     if isinstance(model, dict) and isinstance(model.get("source"), str) and ":" not in model["source"]:
         model["source"] = resolve(("model", "source"), model["source"])
     calibration = data.get("calibration")
+    release = data.get("release")
+    if isinstance(release, dict):
+        for key in ("templates", "card_header", "card_footer"):
+            if isinstance(release.get(key), str):
+                release[key] = resolve(("release", key), release[key])
     levels = data.get("gguf")
     if isinstance(levels, dict) and isinstance(levels.get("imatrix"), str):
         levels["imatrix"] = resolve(("gguf", "imatrix"), levels["imatrix"])

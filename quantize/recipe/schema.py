@@ -35,6 +35,11 @@ class Release(Strict):
     quantized_by: str | None = None
     repo: str = "{owner}/{model}-{METHOD}"
     max_shard_size: Size = 5_000_000_000
+    templates: str | None = None
+    """Folder whose ``gptq.md.j2``, ``_head.md.j2`` and so on take the place of the shipped ones."""
+    card_header: str | None = None
+    """Markdown file of the publisher's own that opens each card; ``card_footer`` stands before the original card."""
+    card_footer: str | None = None
 
     @field_validator("owner")
     @classmethod

@@ -1,20 +1,23 @@
-"""The model card, rendered from a template. What comes from outside is data to it, never template code."""
+"""Model cards, rendered from templates. What comes from outside is data to them, never template code."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from quantize import __version__
 from quantize.calibration.corpus import title, url
+from quantize.errors import RecipeError
 from quantize.formats.manifest import read_manifest
 from quantize.formats.tensors import DTYPE_BYTES
 from quantize.planning import Plan, PlannedVariant
 from quantize.recipe.levels import LEVELS
 from quantize.recipe.methods import AwqVariant, GptqVariant, Method
+from quantize.release.prompt import prompt_as_python, prompt_template
+from quantize.release.source_card import HUB, absolute_links, source_card, text_of, texts_of
+from quantize.source.cache import write_atomically
 
-HUB = "https://huggingface.co"
+LICENCE_FILES = ("license", "licence", "notice", "use_policy", "copying")
 
 
 def render_card(plan: Plan, method: Method) -> str:
@@ -27,89 +30,137 @@ def render_gguf_card(plan: Plan) -> str:
     assert plan.gguf
     manifest = (read_manifest(plan.gguf.folder) or {}).get("levels") or {}
     elements = sum(spec.nbytes // DTYPE_BYTES[spec.dtype] for spec in plan.source.checkpoint.tensors.values())
-    rows = []
+    rows, split = [], False
     for item in plan.gguf.levels:
-        built = sum(file["bytes"] for file in manifest.get(item.level, {}).get("files", {}).values())
-        nbytes = built or item.nbytes
+        files = manifest.get(item.level, {}).get("files") or {item.file: {"bytes": item.nbytes}}
+        nbytes = sum(file["bytes"] for file in files.values())
+        first = min(files)
+        split = split or len(files) > 1
         rows.append({
-            "file": item.file,
-            "link": f"{HUB}/{item.repo}/blob/main/{item.file}",
+            "file": first,
+            "link": f"{HUB}/{item.repo}/blob/main/{first}",
             "level": item.level,
             "bits": f"{8 * nbytes / elements:.2f}",
             "size": f"{nbytes / 1e9:.2f} GB",
             "use": LEVELS[item.level].use,
         })  # fmt: skip
-    return _render(plan, "gguf", "gguf", rows, imatrix=plan.gguf.imatrix_file)
+    return _render(plan, "gguf", "gguf", rows, imatrix=plan.gguf.imatrix_file, split=split)
+
+
+def render(plan: Plan, method: str) -> str:
+    """The card of a method's repo.
+
+    Raises:
+        RecipeError: the recipe has no such method, or a partial or template of its own cannot be used.
+    """
+    if method not in plan.repos:
+        raise RecipeError(f"the recipe has no `{method}:` section, and so no card for it")
+    if method == "gguf":
+        return render_gguf_card(plan)
+    return render_card(plan, "gptq" if method == "gptq" else "awq")
+
+
+def refresh_cards(plan: Plan) -> list[Path]:
+    """Render every finished branch's card again; a new branch also changes the tables of the old ones.
+
+    Returns:
+        The cards that changed.
+    """
+    cards = {method: render(plan, method).encode() for method in plan.repos}
+    folders = {item.folder: item.method for item in plan.everything}
+    changed = []
+    for folder, method in folders.items():
+        path = folder / "README.md"
+        if folder.is_dir() and (not path.is_file() or path.read_bytes() != cards[method]):
+            write_atomically(path, cards[method])
+            changed.append(path)
+    return changed
 
 
 def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], **more: Any) -> str:
     from huggingface_hub import ModelCardData
-    from jinja2 import PackageLoader, StrictUndefined
+    from jinja2 import TemplateError
+
+    recipe, source = plan.recipe, plan.source
+    folder = source.checkpoint.folder or source.small_files
+    front, original = source_card(folder)
+    if source.hub_id:
+        original = absolute_links(original, source.hub_id, source.commit or "main")
+    name = recipe.model.name or source.short_name
+    licence = recipe.model.license or text_of(front, "license")
+    template = recipe.model.prompt_template or prompt_template(folder)
+    metadata = ModelCardData(
+        base_model=source.hub_id,
+        base_model_relation="quantized" if source.hub_id else None,
+        datasets=texts_of(front, "datasets") or None,
+        inference=False,
+        language=texts_of(front, "language") or None,
+        library_name=library,
+        license=licence,
+        license_link=text_of(front, "license_link"),
+        license_name=text_of(front, "license_name"),
+        model_creator=recipe.model.creator,
+        model_name=name,
+        model_type=source.checkpoint.model_type,
+        pipeline_tag=text_of(front, "pipeline_tag") or "text-generation",
+        prompt_template=template,
+        quantized_by=recipe.release.quantized_by or recipe.release.owner,
+        tags=sorted({*texts_of(front, "tags"), method}),
+    )
+    try:
+        return (
+            _environment(recipe.release.templates)
+            .get_template(f"{method}.md.j2")
+            .render(
+                metadata=metadata.to_yaml(line_break="\n").strip(),
+                name=name,
+                creator=recipe.model.creator,
+                creator_url=f"{HUB}/{source.hub_id.split('/')[0]}" if source.hub_id and "/" in source.hub_id else None,
+                hub=HUB,
+                repo=plan.repos[method],
+                folder=plan.repos[method].rsplit("/", 1)[-1],
+                siblings={other.upper(): repo for other, repo in plan.repos.items() if other != method},
+                hub_id=source.hub_id,
+                license=licence,
+                license_link=text_of(front, "license_link"),
+                licence_files=[name for name in source.hashes if name.lower().startswith(LICENCE_FILES)],
+                prompt_template=template,
+                prompt_python=prompt_as_python(template),
+                rows=rows,
+                samples=recipe.calibration.samples,
+                version=__version__,
+                header=_partial(recipe.release.card_header),
+                footer=_partial(recipe.release.card_footer),
+                original=original,
+                **more,
+            )
+        )
+    except TemplateError as error:
+        raise RecipeError(f"release.templates: {method}.md.j2 cannot be rendered: {error}") from None
+
+
+def _environment(own: str | None) -> Any:
+    from jinja2 import ChoiceLoader, FileSystemLoader, PackageLoader, StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 
-    environment = SandboxedEnvironment(
-        loader=PackageLoader("quantize.release"),
+    shipped = PackageLoader("quantize.release")
+    return SandboxedEnvironment(
+        loader=ChoiceLoader([FileSystemLoader(own), shipped]) if own else shipped,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    recipe, source = plan.recipe, plan.source
-    front, original = source_card(source.checkpoint.folder)
-    name = recipe.model.name or source.short_name
-    given = front.get("tags")
-    tags = given if isinstance(given, list) else []
-    metadata = ModelCardData(
-        base_model=source.hub_id,
-        base_model_relation="quantized" if source.hub_id else None,
-        inference=False,
-        language=front.get("language"),
-        library_name=library,
-        license=recipe.model.license or front.get("license"),
-        license_link=front.get("license_link"),
-        license_name=front.get("license_name"),
-        model_creator=recipe.model.creator,
-        model_name=name,
-        model_type=source.checkpoint.model_type,
-        pipeline_tag="text-generation",
-        prompt_template=recipe.model.prompt_template,
-        quantized_by=recipe.release.quantized_by or recipe.release.owner,
-        tags=sorted({*(str(tag) for tag in tags), method}),
-    )
-    return environment.get_template(f"{method}.md.j2").render(
-        metadata=metadata.to_yaml(line_break="\n").strip(),
-        name=name,
-        creator=recipe.model.creator,
-        hub=HUB,
-        repo=plan.repos[method],
-        siblings={other.upper(): repo for other, repo in plan.repos.items() if other != method},
-        hub_id=source.hub_id,
-        license=recipe.model.license or front.get("license"),
-        prompt_template=recipe.model.prompt_template,
-        rows=rows,
-        samples=recipe.calibration.samples,
-        version=__version__,
-        original=original,
-        **more,
-    )
 
 
-def source_card(folder: Path | None) -> tuple[dict[str, Any], str]:
-    """Front matter and text of the source's README; a card that is missing or broken gives empty ones."""
-    import yaml
-
+def _partial(file: str | None) -> str | None:
+    """A publisher's own Markdown, taken as it is."""
+    if file is None:
+        return None
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace") if folder else ""
-    except OSError:
-        return {}, ""
-    match = re.match(r"\A﻿?---\s*\n(.*?)\n---\s*(?:\n|\Z)", text, re.DOTALL)
-    if not match:
-        return {}, text.strip()
-    try:
-        front = yaml.safe_load(match[1])
-    except yaml.YAMLError:
-        front = None
-    return front if isinstance(front, dict) else {}, text[match.end() :].strip()
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read for the card: {error}") from None
 
 
 def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""What the source's own card says: front matter, text, links that still lead somewhere.
+
+All of it is untrusted, and none of it breaks a release.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+HUB = "https://huggingface.co"
+MOST_TEXT = 200_000  # characters of an original card that are appended
+IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4")
+
+_FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_MARKDOWN = re.compile(r"(\]\(\s*<?)([^)\s>]+)")
+_HTML = re.compile(r"""(\b(?:src|href)\s*=\s*["'])([^"']+)""", re.IGNORECASE)
+
+
+def source_card(folder: Path | None) -> tuple[dict[str, Any], str]:
+    """Front matter and text of the README in ``folder``; what is missing or broken comes out empty."""
+    import yaml
+
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace") if folder else ""
+    except OSError:
+        return {}, ""
+    match = _FRONT.match(text)
+    if not match:
+        return {}, _shortened(text)
+    try:
+        front = yaml.safe_load(match[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        front = None
+    return front if isinstance(front, dict) else {}, _shortened(text[match.end() :])
+
+
+def text_of(front: Mapping[str, Any], key: str) -> str | None:
+    """A plain, one-line string of the front matter, or None."""
+    value = front.get(key)
+    return " ".join(value.split())[:500] or None if isinstance(value, str) else None
+
+
+def texts_of(front: Mapping[str, Any], key: str) -> list[str]:
+    """A list of plain strings of the front matter; a single one counts as a list of one."""
+    value = front.get(key)
+    items = value if isinstance(value, list) else [value]
+    return [" ".join(item.split())[:200] for item in items if isinstance(item, str) and item.strip()]
+
+
+def absolute_links(text: str, hub_id: str, revision: str) -> str:
+    """Relative links and images of a card, as links to the repo that it came from."""
+
+    def fixed(match: re.Match[str]) -> str:
+        target = match[2]
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*:|//|#|/", target):
+            return match[0]
+        kind = "resolve" if target.split("?")[0].lower().endswith(IMAGES) else "blob"
+        return f"{match[1]}{HUB}/{hub_id}/{kind}/{revision}/{target.removeprefix('./')}"
+
+    return _HTML.sub(fixed, _MARKDOWN.sub(fixed, text))
+
+
+def _shortened(text: str) -> str:
+    text = text.strip()
+    return text if len(text) <= MOST_TEXT else text[:MOST_TEXT].rsplit("\n", 1)[0] + "\n\n(shortened)"
