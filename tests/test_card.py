@@ -244,7 +244,7 @@ def test_a_card_of_a_method_that_the_recipe_lacks(tiny_recipe: Path, invoke: Com
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        ("{% for m in messages %}<{{ m.role }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}!{% endif %}",
+        ("{% for m in messages %}<{{ m.role }}>{{ m['content'] }}{% endfor %}{{ '!' if add_generation_prompt }}",
          "<user>{prompt}!"),
         ("{{ bos_token }}[INST] {{ messages[0].content }} [/INST]", "<s>[INST] {prompt} [/INST]"),
         ("{{ raise_exception('no') }}", None),
