@@ -42,3 +42,7 @@ class BuildError(QuantizeError):
 
 class GgufError(QuantizeError):
     """llama.cpp is missing, or its converter or quantizer refuses."""
+
+
+class PushError(QuantizeError):
+    """The hub refuses, or holds something else than was expected."""

@@ -13,6 +13,7 @@ from quantize.cli.card import card
 from quantize.cli.explain import explain
 from quantize.cli.measure import measure
 from quantize.cli.plan import plan
+from quantize.cli.push import diff, push
 from quantize.cli.recipes import recipes
 from quantize.cli.status import status
 from quantize.cli.validate import validate
@@ -35,7 +36,7 @@ def quantize() -> None:
     """
 
 
-for command in (recipes, validate, plan, build, card, explain, status, measure):
+for command in (recipes, validate, plan, build, card, push, diff, explain, status, measure):
     quantize.add_command(command)
 
 

@@ -1,0 +1,110 @@
+"""``quantize push`` and ``quantize diff``: dist and the hub."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from quantize.cli.options import (
+    dist_option,
+    gigabytes,
+    json_option,
+    only_option,
+    print_json,
+    recipe_options,
+    say,
+    table,
+)
+
+if TYPE_CHECKING:
+    from quantize.release.push import BranchChange
+
+DIFFERS = 2
+endpoint_option = click.option(
+    "--endpoint", help="Address of another hub; default is HF_ENDPOINT, else the hub itself."
+)
+
+
+@click.command()
+@recipe_options
+@dist_option
+@only_option
+@endpoint_option
+@click.option("--dry-run", is_flag=True, help="Show what would be uploaded and deleted; change nothing.")
+@click.option("--check", is_flag=True, help="As --dry-run, and exit with code 2 if anything differs.")
+@click.option("--create/--no-create", default=True, show_default=True, help="Create repos that do not exist.")
+@click.option("--private", is_flag=True, default=None, help="Create repos as private ones.")
+@json_option
+def push(
+    recipe: str,
+    overrides: tuple[str, ...],
+    dist: str,
+    only: tuple[str, ...],
+    endpoint: str | None,
+    dry_run: bool,
+    check: bool,
+    create: bool,
+    private: bool | None,
+    as_json: bool,
+) -> None:
+    """Push the finished branches of RECIPE to their hub repos: one commit a branch, `main` last.
+
+    Uploads only what differs. The token comes from HF_TOKEN or `hf auth login`.
+    """
+    from quantize.planning import plan_recipe
+    from quantize.recipe import load_recipe
+    from quantize.release.push import Pusher
+
+    plan = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
+    pusher = Pusher(plan, endpoint, notify=say)
+    if dry_run or check:
+        _show(pusher.changes(), as_json)
+        if check and any(change.is_needed for change in pusher.changes()):
+            sys.exit(DIFFERS)
+        return
+    made = pusher.push(create=create, private=private)
+    if as_json:
+        print_json([change.as_data() for change in made])
+        return
+    for change in made:
+        click.echo(f"pushed  {change.repo} {change.branch}  {gigabytes(sum(change.uploads.values()))}")
+    if not made:
+        click.echo("nothing to push")
+
+
+@click.command()
+@recipe_options
+@dist_option
+@only_option
+@endpoint_option
+@json_option
+def diff(
+    recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], endpoint: str | None, as_json: bool
+) -> None:
+    """Show how the hub's branches of RECIPE differ from the finished ones in dist."""
+    from quantize.planning import plan_recipe
+    from quantize.recipe import load_recipe
+    from quantize.release.push import Pusher
+
+    plan = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
+    _show(Pusher(plan, endpoint).changes(), as_json)
+
+
+def _show(changes: Sequence[BranchChange], as_json: bool) -> None:
+    if as_json:
+        print_json([change.as_data() for change in changes])
+        return
+    rows = [["repo", "branch", "uploads", "bytes", "deletes", "unchanged"]]
+    for change in changes:
+        size = gigabytes(sum(change.uploads.values()))
+        branch = change.branch if change.head else f"{change.branch} (new)"
+        rows.append([
+            change.repo, branch, str(len(change.uploads)), size, str(len(change.deletes)), str(change.same),
+        ])  # fmt: skip
+    click.echo(table(rows, right=frozenset({2, 3, 4, 5})))
+    for change in changes:
+        for name in change.deletes:
+            click.echo(f"delete  {change.repo} {change.branch} {name}")
