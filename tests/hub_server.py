@@ -147,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if name in self.server.repos:
-            return self.refuse(409, "You already created this model repo")
+            return self.answer({"error": "You already created this repo", "url": f"{self.server.url}/{name}"}, 409)
         self.server.repos[name] = Repo()
         self.server.repos[name].commit("main", {".gitattributes": GITATTRIBUTES})
         self.answer({"url": f"{self.server.url}/{name}", "name": name})

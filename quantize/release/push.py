@@ -7,6 +7,7 @@ The hub's state is read, compared by hash (SHA-256 of LFS files, git blob ids of
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,7 +94,10 @@ class Pusher:
         pause: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
         from huggingface_hub import HfApi
+        from huggingface_hub.utils import disable_progress_bars
 
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         self.plan, self.notify, self.pause = plan, notify, pause
         self.api = HfApi(endpoint=endpoint)
 
@@ -192,8 +196,6 @@ class Pusher:
 
     def _apply(self, change: BranchChange) -> None:
         """One commit, tried again where that is safe: the answer to a commit that was made can be lost."""
-        from huggingface_hub.errors import HfHubHTTPError
-
         if change.head is None:
             self._create_branch(change)
         wait = FIRST_WAIT
@@ -201,10 +203,13 @@ class Pusher:
             try:
                 self._commit(change)
                 return
-            except Exception as error:
-                if not (isinstance(error, HfHubHTTPError | OSError) or _is_network(error)):
+            except Exception as raised:
+                error = _cause(raised)
+                if error is None:
                     raise
-                if attempt == ATTEMPTS or not _is_passing(error):
+                # an upload's address expires; the next attempt asks for a new one
+                passing = _is_passing(error) or (error is not raised and _status(error) == 403)
+                if attempt == ATTEMPTS or not passing:
                     raise self._said(change, error) from None
                 now = self._compare(BranchChange(change.repo, change.branch, change.folder))
                 if not now.is_needed:
@@ -241,12 +246,10 @@ class Pusher:
 
     @contextmanager
     def _explained(self, repo: str) -> Iterator[None]:
-        from huggingface_hub.errors import HfHubHTTPError
-
         try:
             yield
-        except Exception as error:
-            if isinstance(error, HfHubHTTPError | OSError) or _is_network(error):
+        except Exception as raised:
+            if (error := _cause(raised)) is not None:
                 raise PushError(f"{repo}: {_reason(error)}") from None
             raise
 
@@ -264,6 +267,17 @@ def _is_same(file: LocalFile, remote: Any) -> bool:
 
 def _status(error: Exception) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _cause(error: BaseException | None) -> Exception | None:
+    """The hub's answer or the network's failure behind an error, which the client may have wrapped; None if neither."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error is not None:
+        if isinstance(error, Exception) and (isinstance(error, HfHubHTTPError | OSError) or _is_network(error)):
+            return error
+        error = error.__cause__
+    return None
 
 
 def _is_network(error: Exception) -> bool:
