@@ -18,7 +18,7 @@ import numpy as np
 import quantize
 from benchmarks.document import machine, replace_section, table
 from quantize.gguf.imatrix import read_importance
-from quantize.gguf.toolchain import VERSION, _download
+from quantize.gguf.toolchain import VERSION, download_sdist
 from quantize.recipe.levels import LEVELS
 from quantize.source.cache import cache_folder
 
@@ -32,7 +32,7 @@ def tools() -> Path:
     done = folder / "build" / "bin"
     if not all((done / name).is_file() for name in TOOLS):
         folder.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(_download(folder)) as tar:
+        with tarfile.open(download_sdist(folder)) as tar:
             members = []
             for member in tar:
                 _, found, inside = member.name.partition("/vendor/llama.cpp/")
@@ -81,7 +81,7 @@ def compare(folder: Path) -> None:
     for item in plan.gguf.levels:
         target = folder / "theirs.gguf"
         command = [str(bin_folder / "llama-quantize")]
-        if item.key_inputs["imatrix"] is not None:
+        if item.wants_imatrix:
             command += ["--imatrix", str(plan.gguf.imatrix_file)]
         if LEVELS[item.level].wide:
             command += ["--output-tensor-type", "q8_0", "--token-embedding-type", "q8_0"]

@@ -261,6 +261,14 @@ def test_a_second_build_does_nothing_and_a_new_level_needs_no_pass(built: Built,
     assert third.file("Q4_K_M").read_bytes() == built.file("Q4_K_M").read_bytes()
 
 
+def test_full_width_alone_needs_no_pass(recipe: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    loaded = quantize.load_recipe(recipe)
+    result = quantize.build(loaded, tmp_path / "dist", ["F16"], device="cpu", progress=False, notify=lines.append)
+    assert result.built == ["gguf/F16"]
+    assert not any("calibrating" in line for line in lines)
+
+
 def test_an_importance_matrix_from_a_file_is_taken(built: Built, small: Path, tmp_path: Path) -> None:
     given = tmp_path / "given.gguf"
     own = read_importance(built.folder / "small-imatrix.gguf")

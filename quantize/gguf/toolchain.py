@@ -80,7 +80,7 @@ def tree_identity() -> str:
 def _provision(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        archive = _download(Path(scratch))
+        archive = download_sdist(Path(scratch))
         unpacked = Path(scratch) / "tree"
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -101,7 +101,7 @@ def _provision(folder: Path) -> None:
         os.rename(unpacked, folder)
 
 
-def _download(folder: Path) -> Path:
+def download_sdist(folder: Path) -> Path:
     """The source distribution, of the pinned hash: given by QUANTIZE_LLAMA_SDIST, or from the package index."""
     given = os.environ.get("QUANTIZE_LLAMA_SDIST")
     if given:

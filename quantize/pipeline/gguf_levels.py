@@ -65,7 +65,8 @@ def build_levels(
         checked = check_conversion(plan.source, plan.table.prefix, path, levels.section.logits_tolerance, notify)
     _check_disk(levels, todo)
     notebook = _Notebook(plan, levels, checked)
-    importance = _importance(levels, header, diagonals, notebook)
+    wanting = any(item.wants_imatrix for item in todo)
+    importance = _importance(levels, header, diagonals, notebook) if wanting else None
     vectors = None
     if importance is not None:
         vectors = work / "imatrix.npz"
@@ -211,7 +212,7 @@ def _run_one(
     children: dict[str, Popen[str]],
     bar: Any,
 ) -> None:
-    with_imatrix = importance is not None and item.key_inputs["imatrix"] is not None
+    with_imatrix = importance is not None and item.wants_imatrix
     temporary = work / f"{item.file}.part"
     wish = request(
         item.level,

@@ -99,7 +99,8 @@ class Plan:
     @property
     def gathers_imatrix(self) -> bool:
         """Whether the pass has to gather an importance matrix for the levels that are left."""
-        return self.gguf is not None and bool(self.level_work) and self.gguf.needs_pass
+        wanting = any(item.wants_imatrix for item in self.level_work)
+        return self.gguf is not None and wanting and self.gguf.needs_pass
 
     def of(self, method: Method) -> list[PlannedVariant]:
         """The branches of one method's repo."""

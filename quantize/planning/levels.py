@@ -64,6 +64,11 @@ class PlannedLevel:
         return f"gguf/{self.level}"
 
     @property
+    def wants_imatrix(self) -> bool:
+        """Whether it is made with an importance matrix."""
+        return self.key_inputs["imatrix"] is not None
+
+    @property
     def nbytes(self) -> int:
         return self.outcome.nbytes if self.outcome else 0
 
