@@ -13,7 +13,7 @@ SHELL  := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo plan build test test-fast lint bench clean
+.PHONY: help setup setup-test demo plan build card push release test test-fast lint bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,14 @@ plan: setup ## show what building RECIPE=... would do
 
 build: setup ## build RECIPE=... into DIST=...
 	$(BIN)/quantize build $(RECIPE) --dist $(DIST)
+
+card: setup ## render the cards of RECIPE=... in DIST=... again
+	$(BIN)/quantize card $(RECIPE) --dist $(DIST)
+
+push: setup ## push RECIPE=... from DIST=... to the hub (HF_TOKEN or a login)
+	$(BIN)/quantize push $(RECIPE) --dist $(DIST)
+
+release: build push ## build and push RECIPE=...
 
 test: setup-test ## set up and run all tests
 	$(BIN)/python -m pytest -q

@@ -355,6 +355,12 @@ def test_a_tokenizer_that_llama_cpp_does_not_know(tmp_path: Path, invoke: Comman
     refused(invoke, path, tmp_path / "dist", "its tokenizer is not one that llama.cpp recognises")
 
 
+def test_a_model_that_cannot_be_a_gguf_is_still_built_as_gptq(tmp_path: Path, invoke: Command) -> None:
+    path = write(tmp_path / "r.yaml", write_model(tmp_path / "m"), "gptq: {variants: [{}]}\ngguf: {levels: [Q8_0]}")
+    assert "llama.cpp recognises" in invoke("plan", path, "--dist", tmp_path / "dist").stdout
+    assert invoke("build", path, "--dist", tmp_path / "dist", "--only", "gptq/*", "--device", "cpu").returncode == 0
+
+
 def test_an_architecture_that_the_converter_does_not_know(small: Path, tmp_path: Path, invoke: Command) -> None:
     folder = Path(shutil.copytree(small, tmp_path / "odd"))
     config = json.loads((folder / "config.json").read_text())

@@ -20,7 +20,6 @@ from typing import Any
 from quantize import __version__
 from quantize.errors import BuildError
 from quantize.formats.manifest import MANIFEST_NAME, LedgerEntry, manifest, oddities
-from quantize.gguf.toolchain import require_library
 from quantize.planning import Plan, PlannedVariant, plan_recipe
 from quantize.planning.keys import key_of
 from quantize.recipe import LoadedRecipe
@@ -90,8 +89,8 @@ def build_recipe(
         todo = plan.work
         result.fresh = [item.label for item in plan.everything if item.state == "fresh" and item.label in plan.selected]
         try:
-            if plan.level_work:
-                require_library()
+            if plan.gguf and plan.level_work:
+                plan.gguf.require()
             diagonals: dict[str, tuple[Any, int]] | None = {} if plan.gathers_imatrix else None
             if todo or diagonals is not None:
                 _check_disk(plan, todo)

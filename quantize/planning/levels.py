@@ -6,6 +6,7 @@ converter writes. Answers are kept in the cache beside that header.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -80,7 +81,7 @@ class LevelPlan:
     Attributes:
         conversion: the full-width file they are made from.
         imatrix_file: name of the importance matrix in the repo, or None; ``imatrix_key`` what it depends on.
-        lacking: why llama.cpp cannot be asked, or None.
+        lacking: why llama.cpp cannot be asked or cannot make them, or None.
     """
 
     repo: str
@@ -92,6 +93,11 @@ class LevelPlan:
     imatrix_inputs: Mapping[str, Any]
     levels: tuple[PlannedLevel, ...]
     lacking: str | None
+
+    def require(self) -> None:
+        """Raises :class:`GgufError` with the reason where the levels cannot be made."""
+        if self.lacking is not None:
+            raise GgufError(self.lacking)
 
     @property
     def needs_pass(self) -> bool:
@@ -129,7 +135,7 @@ def plan_levels(
         calibration: the calibration's identity, as in the keys of branches.
 
     Raises:
-        GgufError: llama.cpp is there but cannot convert this model, or refuses a level.
+        GgufError: the importance matrix that the recipe names is none.
     """
     section = recipe.gguf
     assert section is not None
@@ -140,15 +146,18 @@ def plan_levels(
     )
     folder = dist / repo.rsplit("/", 1)[-1] / BRANCH
     file, inputs = _imatrix(recipe, source, calibration, model)
-    blank = LevelPlan(repo, section, conversion, model, folder, file, inputs, (), missing_library())
-    header = None
-    if blank.lacking is None:
-        header = conversion.header(notify)
-    outcomes = _outcomes(blank, header) if header else {}
+    lacking = missing_library()
+    blank = LevelPlan(repo, section, conversion, model, folder, file, inputs, (), lacking)
+    outcomes: dict[str, Outcome] = {}
+    if lacking is None:
+        try:
+            outcomes = _outcomes(blank, conversion.header(notify))
+        except GgufError as error:  # the other methods of the recipe can be built all the same
+            blank = dataclasses.replace(blank, lacking=str(error))
     levels = tuple(
         _planned(blank, level, outcomes.get(level), bool(inputs) and _uses_imatrix(level)) for level in section.levels
     )
-    return LevelPlan(repo, section, conversion, model, folder, file, inputs, levels, blank.lacking)
+    return dataclasses.replace(blank, levels=levels)
 
 
 def imatrix_entries(header: Header, linears: Sequence[str]) -> dict[str, str]:

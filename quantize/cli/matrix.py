@@ -1,0 +1,28 @@
+"""``quantize matrix``: the work of a recipe as jobs of a CI matrix."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from quantize.cli.options import dist_option, only_option, recipe_options, say
+
+
+@click.command()
+@recipe_options
+@dist_option
+@only_option
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Most jobs that calibrate.")
+def matrix(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], jobs: int) -> None:
+    """Print what is left to build of RECIPE as a CI matrix, one line of JSON.
+
+    Each job runs `quantize build RECIPE` with its own `--only` patterns. One job calibrates once for everything; more
+    jobs calibrate once each.
+    """
+    from quantize.planning import plan_recipe
+    from quantize.planning.matrix import job_matrix
+    from quantize.recipe import load_recipe
+
+    plan = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
+    click.echo(json.dumps(job_matrix(plan, jobs)))

@@ -1,0 +1,25 @@
+"""A plan's work in jobs for a CI matrix: what shares a calibration stays together unless more jobs are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantize.planning import Plan
+
+
+def job_matrix(plan: Plan, jobs: int = 1) -> dict[str, Any]:
+    """``{"include": [{"name": ..., "only": "gptq/main awq/main ..."}, ...]}`` of everything that is not fresh.
+
+    The work is spread over at most ``jobs`` jobs by its size, each of which calibrates once. GGUF levels stay in one
+    job: they share a conversion, an importance matrix, and the manifest of their repo.
+    """
+    units = [([item.label], item.nbytes) for item in plan.work]
+    if plan.level_work:
+        units.append(([item.label for item in plan.level_work], sum(item.nbytes for item in plan.level_work)))
+    groups: list[tuple[list[str], int]] = [([], 0) for _ in range(min(jobs, len(units)))]
+    for labels, nbytes in sorted(units, key=lambda unit: -unit[1]):
+        place = min(range(len(groups)), key=lambda index: groups[index][1])
+        names, total = groups[place]
+        groups[place] = [*names, *labels], total + nbytes
+    jobs_of = [{"name": f"job-{number}", "only": " ".join(names)} for number, (names, _) in enumerate(groups, 1)]
+    return {"include": jobs_of}
