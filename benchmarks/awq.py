@@ -41,42 +41,49 @@ class Nearest:
         return round_to_nearest(weight, torch.eye(weight.shape[1]), wish).dequantize()
 
 
-def compare(task: Task, eight: list[Variant], evaluation: str, folder: Path) -> None:
-    """Run everything and write the section."""
+def compare(name: str, title: str, task: Task, eight: list[Variant], evaluation: str, peer: bool, folder: Path) -> None:
+    """Run everything and write a section.
+
+    Args:
+        peer: run gptqmodel too; on a CPU its AWQ takes more than a quarter of an hour for the demo's model.
+    """
     source, ids = prepare(task, folder, eight)
-    theirs = run(
-        "-m", "benchmarks.peer_gptqmodel_awq", source, str(folder / "peer"), str(ids), str(GROUP_SIZE), cwd=folder
-    )
+    theirs = None
+    if peer:
+        arguments = [source, str(folder / "peer"), str(ids), str(GROUP_SIZE)]
+        theirs = run("-m", "benchmarks.peer_gptqmodel_awq", *arguments, cwd=folder)
+        print(f"{name}: gptqmodel {theirs.seconds:.0f} s", flush=True)
     one = [{"group_size": GROUP_SIZE, "branch": "awq"}]
-    without = task.build(folder / "without", eight)
-    with_awq = task.build(folder / "with", eight, awq=one)
-    alone = task.build(folder / "alone", [], awq=one)
-    every = task.build(
-        folder / "every",
-        [],
-        awq=[{"group_size": GROUP_SIZE, "branch": f"b{n}", **s} for n, s in enumerate(OURS.values())],
-    )
-    readers: dict[str, Weights] = {name: BranchReader(every.awq / f"b{n}") for n, name in enumerate(OURS)}
-    readers["gptqmodel"] = BranchReader(folder / "peer")
+    builds = {
+        "eight GPTQ branches": task.build(folder / "without", eight),
+        "and one AWQ branch": task.build(folder / "with", eight, awq=one),
+        "one AWQ branch alone": task.build(folder / "alone", [], awq=one),
+    }
+    asked = [{"group_size": GROUP_SIZE, "branch": f"b{n}", **setting} for n, setting in enumerate(OURS.values())]
+    every = task.build(folder / "every", [], awq=asked)
+    readers: dict[str, Weights] = {label: BranchReader(every.awq / f"b{n}") for n, label in enumerate(OURS)}
     readers["nearest, unscaled"] = Nearest(Path(source))
+    if theirs:
+        readers["gptqmodel"] = BranchReader(folder / "peer")
     rows = measure(folder / "prepare.json", readers, evaluation, task.length)
-    seconds = {"ours": f"{alone.process.seconds:.0f}", "gptqmodel": f"{theirs.seconds:.0f}"}
-    body = [[name, figures(rows[name]), seconds.get(name, "")] for name in readers]
+    without, with_awq, alone = builds.values()
+    seconds = {"ours": f"{alone.process.seconds:.0f}", "gptqmodel": f"{theirs.seconds:.0f}" if theirs else ""}
+    body = [[label, figures(rows[label]), seconds.get(label, "")] for label in readers]
     added = with_awq.process.seconds / without.process.seconds - 1
-    builds = [("eight GPTQ branches", without), ("and one AWQ branch", with_awq), ("one AWQ branch alone", alone)]
+    by_whom = ", gptqmodel in bfloat16 with its torch backend (it has no other here)" if theirs else ""
     replace_section(
-        "awq",
-        f"""## AWQ on SmolLM2-135M-Instruct
+        name,
+        f"""## {title}
 
 4 bits, group_size {GROUP_SIZE}, zero points; {task.samples} x {task.length} calibration tokens of
-{Path(task.calibration).name}, {WINDOWS * task.length} other tokens of {Path(evaluation).name}; {machine("gptqmodel")},
-gptqmodel in bfloat16 with its torch backend (it has no other here). Seconds are of whole processes, one run each, all
-in one call. Perplexity (KL divergence); the source model's perplexity is {next(iter(rows.values())).perplexity:.2f}:
+{Path(task.calibration).name}, {WINDOWS * task.length} other tokens of {Path(evaluation).name};
+{machine("gptqmodel")}{by_whom}. Seconds are of whole processes, one run each, all in one call. Perplexity
+(KL divergence); the source model's perplexity is {next(iter(rows.values())).perplexity:.2f}:
 
 {table(["run", "quality", "seconds"], body)}
 
 Adding the AWQ branch to the recipe of eight GPTQ branches takes {added:.0%} more time:
 
-{stages_table(builds, "build")}
+{stages_table(list(builds.items()), "build")}
 """,
     )
