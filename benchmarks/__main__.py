@@ -26,7 +26,7 @@ FILE = click.Path(exists=True, dir_okay=False)
 @click.argument(
     "names",
     nargs=-1,
-    type=click.Choice(["eight", "low", "sequential", "variants", "blocks", "limit", "archived", "awq"]),
+    type=click.Choice(NAMES),
 )
 @click.option("--calibration", type=FILE, help="Calibration text (eight, low, variants, archived).")
 @click.option("--evaluation", type=FILE, help="Held-out text (eight, low, sequential).")
