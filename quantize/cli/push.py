@@ -61,8 +61,9 @@ def push(
     plan = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
     pusher = Pusher(plan, endpoint, notify=say)
     if dry_run or check:
-        _show(pusher.changes(), as_json)
-        if check and any(change.is_needed for change in pusher.changes()):
+        changes = pusher.changes()
+        _show(changes, as_json)
+        if check and any(change.is_needed for change in changes):
             sys.exit(DIFFERS)
         return
     made = pusher.push(create=create, private=private)
@@ -70,7 +71,7 @@ def push(
         print_json([change.as_data() for change in made])
         return
     for change in made:
-        click.echo(f"pushed  {change.repo} {change.branch}  {gigabytes(sum(change.uploads.values()))}")
+        click.echo(f"pushed  {change.repo} {change.branch}  {gigabytes(change.upload_bytes)}")
     if not made:
         click.echo("nothing to push")
 
@@ -99,7 +100,7 @@ def _show(changes: Sequence[BranchChange], as_json: bool) -> None:
         return
     rows = [["repo", "branch", "uploads", "bytes", "deletes", "unchanged"]]
     for change in changes:
-        size = gigabytes(sum(change.uploads.values()))
+        size = gigabytes(change.upload_bytes)
         branch = change.branch if change.head else f"{change.branch} (new)"
         rows.append([
             change.repo, branch, str(len(change.uploads)), size, str(len(change.deletes)), str(change.same),

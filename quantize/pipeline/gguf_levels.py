@@ -22,17 +22,17 @@ from quantize.gguf.check import check_conversion
 from quantize.gguf.imatrix import Importance, read_importance, write_importance
 from quantize.gguf.quantize import failure, request, start
 from quantize.gguf.split import split_file
-from quantize.gguf.toolchain import VERSION, require_library
+from quantize.gguf.toolchain import VERSION
 from quantize.planning import Plan
 from quantize.planning.keys import key_of
 from quantize.planning.levels import LevelPlan, PlannedLevel, imatrix_entries
+from quantize.release.card import licence_files
 from quantize.release.config import as_json
 from quantize.release.tree import copy_file, sync_folder
 from quantize.source.cache import sha256_of_file, write_atomically
 from quantize.source.resolved import Notify
 
 LEVEL_MEMORY = 512 * 2**20  # of one running quantizer
-LICENCES = ("license", "licence", "notice", "use_policy", "copying")
 
 Diagonals = Mapping[str, tuple[np.ndarray, int]]
 """For each linear of the checkpoint: diagonal of X^T X, float32 [K], and tokens."""
@@ -55,7 +55,6 @@ def build_levels(
     Raises:
         GgufError: llama.cpp is missing or refuses. BuildError: not enough disk.
     """
-    require_library()
     levels = plan.gguf
     assert levels is not None
     levels.folder.mkdir(parents=True, exist_ok=True)
@@ -74,9 +73,8 @@ def build_levels(
         np.savez(vectors, **arrays)
     with timed("levels"):
         _run_all(levels, todo, path, vectors, importance, work, notebook, progress)
-    for name in plan.source.hashes:
-        if Path(name).name.lower().startswith(LICENCES):
-            copy_file(plan.source.folder / name, levels.folder / name)
+    for name in licence_files(plan.source):
+        copy_file(plan.source.folder / name, levels.folder / name)
     return [item.label for item in todo]
 
 

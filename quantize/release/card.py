@@ -16,8 +16,14 @@ from quantize.recipe.methods import AwqVariant, GptqVariant, Method
 from quantize.release.prompt import prompt_as_python, prompt_template
 from quantize.release.source_card import HUB, absolute_links, source_card, text_of, texts_of
 from quantize.source.cache import write_atomically
+from quantize.source.resolved import Source
 
 LICENCE_FILES = ("license", "licence", "notice", "use_policy", "copying")
+
+
+def licence_files(source: Source) -> list[str]:
+    """The source's files that state its licence, which go with everything made of it."""
+    return [name for name in source.hashes if name.lower().startswith(LICENCE_FILES)]
 
 
 def render_card(plan: Plan, method: Method) -> str:
@@ -123,7 +129,7 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
                 hub_id=source.hub_id,
                 license=licence,
                 license_link=text_of(front, "license_link"),
-                licence_files=[name for name in source.hashes if name.lower().startswith(LICENCE_FILES)],
+                licence_files=licence_files(source),
                 prompt_template=template,
                 prompt_python=prompt_as_python(template),
                 rows=rows,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from quantize.errors import PushError
 from quantize.planning import Plan
 from quantize.source.cache import cached_sha256
+from quantize.source.hub import is_network
 from quantize.source.resolved import Notify
 
 KEPT = frozenset({".gitattributes"})
@@ -67,6 +68,10 @@ class BranchChange:
     def is_needed(self) -> bool:
         return bool(self.uploads or self.deletes or self.head is None)
 
+    @property
+    def upload_bytes(self) -> int:
+        return sum(self.uploads.values())
+
     def as_data(self) -> dict[str, Any]:
         """The change for machines."""
         return {
@@ -74,7 +79,7 @@ class BranchChange:
             "branch": self.branch,
             "head": self.head,
             "uploads": dict(self.uploads),
-            "upload_bytes": sum(self.uploads.values()),
+            "upload_bytes": self.upload_bytes,
             "deletes": list(self.deletes),
             "unchanged": self.same,
         }
@@ -129,8 +134,8 @@ class Pusher:
         made = []
         for change in self.changes():
             if change.is_needed:
-                size = sum(change.uploads.values())
-                self.notify(f"pushing {change.repo} {change.branch}: {len(change.uploads)} files, {size / 1e9:.2f} GB")
+                size = f"{change.upload_bytes / 1e9:.2f} GB"
+                self.notify(f"pushing {change.repo} {change.branch}: {len(change.uploads)} files, {size}")
                 self._apply(change)
                 made.append(change)
             left = self._compare(BranchChange(change.repo, change.branch, change.folder))
@@ -171,12 +176,12 @@ class Pusher:
     def _compare(self, change: BranchChange) -> BranchChange:
         with self._explained(change.repo):
             remote, change.head = self._remote(change.repo, change.branch)
-        for name, file in self._local(change.folder).items():
+        local = self._local(change.folder)
+        for name, file in local.items():
             if _is_same(file, remote.get(name)):
                 change.same += 1
             else:
                 change.uploads[name] = file.nbytes
-        local = set(self._local(change.folder))
         change.deletes = sorted(name for name in remote if name not in local and name not in KEPT)
         return change
 
@@ -274,15 +279,10 @@ def _cause(error: BaseException | None) -> Exception | None:
     from huggingface_hub.errors import HfHubHTTPError
 
     while error is not None:
-        if isinstance(error, Exception) and (isinstance(error, HfHubHTTPError | OSError) or _is_network(error)):
+        if isinstance(error, Exception) and (isinstance(error, HfHubHTTPError | OSError) or is_network(error)):
             return error
         error = error.__cause__
     return None
-
-
-def _is_network(error: Exception) -> bool:
-    """Errors of the HTTP library below the hub client, which has changed names between its versions."""
-    return type(error).__module__.split(".")[0].rstrip("2") in {"httpx", "httpcore", "requests", "urllib3"}
 
 
 def _is_passing(error: Exception) -> bool:
@@ -311,8 +311,3 @@ def _reason(error: Exception) -> str:
     if status is not None:
         return f"the hub answered with status {status}"
     return f"the hub could not be reached ({type(error).__name__})"
-
-
-def total(changes: Sequence[BranchChange]) -> int:
-    """Bytes that a push would upload."""
-    return sum(sum(change.uploads.values()) for change in changes)

@@ -61,7 +61,7 @@ def open_hub(model: Model, *, weights: bool, small_files: bool = False, notify: 
             if small_files:
                 beside = Path(snapshot_download(model.source, revision=commit, allow_patterns=small))
     except Exception as error:
-        if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OSError) or _is_network(error):
+        if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OSError) or is_network(error):
             raise SourceError(_explain(model, error)) from None
         raise
     hashes = {name: _hash(files[name]) for name in sorted([*shards, *carried, "config.json"])}
@@ -125,7 +125,7 @@ def _headers(repo: str, api: Any, commit: str) -> Checkpoint:
     return Checkpoint(config, tensors, None, tuple(sorted(metadata.files_metadata)))
 
 
-def _is_network(error: Exception) -> bool:
+def is_network(error: Exception) -> bool:
     """Errors of the HTTP library below the hub client, which has changed names between its versions."""
     return type(error).__module__.split(".")[0].rstrip("2") in {"httpx", "httpcore", "requests", "urllib3"}
 
