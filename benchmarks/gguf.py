@@ -52,13 +52,13 @@ def tools() -> Path:
 
 def compare(folder: Path) -> None:
     """Build every level of a small model both ways and write the section."""
-    from tests.test_gguf import small_model
+    from tests.tiny import wide_model
 
     bin_folder = tools()
     demo = folder / "demo.yaml"
     demo.write_text("extends: demo\n", encoding="utf-8")
     tokenizer = quantize.plan(quantize.load_recipe(demo)).source.folder
-    model = small_model(folder / "small", tokenizer)
+    model = wide_model(folder / "small", tokenizer)
     text = folder / "text.txt"
     text.write_text(_text(), encoding="utf-8")
     recipe = {

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command
-from tiny import write_model
+from tiny import wide_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantize
@@ -55,17 +55,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 256-wide rows with a tokenizer that llama.cpp knows."""
-    return small_model(tmp_path_factory.mktemp("models") / "small", tokenizer_folder)
-
-
-def small_model(folder: Path, tokenizer_folder: Path, **changes: Any) -> Path:
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 49152}
-    write_model(folder, dtype=torch.float16, **{**sizes, **changes})
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).unlink(missing_ok=True)
-        if (tokenizer_folder / name).is_file():
-            shutil.copy(tokenizer_folder / name, folder / name)
-    return folder
+    return wide_model(tmp_path_factory.mktemp("models") / "small", tokenizer_folder)
 
 
 def write(path: Path, source: Path, body: str = BODY) -> Path:
@@ -286,7 +276,7 @@ def test_an_importance_matrix_from_a_file_is_taken(built: Built, small: Path, tm
 def test_rows_that_fill_no_block_fall_back_and_plan_says_so(
     tokenizer_folder: Path, tmp_path: Path, invoke: Command
 ) -> None:
-    folder = small_model(tmp_path / "narrow", tokenizer_folder, intermediate_size=320, num_hidden_layers=1)
+    folder = wide_model(tmp_path / "narrow", tokenizer_folder, intermediate_size=320, num_hidden_layers=1)
     path = write(tmp_path / "r.yaml", folder, "gguf: {levels: [Q4_K_M], tensor_types: {ffn_up: q5_1}}")
     plan = json.loads(invoke("plan", path, "--dist", tmp_path / "dist", "--json").stdout)
     assert plan["levels"][0]["fallbacks"] == ["blk.0.ffn_down.weight"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +92,14 @@ def write_recipe(path: Path, source: Path, body: str = "", **calibration: Any) -
     lines += ["gptq:", body or "  variants:\n    - {bits: 4, group_size: 32}\n"]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def wide_model(folder: Path, tokenizer_folder: Path, **changes: Any) -> Path:
+    """A random Llama of 256-wide rows, which llama.cpp's levels need, with a tokenizer that it knows."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 49152}
+    write_model(folder, dtype=torch.float16, **{**sizes, **changes})
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).unlink(missing_ok=True)
+        if (tokenizer_folder / name).is_file():
+            shutil.copy(tokenizer_folder / name, folder / name)
+    return folder
