@@ -44,5 +44,9 @@ class GgufError(QuantizeError):
     """llama.cpp is missing, or its converter or quantizer refuses."""
 
 
-class PushError(QuantizeError):
+class ReleaseError(QuantizeError):
+    """Finished work cannot be put where it shall go: a branch is not built, git is missing, a file cannot be linked."""
+
+
+class PushError(ReleaseError):
     """The hub refuses, or holds something else than was expected."""

@@ -81,6 +81,20 @@ def finished(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+@pytest.fixture(scope="session")
+def complete(finished: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dist in which both branches are built. Shared: take ``both`` to change it."""
+    folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("complete") / "dist"))
+    assert run_in_process("build", tiny_recipe, "--dist", folder, "--device", "cpu").returncode == 0
+    return folder
+
+
+@pytest.fixture
+def both(complete: Path, tmp_path: Path) -> Path:
+    """A dist of one's own in which both branches are built."""
+    return Path(shutil.copytree(complete, tmp_path / "dist"))
+
+
 @pytest.fixture
 def dist(finished: Path, tmp_path: Path) -> Path:
     """A copy of ``finished`` of one's own."""

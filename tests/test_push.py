@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from typing import Any
 
 import hub_server
 import pytest
-from conftest import Command
 from hub_server import TOKEN, HubServer
 
 REPO = "local/tiny-llama-GPTQ"
@@ -26,19 +24,6 @@ def hub() -> Iterator[HubServer]:
     yield server
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="session")
-def complete(finished: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory, invoke: Command) -> Path:
-    """A dist in which both branches are built. Shared."""
-    folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("complete") / "dist"))
-    assert invoke("build", tiny_recipe, "--dist", folder, "--device", "cpu").returncode == 0
-    return folder
-
-
-@pytest.fixture
-def both(complete: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(complete, tmp_path / "dist"))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from quantize import __version__
 from quantize.cli.build import build
 from quantize.cli.card import card
 from quantize.cli.explain import explain
+from quantize.cli.git import git
 from quantize.cli.matrix import matrix
 from quantize.cli.measure import measure
 from quantize.cli.plan import plan
@@ -37,7 +38,7 @@ def quantize() -> None:
     """
 
 
-for command in (recipes, validate, plan, build, card, push, diff, explain, status, measure, matrix):
+for command in (recipes, validate, plan, build, card, push, diff, git, explain, status, measure, matrix):
     quantize.add_command(command)
 
 

@@ -6,7 +6,6 @@ The hub's state is read, compared by hash (SHA-256 of LFS files, git blob ids of
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 from quantize.errors import PushError
 from quantize.planning import Plan
-from quantize.source.cache import cached_sha256
+from quantize.release.finished import LocalFile, commit_message, files_of, finished_folders
 from quantize.source.hub import is_network
 from quantize.source.resolved import Notify
 
@@ -25,26 +24,6 @@ KEPT = frozenset({".gitattributes"})
 """Files that the hub wrote itself: never deleted, never overwritten."""
 ATTEMPTS = 5
 FIRST_WAIT = 1.0
-
-
-@dataclass(frozen=True)
-class LocalFile:
-    """A file of a finished branch, with both of the hashes that the hub knows files by."""
-
-    path: Path
-    nbytes: int
-
-    @property
-    def sha256(self) -> str:
-        return cached_sha256(self.path)
-
-    @property
-    def blob_id(self) -> str:
-        digest = hashlib.sha1(b"blob %d\0" % self.nbytes)
-        with self.path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        return digest.hexdigest()
 
 
 @dataclass
@@ -110,10 +89,10 @@ class Pusher:
         """What differs between dist and the hub, variants first and each repo's ``main`` last. Changes nothing.
 
         Raises:
-            PushError: a selected branch is not built or stale, or the hub refuses.
+            ReleaseError: a selected branch is not built, or stale. PushError: the hub refuses.
         """
         found = []
-        for folder, (repo, branch) in self._folders().items():
+        for folder, (repo, branch) in finished_folders(self.plan).items():
             found.append(self._compare(BranchChange(repo, branch, folder)))
         return sorted(found, key=lambda change: (change.repo, change.branch == "main"))
 
@@ -124,10 +103,11 @@ class Pusher:
             The changes that were made.
 
         Raises:
+            ReleaseError: a selected branch is not built, or stale.
             PushError: refused, or a branch that somebody else moved meanwhile. What was pushed before stays whole.
         """
-        self._folders()  # nothing is created for a release that is not finished
-        for repo in sorted(set(self._repos())):
+        # read first: nothing is created for a release that is not finished
+        for repo in sorted({repo for repo, _ in finished_folders(self.plan).values()}):
             with self._explained(repo):
                 if create:
                     self.api.create_repo(repo, private=private, exist_ok=True)
@@ -146,37 +126,12 @@ class Pusher:
                 )
         return made
 
-    # -- dist
-
-    def _repos(self) -> list[str]:
-        return [repo for repo, _ in self._folders().values()]
-
-    def _folders(self) -> dict[Path, tuple[str, str]]:
-        """The selected branches' folders, each with its repo and branch on the hub."""
-        found: dict[Path, tuple[str, str]] = {}
-        for item in self.plan.everything:
-            if item.label not in self.plan.selected:
-                continue
-            if item.state != "fresh":
-                raise PushError(
-                    f"{item.label}: {item.state}, {item.why}; run `quantize build` first, or leave it out (--only)"
-                )
-            found[item.folder] = item.repo, item.folder.name
-        return found
-
-    def _local(self, folder: Path) -> dict[str, LocalFile]:
-        return {
-            path.relative_to(folder).as_posix(): LocalFile(path, path.stat().st_size)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and not path.name.startswith(".")
-        }
-
     # -- the hub
 
     def _compare(self, change: BranchChange) -> BranchChange:
         with self._explained(change.repo):
             remote, change.head = self._remote(change.repo, change.branch)
-        local = self._local(change.folder)
+        local = files_of(change.folder)
         for name, file in local.items():
             if _is_same(file, remote.get(name)):
                 change.same += 1
@@ -244,7 +199,7 @@ class Pusher:
         self.api.create_commit(
             change.repo,
             [*adds, *removes],
-            commit_message=f"{self.plan.recipe.model.name or self.plan.source.short_name}: {change.branch}",
+            commit_message=commit_message(self.plan, change.branch),
             revision=change.branch,
             parent_commit=change.head,
         )
