@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from hub_server import TOKEN, HubServer
 
 Result = subprocess.CompletedProcess[str]
 Command = Callable[..., Result]
@@ -93,6 +94,31 @@ def complete(finished: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPat
 def both(complete: Path, tmp_path: Path) -> Path:
     """A dist of one's own in which both branches are built."""
     return Path(shutil.copytree(complete, tmp_path / "dist"))
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """An empty hub on 127.0.0.1."""
+    server = HubServer()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def run(hub: HubServer, tiny_recipe: Path) -> Command:
+    """``run("push", dist, ...)`` against the hub, in a process of its own: the client is set up before its import."""
+
+    def call(command: str, dist: Path, *options: str, token: str = TOKEN, recipe: Path = tiny_recipe) -> Result:
+        environment = {**os.environ, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        code = "import quantize.release.push as push; push.FIRST_WAIT = 0.05\nfrom quantize.cli import main; main()"
+        arguments = [command, str(recipe), "--dist", str(dist), "--endpoint", hub.url, *options]
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    return call
 
 
 @pytest.fixture

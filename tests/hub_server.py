@@ -87,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(401, "Invalid credentials")
         self.route(path)
 
-    do_GET = do_POST = do_PUT = do_HEAD = handle_any
+    do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = handle_any
 
     def route(self, path: str) -> None:
         if path == "/api/repos/create":
@@ -116,6 +116,9 @@ class Handler(BaseHTTPRequestHandler):
             listed = [{"id": name, "title": "", "date": "2026-01-01T00:00:00.000Z", "message": "", "authors": []}
                       for name in reversed(repo.commits)]  # fmt: skip
             return self.answer(listed)
+        if verb == "branch" and self.command == "DELETE":
+            del repo.branches[rest]
+            return self.answer({})
         if verb == "branch":
             start = json.loads(self.body).get("startingPoint", "main")
             repo.branches[rest] = self.at(repo, start)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -235,6 +238,43 @@ def test_the_card_lists_every_file(built: Built) -> None:
     assert "me/small-GPTQ" in card
 
 
+def run_snippets(folder: Path) -> None:
+    """Every Python snippet of the card in ``folder``, its downloads answered with the files beside it."""
+    snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    assert snippets
+    offline = f"""
+import llama_cpp, pathlib
+def from_pretrained(repo, filename, additional_files=(), **settings):
+    assert repo == "me/" + pathlib.Path({str(folder.parent)!r}).name
+    assert all((pathlib.Path({str(folder)!r}) / name).is_file() for name in [filename, *additional_files])
+    return llama_cpp.Llama(str(pathlib.Path({str(folder)!r}) / filename), n_ctx=64, verbose=False)
+llama_cpp.Llama.from_pretrained = from_pretrained
+"""
+    for snippet in snippets:
+        code = offline + snippet.replace("max_tokens=128", "max_tokens=4")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_python_snippet_of_the_card_runs(built: Built) -> None:
+    run_snippets(built.folder)
+
+
+def test_a_level_that_the_recipe_drops_is_pruned_with_its_file(
+    built: Built, recipe: Path, tmp_path: Path, invoke: Command
+) -> None:
+    dist = Path(shutil.copytree(built.folder.parent.parent, tmp_path / "dist"))
+    fewer = write(tmp_path / "fewer.yaml", Path(built.plan.recipe.model.source), BODY.replace(", F16]", "]"))
+    done = invoke("prune", fewer, "--dist", dist, "--where", "dist", "--yes", "--json")
+    assert [(row["level"], row["nbytes"]) for row in json.loads(done.stdout)] == [
+        ("F16", built.file("F16").stat().st_size)
+    ]
+    names = {path.name for path in (dist / "small-GGUF" / "main").iterdir()}
+    assert names == {path.name for path in built.folder.iterdir()} - {"small-F16.gguf"}
+    status = json.loads(invoke("status", fewer, "--dist", dist, "--json").stdout)
+    assert {row["state"] for row in status["branches"]} == {"fresh"}
+
+
 # -- again
 
 
@@ -306,6 +346,7 @@ def test_a_level_above_the_size_is_split_and_loads(small: Path, tmp_path: Path, 
         f"small-Q8_0-{n:05d}-of-{len(parts):05d}.gguf" for n in range(1, len(parts) + 1)
     ]
     assert len(parts) > 1
+    run_snippets(parts[0].parent)
     assert {tensor.name for part in parts for tensor in GGUFReader(part).tensors} == names
     assert again == said
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +13,6 @@ from hub_server import TOKEN, HubServer
 
 REPO = "local/tiny-llama-GPTQ"
 Result = subprocess.CompletedProcess[str]
-
-
-@pytest.fixture
-def hub() -> Iterator[HubServer]:
-    server = HubServer()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.fixture
-def run(hub: HubServer, tiny_recipe: Path) -> Any:
-    """``run("push", dist, ...)`` in a process of its own, as one has to set the client up before it is imported."""
-
-    def call(command: str, dist: Path, *options: str, token: str = TOKEN) -> Result:
-        environment = {**os.environ, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        code = "import quantize.release.push as push; push.FIRST_WAIT = 0.05\nfrom quantize.cli import main; main()"
-        arguments = [command, str(tiny_recipe), "--dist", str(dist), "--endpoint", hub.url, *options]
-        return subprocess.run(
-            [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=120
-        )
-
-    return call
 
 
 def tree_of(folder: Path) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from quantize.cli.git import git
 from quantize.cli.matrix import matrix
 from quantize.cli.measure import measure
 from quantize.cli.plan import plan
+from quantize.cli.prune import prune
 from quantize.cli.push import diff, push
 from quantize.cli.recipes import recipes
 from quantize.cli.status import status
@@ -38,7 +39,7 @@ def quantize() -> None:
     """
 
 
-for command in (recipes, validate, plan, build, card, push, diff, git, explain, status, measure, matrix):
+for command in (recipes, validate, plan, build, card, push, diff, git, prune, explain, status, measure, matrix):
     quantize.add_command(command)
 
 

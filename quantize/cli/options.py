@@ -25,6 +25,9 @@ only_option = click.option(
     "--only", multiple=True, metavar="PATTERN",
     help="Only branches that match, such as 'gptq-4bit*'; may be repeated.",
 )  # fmt: skip
+endpoint_option = click.option(
+    "--endpoint", help="Address of another hub; default is HF_ENDPOINT, else the hub itself."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 

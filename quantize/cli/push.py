@@ -10,6 +10,7 @@ import click
 
 from quantize.cli.options import (
     dist_option,
+    endpoint_option,
     gigabytes,
     json_option,
     only_option,
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from quantize.release.push import BranchChange
 
 DIFFERS = 2
-endpoint_option = click.option(
-    "--endpoint", help="Address of another hub; default is HF_ENDPOINT, else the hub itself."
-)
 
 
 @click.command()

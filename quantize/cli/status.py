@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantize.cli.options import dist_option, gigabytes, json_option, print_json, recipe_options, say, table
+from quantize.cli.options import (
+    dist_option,
+    endpoint_option,
+    gigabytes,
+    json_option,
+    print_json,
+    recipe_options,
+    say,
+    table,
+)
 
 if TYPE_CHECKING:
     from quantize.planning import Plan
@@ -15,14 +24,17 @@ if TYPE_CHECKING:
 @click.command()
 @recipe_options
 @dist_option
+@click.option("--hub", is_flag=True, help="Ask the hub too: which branches are published as they lie in dist.")
+@endpoint_option
 @json_option
-def status(recipe: str, overrides: tuple[str, ...], dist: str, as_json: bool) -> None:
+def status(recipe: str, overrides: tuple[str, ...], dist: str, hub: bool, endpoint: str | None, as_json: bool) -> None:
     """Show which branches of RECIPE are built, how well they came out, and what lies beside them in dist."""
     from quantize.formats.manifest import oddities
     from quantize.planning import plan_recipe
     from quantize.recipe import load_recipe
 
     planned = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
+    there = _published(planned, endpoint) if hub or endpoint else {}
     report: list[dict[str, Any]] = []
     for item in planned.everything:
         known = planned.finished(item)
@@ -34,6 +46,7 @@ def status(recipe: str, overrides: tuple[str, ...], dist: str, as_json: bool) ->
         report.append({
             "branch": item.label,
             "state": item.state,
+            **({"published": there[item.label]} if there else {}),
             "bytes_on_disk": size,
             "modules": len(ledger) or len(known.get("tensor_types", {})),
             "mean_relative_error": sum(errors) / len(errors) if errors else None,
@@ -43,22 +56,30 @@ def status(recipe: str, overrides: tuple[str, ...], dist: str, as_json: bool) ->
     if as_json:
         print_json({"repos": dict(planned.repos), "branches": report, "not_in_recipe": others})
         return
-    rows = [["branch", "state", "on disk", "modules", "error", "oddities"]]
+    rows = [["branch", "state", *(["published"] if there else []), "on disk", "modules", "error", "oddities"]]
     for row in report:
         error = row["mean_relative_error"]
         odd = ", ".join(f"{len(modules)} {what}" for what, modules in row["oddities"].items())
         rows.append([
             row["branch"],
             row["state"],
+            *([row["published"]] if there else []),
             gigabytes(row["bytes_on_disk"]) if row["modules"] else "-",
             str(row["modules"] or "-"),
             f"{error:.2e}" if error is not None else "-",
             odd,
         ])  # fmt: skip
     click.echo(f"{', '.join(planned.repos.values())} in {dist}")
-    click.echo(table(rows, right=frozenset({2, 3, 4})))
+    click.echo(table(rows, right=frozenset({3, 4, 5} if there else {2, 3, 4})))
     for name in others:
         click.echo(f"{name}: not in this recipe")
+
+
+def _published(planned: Plan, endpoint: str | None) -> dict[str, Any]:
+    from quantize.release.compare import published
+    from quantize.release.hub import Hub
+
+    return dict(published(Hub(endpoint), planned))
 
 
 def _not_in_recipe(planned: Plan) -> list[str]:

@@ -44,13 +44,16 @@ def render_gguf_card(plan: Plan) -> str:
         split = split or len(files) > 1
         rows.append({
             "file": first,
+            "files": sorted(files),
             "link": f"{HUB}/{item.repo}/blob/main/{first}",
             "level": item.level,
             "bits": f"{8 * nbytes / elements:.2f}",
             "size": f"{nbytes / 1e9:.2f} GB",
             "use": LEVELS[item.level].use,
         })  # fmt: skip
-    return _render(plan, "gguf", "gguf", rows, imatrix=plan.gguf.imatrix_file, split=split)
+    # the level that most people take, if there is one
+    example = next((row for row in rows if row["level"] == "Q4_K_M"), rows[0])
+    return _render(plan, "gguf", "gguf", rows, imatrix=plan.gguf.imatrix_file, split=split, example=example)
 
 
 def render(plan: Plan, method: str) -> str:

@@ -1,0 +1,72 @@
+"""``quantize prune``: away with what the recipe names no more."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from quantize.cli.options import (
+    dist_option,
+    endpoint_option,
+    gigabytes,
+    json_option,
+    print_json,
+    recipe_options,
+    say,
+    table,
+)
+from quantize.errors import ReleaseError
+
+
+@click.command()
+@recipe_options
+@dist_option
+@click.option(
+    "--where", type=click.Choice(["all", "dist", "hub"]), default="all", show_default=True,
+    help="Where to look: in dist, on the hub, or both.",
+)  # fmt: skip
+@endpoint_option
+@click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def prune(
+    recipe: str,
+    overrides: tuple[str, ...],
+    dist: str,
+    where: str,
+    endpoint: str | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Remove branches and GGUF levels that RECIPE names no more, in dist and on the hub. Asks first.
+
+    Only what quantize built itself (it carries its manifest) is removed, and never a `main`.
+    """
+    from quantize.planning import plan_recipe
+    from quantize.recipe import load_recipe
+    from quantize.release.hub import Hub
+    from quantize.release.prune import orphans_in_dist, orphans_on_hub, remove
+
+    plan = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
+    hub = Hub(endpoint) if where != "dist" else None
+    orphans = [*(orphans_in_dist(plan) if where != "hub" else ()), *(orphans_on_hub(plan, hub) if hub else ())]
+    if as_json:
+        print_json([orphan.as_data() for orphan in orphans])
+    elif orphans:
+        rows = [["where", "repo", "branch", "level", "bytes"]]
+        rows += [[item.where, item.repo, item.branch, item.level or "", gigabytes(item.nbytes)] for item in orphans]
+        click.echo(table(rows, right=frozenset({4})))
+    else:
+        click.echo("nothing to prune")
+    if dry_run or not orphans:
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ReleaseError("nobody can be asked here; add --yes to remove them, or --dry-run to see them")
+        if not click.confirm(f"Remove these {len(orphans)}?", err=True):
+            say("nothing was removed")
+            return
+    remove(plan, orphans, hub)
+    say(f"removed {len(orphans)}, {gigabytes(sum(orphan.nbytes for orphan in orphans))}")
