@@ -109,10 +109,11 @@ def hub() -> Iterator[HubServer]:
 def run(hub: HubServer, tiny_recipe: Path) -> Command:
     """``run("push", dist, ...)`` against the hub, in a process of its own: the client is set up before its import."""
 
-    def call(command: str, dist: Path, *options: str, token: str = TOKEN, recipe: Path = tiny_recipe) -> Result:
+    def call(command: str, dist: Path | None, *options: str, token: str = TOKEN, recipe: Path = tiny_recipe) -> Result:
         environment = {**os.environ, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         code = "import quantize.release.push as push; push.FIRST_WAIT = 0.05\nfrom quantize.cli import main; main()"
-        arguments = [command, str(recipe), "--dist", str(dist), "--endpoint", hub.url, *options]
+        of_release = [str(recipe), "--dist", str(dist)] if dist else []
+        arguments = [command, *of_release, "--endpoint", hub.url, *options]
         return subprocess.run(
             [sys.executable, "-c", code, *arguments],
             env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,

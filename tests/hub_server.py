@@ -46,7 +46,7 @@ class HubServer(ThreadingHTTPServer):
 
     Attributes:
         faults: by a word of the request (``commit``, ``lfs``, ``PUT``...), faults that each strike once.
-        uploaded: bytes of LFS objects received. log: (method, path) of each request.
+        uploaded: bytes of LFS objects received. downloaded: bytes of files sent. log: (method, path) of each request.
     """
 
     daemon_threads = True
@@ -56,7 +56,7 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.faults: list[tuple[str, Fault]] = []
-        self.uploaded = 0
+        self.uploaded = self.downloaded = 0
         self.log: list[tuple[str, str]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -98,6 +98,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.receive(path)
         if match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
             return self.batch()
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self.resolve(*match.groups())
         match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/([\w-]+)(?:/(.+))?)?", path)
         if not match or match[1] not in self.server.repos:
             return self.refuse(404, "Repository not found", "RepoNotFound")
@@ -136,6 +138,29 @@ class Handler(BaseHTTPRequestHandler):
             head = self.at(repo, rest or "main")
             return self.answer({"id": match[1], "modelId": match[1], "sha": head, "siblings": []})
         return self.refuse(404, f"no such thing: {path}")
+
+    def resolve(self, named: str, revision: str, name: str) -> None:
+        """A file, or the range of it that is asked for."""
+        if named not in self.server.repos:
+            return self.refuse(404, "Repository not found", "RepoNotFound")
+        repo = self.server.repos[named]
+        head = self.at(repo, revision)
+        data = repo.commits[head].get(name)
+        if data is None:
+            return self.refuse(404, "Entry not found", "EntryNotFound")
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first, last = (int(match[1]), int(match[2] or len(data) - 1)) if match else (0, len(data) - 1)
+        body = data[first : last + 1]
+        self.server.downloaded += len(body) if self.command == "GET" else 0
+        self.send_response(206 if match else 200)
+        self.send_header("X-Repo-Commit", head)
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body)))
+        if match:
+            self.send_header("Content-Range", f"bytes {first}-{first + len(body) - 1}/{len(data)}")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def asked_paths(self) -> list[str]:
         """The names in a request that is JSON or a form."""

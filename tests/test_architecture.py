@@ -17,6 +17,7 @@ FLOORS = (
     "cli",
     "pipeline",
     "measure",
+    "lint",
     "release",
     "planning",
     "gguf",

@@ -88,7 +88,7 @@ def founding(tmp_path_factory: pytest.TempPathFactory) -> str:
         patch.setattr("quantize.source.resolved.cached_sha256", lambda path: "0" * 64)  # 26 GB of hole to hash
         loaded = quantize.load_recipe("examples/airoboros-l2-13b-gpt4-m2.0", [f"model.source={folder}"])
         plan = quantize.plan(loaded, dist=folder / "dist")
-        source = dataclasses.replace(plan.source, hub_id=HUB_ID, commit="abc123")
+        source = dataclasses.replace(plan.source, hub_id=HUB_ID, base_model=HUB_ID, commit="abc123")
         return render(dataclasses.replace(plan, source=source), "gptq")
 
 

@@ -12,6 +12,7 @@ from quantize.cli.build import build
 from quantize.cli.card import card
 from quantize.cli.explain import explain
 from quantize.cli.git import git
+from quantize.cli.lint import lint
 from quantize.cli.matrix import matrix
 from quantize.cli.measure import measure
 from quantize.cli.plan import plan
@@ -39,7 +40,7 @@ def quantize() -> None:
     """
 
 
-for command in (recipes, validate, plan, build, card, push, diff, git, prune, explain, status, measure, matrix):
+for command in (recipes, validate, plan, build, card, push, diff, git, prune, lint, explain, status, measure, matrix):
     quantize.add_command(command)
 
 

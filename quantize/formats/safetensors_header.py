@@ -1,4 +1,4 @@
-"""The header of a safetensors file, laid out before any tensor exists. Knows no torch.
+"""The header of a safetensors file: read by plain reads, or laid out before any tensor exists. Knows no torch.
 
 Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON header, the data).
 """
@@ -6,10 +6,56 @@ Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON heade
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.formats.tensors import DTYPE_BYTES, TensorSpec
+
+MOST_HEADER = 100_000_000
+"""Bytes; the library refuses longer headers too."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """Tensors of a file: what they are, and between which bytes of the file each lies."""
+
+    tensors: Mapping[str, TensorSpec]
+    places: Mapping[str, tuple[int, int]]
+
+    @property
+    def nbytes(self) -> int:
+        """Length that the file must have."""
+        return max((end for _, end in self.places.values()), default=0)
+
+
+def read_header(read: Callable[[int, int], bytes], file: str = "") -> Header:
+    """The header of a safetensors file.
+
+    Args:
+        read: bytes from a first (inclusive) to a last (exclusive) position; fewer where the file ends.
+        file: goes into the specs.
+
+    Raises:
+        ValueError: it is no safetensors file, or damaged.
+    """
+    length = int.from_bytes(read(0, 8), "little")
+    if not 2 <= length <= MOST_HEADER:
+        raise ValueError("it is no safetensors file")
+    text = read(8, 8 + length)
+    if len(text) < length:
+        raise ValueError("it ends too early")
+    try:
+        table = json.loads(text)
+        table.pop("__metadata__", None)
+        specs = {name: TensorSpec(entry["dtype"], tuple(entry["shape"]), file) for name, entry in table.items()}
+        places = {
+            name: (8 + length + int(first), 8 + length + int(last))
+            for name, (first, last) in ((name, entry["data_offsets"]) for name, entry in table.items())
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError("its header is damaged") from None
+    return Header(specs, places)
 
 
 def write_hollow(path: Path, tensors: Mapping[str, TensorSpec]) -> None:

@@ -207,12 +207,12 @@ def _authorship(recipe: Recipe, source: Source) -> dict[str, Any]:
         found["general.license"] = recipe.model.license
     if recipe.model.creator:
         found["general.author"] = recipe.model.creator
-    if source.hub_id:
+    if source.base_model:
         found["general.base_models"] = [
             {
                 "name": recipe.model.name or source.short_name,
-                "organization": source.hub_id.split("/")[0],
-                "repo_url": f"https://huggingface.co/{source.hub_id}",
+                "organization": source.base_model.split("/")[0],
+                "repo_url": f"https://huggingface.co/{source.base_model}",
             }
         ]
     return found

@@ -21,11 +21,20 @@ class Model(Strict):
     source: str = Field(min_length=1)
     """Hub id (``org/name``), local directory, ``.gguf`` file, or ``package:NAME`` (a GGUF in a Python package)."""
     revision: str = "main"
+    base_model: str | None = None
+    """Hub id that the card names as the original; by default the source, if that is one."""
     name: str | None = None
     creator: str | None = None
     prompt_template: str | None = None
     license: str | None = None
     trust_remote_code: bool = False
+
+    @field_validator("base_model")
+    @classmethod
+    def _base_model(cls, value: str | None) -> str | None:
+        if value is not None and not (value.count("/") == 1 and all(map(REPO_NAME.fullmatch, value.split("/")))):
+            raise ValueError(f"{value!r} is no hub id; write org/name")
+        return value
 
 
 class Release(Strict):

@@ -93,14 +93,15 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
     recipe, source = plan.recipe, plan.source
     folder = source.checkpoint.folder or source.small_files
     front, original = source_card(folder)
-    if source.hub_id:
-        original = absolute_links(original, source.hub_id, source.commit or "main")
+    base = source.base_model
+    if source.hub_id or base:
+        original = absolute_links(original, source.hub_id or str(base), source.commit or "main")
     name = recipe.model.name or source.short_name
     licence = recipe.model.license or text_of(front, "license")
     template = recipe.model.prompt_template or prompt_template(folder)
     metadata = ModelCardData(
-        base_model=source.hub_id,
-        base_model_relation="quantized" if source.hub_id else None,
+        base_model=base,
+        base_model_relation="quantized" if base else None,
         datasets=texts_of(front, "datasets") or None,
         inference=False,
         language=texts_of(front, "language") or None,
@@ -124,12 +125,12 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
                 metadata=metadata.to_yaml(line_break="\n").strip(),
                 name=name,
                 creator=recipe.model.creator,
-                creator_url=f"{HUB}/{source.hub_id.split('/')[0]}" if source.hub_id and "/" in source.hub_id else None,
+                creator_url=f"{HUB}/{base.split('/')[0]}" if base and "/" in base else None,
                 hub=HUB,
                 repo=plan.repos[method],
                 folder=plan.repos[method].rsplit("/", 1)[-1],
                 siblings={other.upper(): repo for other, repo in plan.repos.items() if other != method},
-                hub_id=source.hub_id,
+                base_model=base,
                 license=licence,
                 license_link=text_of(front, "license_link"),
                 licence_files=licence_files(source),

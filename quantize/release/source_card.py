@@ -19,22 +19,28 @@ _MARKDOWN = re.compile(r"(\]\(\s*<?)([^)\s>]+)")
 _HTML = re.compile(r"""(\b(?:src|href)\s*=\s*["'])([^"']+)""", re.IGNORECASE)
 
 
-def source_card(folder: Path | None) -> tuple[dict[str, Any], str]:
-    """Front matter and text of the README in ``folder``; what is missing or broken comes out empty."""
+def front_matter(text: str) -> tuple[dict[str, Any] | None, str]:
+    """Front matter of a card, None where it is missing or broken, and the text below it."""
     import yaml
 
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace") if folder else ""
-    except OSError:
-        return {}, ""
     match = _FRONT.match(text)
     if not match:
-        return {}, _shortened(text)
+        return None, text
     try:
         front = yaml.safe_load(match[1])
     except (yaml.YAMLError, ValueError, RecursionError):
         front = None
-    return front if isinstance(front, dict) else {}, _shortened(text[match.end() :])
+    return front if isinstance(front, dict) else None, text[match.end() :]
+
+
+def source_card(folder: Path | None) -> tuple[dict[str, Any], str]:
+    """Front matter and text of the README in ``folder``; what is missing or broken comes out empty."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace") if folder else ""
+    except OSError:
+        return {}, ""
+    front, body = front_matter(text)
+    return front or {}, _shortened(body)
 
 
 def text_of(front: Mapping[str, Any], key: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from quantize.errors import SourceError
@@ -24,6 +25,11 @@ def resolve(model: Model, *, weights: bool, small_files: bool = False, notify: N
     Raises:
         SourceError: not found, not reachable, damaged, or no model that can be quantized.
     """
+    source = _find(model, weights=weights, small_files=small_files, notify=notify)
+    return replace(source, base_model=model.base_model or source.hub_id)
+
+
+def _find(model: Model, *, weights: bool, small_files: bool, notify: Notify) -> Source:
     named = model.source
     if named.startswith("package:"):
         file = gguf.find_in_package(named.removeprefix("package:"))

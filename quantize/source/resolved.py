@@ -25,6 +25,7 @@ class Source:
         checkpoint: config and tensor table; ``checkpoint.folder`` is None if only headers were fetched.
         commit: the hub commit, where there is one.
         hub_id: the hub id, where there is one.
+        base_model: the hub id of the original that a release is derived from: the recipe's, else ``hub_id``.
         origin: what a converted source was made of, for the manifest (GGUF file name and SHA-256).
         remote_hashes: hash by file name as the hub tells it (SHA-256 of LFS files, ``git:`` and the blob id of
             others), so that planning from headers and building from files see the same source.
@@ -39,6 +40,7 @@ class Source:
     origin: dict[str, str] | None = None
     remote_hashes: dict[str, str] | None = None
     small_files: Path | None = None
+    base_model: str | None = None
 
     @property
     def folder(self) -> Path:

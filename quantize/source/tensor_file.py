@@ -7,11 +7,12 @@ Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON heade
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import torch
+
+from quantize.formats.safetensors_header import read_header
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -31,9 +32,12 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            self._header = json.loads(file.read(length))
-        self._start = 8 + length
+
+            def read(first: int, last: int) -> bytes:
+                file.seek(first)
+                return file.read(last - first)
+
+            self._header = read_header(read, path.name)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as stored.
@@ -42,13 +46,12 @@ class TensorFile:
             OSError: the file cannot be read. KeyError: no such tensor, or a dtype unknown here.
             ValueError: the file is shorter than its header says.
         """
-        entry = self._header[name]
-        dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-        first, last = entry["data_offsets"]
+        spec, (first, last) = self._header.tensors[name], self._header.places[name]
+        dtype, shape = DTYPES[spec.dtype], spec.shape
         tensor = torch.empty(shape, dtype=dtype)
         view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data if math.prod(shape) else memoryview(b"")
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._start + first)
+            file.seek(first)
             if len(view) != last - first:
                 raise ValueError("its header is damaged")
             while view:
