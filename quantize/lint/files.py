@@ -124,7 +124,10 @@ class HubFiles(RepoFiles):
         if last <= first:
             return b""
         with self.hub.explained(self.name):
-            return bytes(self.system.cat_file(f"{self.name}@{self.head}/{name}", start=first, end=last))
+            # no cache: it would read megabytes ahead
+            with self.system.open(f"{self.name}@{self.head}/{name}", "rb", cache_type="none") as file:
+                file.seek(first)
+                return bytes(file.read(last - first))
 
 
 def open_target(target: str, endpoint: str | None) -> list[RepoFiles]:
