@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Command
+from snippets import run_snippets
 
 import quantize
 from quantize.formats.safetensors_header import write_hollow
@@ -272,25 +271,24 @@ def test_the_prompt_as_python_fills_any_text(template: str | None) -> None:
 # -- snippets
 
 
-@pytest.fixture
-def local_repo(monkeypatch: pytest.MonkeyPatch, dist: Path, tmp_path: Path) -> None:
-    """``local/tiny-llama-GPTQ`` as a folder: the loaders then take the repo's name for a path."""
-    (tmp_path / "local").mkdir()
-    (tmp_path / "local" / "tiny-llama-GPTQ").symlink_to(dist / "tiny-llama-GPTQ" / "main")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
-
-
 @pytest.mark.loader
 @pytest.mark.skipif(
     any(find_spec(name) is None for name in ("gptqmodel", "optimum")), reason="the extra `loaders` is not installed"
 )
-def test_every_python_snippet_of_a_card_runs(tiny_recipe: Path, dist: Path, local_repo: None) -> None:
-    card = (dist / "tiny-llama-GPTQ" / "main" / "README.md").read_text()
-    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(snippets) == 1
-    for snippet in snippets:
-        # in a process of its own: gptqmodel changes the environment of the one that imports it
-        code = snippet.replace("max_new_tokens=128", "max_new_tokens=4")
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_every_python_snippet_of_a_card_runs(
+    method: str, tiny_llama: Path, invoke: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {{source: {tiny_llama}}}\ncalibration: {{dataset: pydoc, samples: 2, sequence_length: 64}}\n"
+        f"{method}: {{variants: [{{group_size: 32}}]}}\n"
+    )
+    assert invoke("build", recipe, "--dist", tmp_path / "dist", "--device", "cpu").returncode == 0
+    built = tmp_path / "dist" / f"tiny-llama-{method.upper()}" / "main"
+    # the repo's name as a folder: the loaders then take it for a path
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / built.parent.name).symlink_to(built)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
+    run_snippets(built / "README.md")

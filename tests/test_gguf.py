@@ -5,10 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command
+from snippets import run_snippets
 from tiny import wide_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -238,11 +236,9 @@ def test_the_card_lists_every_file(built: Built) -> None:
     assert "me/small-GPTQ" in card
 
 
-def run_snippets(folder: Path) -> None:
+def run_offline(folder: Path) -> None:
     """Every Python snippet of the card in ``folder``, its downloads answered with the files beside it."""
-    snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    assert snippets
-    offline = f"""
+    prelude = f"""
 import llama_cpp, pathlib
 def from_pretrained(repo, filename, additional_files=(), **settings):
     assert repo == "me/" + pathlib.Path({str(folder.parent)!r}).name
@@ -250,14 +246,11 @@ def from_pretrained(repo, filename, additional_files=(), **settings):
     return llama_cpp.Llama(str(pathlib.Path({str(folder)!r}) / filename), n_ctx=64, verbose=False)
 llama_cpp.Llama.from_pretrained = from_pretrained
 """
-    for snippet in snippets:
-        code = offline + snippet.replace("max_tokens=128", "max_tokens=4")
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+    run_snippets(folder / "README.md", prelude)
 
 
 def test_every_python_snippet_of_the_card_runs(built: Built) -> None:
-    run_snippets(built.folder)
+    run_offline(built.folder)
 
 
 def test_a_level_that_the_recipe_drops_is_pruned_with_its_file(
@@ -346,7 +339,7 @@ def test_a_level_above_the_size_is_split_and_loads(small: Path, tmp_path: Path, 
         f"small-Q8_0-{n:05d}-of-{len(parts):05d}.gguf" for n in range(1, len(parts) + 1)
     ]
     assert len(parts) > 1
-    run_snippets(parts[0].parent)
+    run_offline(parts[0].parent)
     assert {tensor.name for part in parts for tensor in GGUFReader(part).tensors} == names
     assert again == said
 
