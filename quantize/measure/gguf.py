@@ -1,0 +1,164 @@
+"""Tensors of a GGUF level under the names and in the order of the checkpoint that it was made of.
+
+llama.cpp's converter renames tensors, reorders rows (q and k of the Llama family), adds one to some norms. Nothing
+here knows which architecture does what: each tensor of the full-width conversion is laid beside the source's, and what
+turns one into the other is found by comparing their values, once, for all levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantize.errors import GgufError
+
+ReadSource = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What turns a converted tensor back: rows in another order (None: as they are), a shift, a transposition."""
+
+    name: str
+    rows: np.ndarray | None = None
+    shift: float = 0.0
+    transposed: bool = False
+
+    def back(self, values: np.ndarray) -> np.ndarray:
+        values = values if self.rows is None else values[self.rows]
+        return (values.T if self.transposed else values) - self.shift
+
+
+class GgufFile:
+    """A GGUF, whole or in parts; its tensors dequantized one at a time."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        from gguf import GGUFReader
+
+        try:
+            readers = [GGUFReader(path) for path in paths]
+        except (ValueError, OSError, IndexError) as error:
+            raise GgufError(f"{paths[0]}: cannot be read: {error}") from None
+        self.path = paths[0]
+        self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What the values of a full-width tensor were rounded to."""
+        kind = self._tensors[name].tensor_type.name if name in self._tensors else ""
+        return {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+
+    def tensor(self, name: str) -> np.ndarray:
+        """float32 values in the row-major order of torch. Raises GgufError where the file has no such tensor."""
+        from gguf.quants import dequantize
+
+        if name not in self._tensors:
+            raise GgufError(f"{self.path}: holds no tensor {name}")
+        tensor = self._tensors[name]
+        shape = tuple(int(length) for length in reversed(tensor.shape))
+        return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(shape)
+
+
+class Alignment:
+    """How the tensors of a conversion lie to those of its source.
+
+    Args:
+        conversion: the full-width file that all levels are made from.
+        became: for each tensor of the checkpoint, the GGUF tensors it went into.
+        read: the source's tensors by name.
+    """
+
+    def __init__(self, conversion: Path, became: Mapping[str, list[str]], read: ReadSource) -> None:
+        self._conversion, self._became, self._read = GgufFile([conversion]), became, read
+        self._known: dict[str, Turn] = {}
+
+    def turn(self, name: str) -> Turn | None:
+        """What turns a converted tensor into the checkpoint's ``name``; None where the conversion has none.
+
+        Raises:
+            GgufError: the converter did something to it that is not known here.
+        """
+        if name not in self._became:
+            return None
+        if name not in self._known:
+            targets = self._became[name]
+            if len(targets) != 1:
+                raise GgufError(f"{name} was split into {', '.join(targets)}, which cannot be put together again")
+            wanted = self._read(name).to(self._conversion.dtype(targets[0])).float().numpy()
+            self._known[name] = _find_turn(name, targets[0], wanted, self._conversion.tensor(targets[0]))
+        return self._known[name]
+
+    def source(self, name: str) -> torch.Tensor:
+        return self._read(name)
+
+
+class LevelReader:
+    """Weights of one level, as a reader of measured branches gives them."""
+
+    def __init__(self, paths: Sequence[Path], alignment: Alignment) -> None:
+        self._file, self._alignment = GgufFile(paths), alignment
+
+    def weight(self, module: str) -> torch.Tensor:
+        """A quantized linear's weight as its checkpoint stores it, float32."""
+        return self.tensor(f"{module}.weight")
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Any tensor of the checkpoint; what the file does not carry (tables of constants) is the source's."""
+        turn = self._alignment.turn(name)
+        if turn is None:
+            return self._alignment.source(name)
+        return torch.from_numpy(np.ascontiguousarray(turn.back(self._file.tensor(turn.name))))
+
+
+def _find_turn(name: str, target: str, wanted: np.ndarray, found: np.ndarray) -> Turn:
+    if wanted.ndim == 2 and found.ndim == 2 and found.shape[0] > wanted.shape[0] and found.shape[1] == wanted.shape[1]:
+        # the vocabulary is padded in the file
+        rows = np.arange(wanted.shape[0])
+        if _same(found[rows], wanted):
+            return Turn(target, rows)
+    if found.size == wanted.size:
+        found = found.reshape(wanted.shape) if wanted.ndim == 1 else found
+        if found.shape == wanted.shape:
+            if _same(found, wanted):
+                return Turn(target)
+            if _same(found - 1, wanted):
+                return Turn(target, shift=1.0)
+            rows_found = _rows(found, wanted)
+            if rows_found is not None:
+                return Turn(target, rows_found)
+        if found.shape == wanted.T.shape:
+            if _same(found.T, wanted):
+                return Turn(target, transposed=True)
+            rows_found = _rows(found, wanted.T)
+            if rows_found is not None:
+                return Turn(target, rows_found, transposed=True)
+    raise GgufError(f"{name}: the converter made {target} of it in a way that cannot be turned back")
+
+
+def _same(left: np.ndarray, right: np.ndarray) -> bool:
+    """Equal up to the rounding of a 16-bit type."""
+    return bool(np.allclose(left, right, rtol=2**-7, atol=1e-6 * float(np.abs(right).max(initial=0)) + 1e-12))
+
+
+def _rows(found: np.ndarray, wanted: np.ndarray) -> np.ndarray | None:
+    """``index`` with ``found[index] == wanted``, or None. Rows are paired by their order along a random direction."""
+    left, right = found.reshape(len(found), -1), wanted.reshape(len(wanted), -1)
+    direction = np.random.Generator(np.random.PCG64(0)).standard_normal(left.shape[1]).astype(np.float64)
+    index = np.empty(len(left), dtype=np.int64)
+    index[np.argsort(right @ direction, kind="stable")] = np.argsort(left @ direction, kind="stable")
+    return index if _same(left[index], right) else None
+
+
+def open_levels(
+    files: Mapping[str, Sequence[Path]], conversion: Path, became: Mapping[str, list[str]], read: ReadSource
+) -> dict[str, Any]:
+    """Readers of several levels of one conversion, by their labels."""
+    alignment = Alignment(conversion, became, read)
+    return {label: LevelReader(paths, alignment) for label, paths in files.items()}
