@@ -18,7 +18,7 @@ LOW = [Variant(4, 128, False), Variant(4, 32, True), Variant(4, 128, True), Vari
        Variant(3, 64, True), Variant(2, 64, False), Variant(2, 32, True), Variant(8, 128, False)]  # fmt: skip
 SIXTEEN = [Variant(bits, size, order) for bits in (4, 8) for size in (64, 32, 16, -1) for order in (False, True)]
 
-NAMES = ("limit", "blocks", "variants", "archived", "sequential", "low", "gguf", "awq-small", "awq", "eight")
+NAMES = ("limit", "blocks", "variants", "archived", "sequential", "low", "gguf", "awq-small", "awq", "awq-peer", "eight")
 FILE = click.Path(exists=True, dir_okay=False)
 
 
@@ -53,6 +53,7 @@ def main(
         "variants": (calibration,),
         "archived": (calibration,),
         "awq": (calibration, evaluation),
+        "awq-peer": (calibration, evaluation),
         "awq-small": (calibration, evaluation, model),
     }
     for name in names or NAMES:
@@ -71,6 +72,9 @@ def main(
                 sequential.compare(small, LOW[:7], evaluation or "", folder)
             elif name == "awq":
                 awq.compare(name, "AWQ on SmolLM2-135M-Instruct", demo, EIGHT, evaluation or "", False, folder)
+            elif name == "awq-peer":
+                title = "AWQ on SmolLM2-135M-Instruct against gptqmodel"
+                awq.compare(name, title, demo, EIGHT, evaluation or "", True, folder)
             elif name == "awq-small":
                 title = f"AWQ on a small model, {Path(model or '').name}, against gptqmodel"
                 awq.compare(name, title, small, LOW, evaluation or "", True, folder)

@@ -45,7 +45,7 @@ def compare(name: str, title: str, task: Task, eight: list[Variant], evaluation:
     """Run everything and write a section.
 
     Args:
-        peer: run gptqmodel too; on a CPU its AWQ takes more than a quarter of an hour for the demo's model.
+        peer: run gptqmodel too; on a CPU without bfloat16 its AWQ takes long for the demo's model: give it 8 samples.
     """
     source, ids = prepare(task, folder, eight)
     theirs = None
