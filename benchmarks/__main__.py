@@ -18,7 +18,19 @@ LOW = [Variant(4, 128, False), Variant(4, 32, True), Variant(4, 128, True), Vari
        Variant(3, 64, True), Variant(2, 64, False), Variant(2, 32, True), Variant(8, 128, False)]  # fmt: skip
 SIXTEEN = [Variant(bits, size, order) for bits in (4, 8) for size in (64, 32, 16, -1) for order in (False, True)]
 
-NAMES = ("limit", "blocks", "variants", "archived", "sequential", "low", "gguf", "awq-small", "awq", "awq-peer", "eight")
+NAMES = (
+    "limit",
+    "blocks",
+    "variants",
+    "archived",
+    "sequential",
+    "low",
+    "gguf",
+    "awq-small",
+    "awq",
+    "awq-peer",
+    "eight",
+)
 FILE = click.Path(exists=True, dir_okay=False)
 
 
