@@ -13,6 +13,17 @@ from quantize.recipe.schema import Corpus
 from quantize.source.cache import cached_sha256
 
 SEPARATOR = "\n\n"
+DOCUMENTED = (
+    "argparse", "ast", "asyncio/base_events", "asyncio/events", "asyncio/streams", "collections/__init__",
+    "concurrent/futures/_base", "configparser", "contextlib", "copy", "csv", "datetime", "difflib", "doctest",
+    "email/message", "fractions", "functools", "gettext", "heapq", "http/client", "http/cookiejar", "imaplib",
+    "importlib/abc", "inspect", "ipaddress", "locale", "logging/__init__", "mailbox", "multiprocessing/pool", "ntpath",
+    "os", "pathlib", "pdb", "pickle", "pickletools", "platform", "posixpath", "random", "selectors", "shutil",
+    "smtplib", "socket", "socketserver", "ssl", "statistics", "string", "subprocess", "tarfile", "tempfile",
+    "textwrap", "threading", "tokenize", "trace", "typing", "unittest/case", "unittest/loader", "unittest/mock",
+    "urllib/request", "uuid", "weakref", "zipfile",
+)  # fmt: skip
+SHORTEST_DOCSTRING = 200  # characters; shorter ones are signatures rather than text
 CHARACTERS_PER_TOKEN = 24  # generous: reading stops once a corpus surely holds enough tokens
 
 
@@ -36,8 +47,8 @@ def identity(corpus: Corpus) -> dict[str, Any]:
     """
     if corpus.file is not None:
         return {"file_sha256": cached_sha256(_file(corpus.file)), "column": corpus.column}
-    if corpus.preset == "pydoc":
-        return {"preset": "pydoc", "sha256": hashlib.sha256(_pydoc().encode()).hexdigest()}
+    if corpus.preset in CARRIED:
+        return {"preset": corpus.preset, "sha256": hashlib.sha256(CARRIED[corpus.preset]().encode()).hexdigest()}
     return {"hub": dict(zip(("name", "config", "split", "column", "revision"), _hub_parts(corpus), strict=True))}
 
 
@@ -49,8 +60,8 @@ def read_text(corpus: Corpus, tokens: int) -> str:
     """
     if corpus.file is not None:
         return _read_file(_file(corpus.file), corpus.column)
-    if corpus.preset == "pydoc":
-        return _pydoc()
+    if corpus.preset in CARRIED:
+        return CARRIED[corpus.preset]()
     return _read_hub(corpus, tokens * CHARACTERS_PER_TOKEN)
 
 
@@ -58,6 +69,30 @@ def _pydoc() -> str:
     from pydoc_data.topics import topics
 
     return SEPARATOR.join(topics[key] for key in sorted(topics))
+
+
+def _docstrings() -> str:
+    """What the library's modules say of themselves and of their classes and functions, in the order of their files."""
+    import ast
+    import inspect
+    from sysconfig import get_path
+
+    library, texts = Path(get_path("stdlib")), []
+    for name in DOCUMENTED:
+        # some became packages in later versions, some left
+        file = next((path for path in (library / f"{name}.py", library / name / "__init__.py") if path.is_file()), None)
+        if file is None:
+            continue
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node, clean=False) or ""
+                if len(text) >= SHORTEST_DOCSTRING:
+                    texts.append(inspect.cleandoc(text))
+    return SEPARATOR.join(texts)
+
+
+CARRIED = {"pydoc": _pydoc, "docstrings": _docstrings}
+"""Texts that CPython itself carries."""
 
 
 def _file(name: str) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from quantize.cli.options import (
@@ -15,15 +17,15 @@ from quantize.cli.options import (
     table,
 )
 
+if TYPE_CHECKING:
+    from quantize.measure import Measured
+
 
 @click.command()
 @recipe_options
 @dist_option
 @only_option
-@click.option("--text", "text_file", required=True, type=click.Path(exists=True, dir_okay=False),
-              help="Held-out text file to measure on; never the calibration text.")  # fmt: skip
-@click.option("--samples", default=16, show_default=True, help="Windows of text.")
-@click.option("--length", default=512, show_default=True, help="Tokens of a window.")
+@click.option("--again", is_flag=True, help="Measure also what was measured before.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @json_option
 def measure(
@@ -31,30 +33,34 @@ def measure(
     overrides: tuple[str, ...],
     dist: str,
     only: tuple[str, ...],
-    text_file: str,
-    samples: int,
-    length: int,
+    again: bool,
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure finished branches of RECIPE, read back from their own bytes, against the source model."""
+    """Measure finished branches and levels of RECIPE, read back from their own bytes, against the source model.
+
+    The text is that of the recipe's `measure:` section (--set measure.dataset=./text.txt). The figures go into the
+    manifests and the model cards.
+    """
     quiet_libraries()
     from quantize.measure import measure_recipe
     from quantize.recipe import load_recipe
 
-    rows = measure_recipe(
-        load_recipe(recipe, overrides), dist, only, text_file, samples, length, device=device, notify=say
-    )
+    found = measure_recipe(load_recipe(recipe, overrides), dist, only, again=again, device=device, notify=say)
     if as_json:
-        print_json([row.as_data() for row in rows])
-        return
-    cells = [["branch", "PPL", "±", "KLD", "top-1"]]
-    for row in rows:
-        cells.append([
-            row.branch,
-            f"{row.perplexity:.3f}",
-            f"{row.perplexity_error:.3f}",
-            f"{row.kl_divergence:.4f}",
-            f"{row.top1_agreement:.1%}",
-        ])  # fmt: skip
-    click.echo(table(cells, right=frozenset({1, 2, 3, 4})))
+        print_json(found.as_data())
+    else:
+        show(found)
+
+
+def show(found: Measured) -> None:
+    """The figures as a table."""
+    cells = [["branch", "PPL", "±", "KLD", "±", "99 %", "top-1"]]
+    for label, row in found.rows.items():
+        cells.append([label, f"{row['perplexity']:.3f}", f"{row['perplexity_error']:.3f}"])
+        cells[-1] += (
+            [f"{row['kl_divergence']:.4f}", f"{row['kl_error']:.4f}", f"{row['kl_p99']:.3f}",
+             f"{row['top1_agreement']:.1%}"] if "kl_divergence" in row else [""] * 4
+        )  # fmt: skip
+    click.echo(f"{found.tokens} tokens of {found.text}" + (", the calibration text" * found.on_calibration_text))
+    click.echo(table(cells, right=frozenset({1, 2, 3, 4, 5, 6})))

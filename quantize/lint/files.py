@@ -123,11 +123,11 @@ class HubFiles(RepoFiles):
         last = min(last, self.sizes[name])
         if last <= first:
             return b""
-        with self.hub.explained(self.name):
-            # no cache: it would read megabytes ahead
-            with self.system.open(f"{self.name}@{self.head}/{name}", "rb", cache_type="none") as file:
-                file.seek(first)
-                return bytes(file.read(last - first))
+        where = f"{self.name}@{self.head}/{name}"
+        # no cache: it would read megabytes ahead
+        with self.hub.explained(self.name), self.system.open(where, "rb", cache_type="none") as file:
+            file.seek(first)
+            return bytes(file.read(last - first))
 
 
 def open_target(target: str, endpoint: str | None) -> list[RepoFiles]:

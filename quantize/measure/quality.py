@@ -1,13 +1,13 @@
 """Perplexity and divergence of quantized models from their source, all streamed together block by block.
 
-Every model carries its own activations; a block's weights are read once and replaced by each branch's
-dequantized ones in turn, so memory is one block plus the activations.
+Every model carries its own activations; a block's weights are read once and replaced by each branch's dequantized ones
+in turn, so memory is one block, the activations, and a bounded piece of the source's log-probabilities.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,9 +17,14 @@ from torch import nn
 from tqdm import tqdm
 
 from quantize.calibration.forward import Activations
+from quantize.measure.store import Store
 from quantize.source.streamed import Linear, StreamedModel
 
 SOURCE = "source"
+AGAIN = "source, in other batches"
+"""The source a second time, in batches of another size: what rounding alone does to the figures."""
+REFERENCE_BYTES = 512 * 2**20
+"""Most that the source's log-probabilities may take while the branches are compared with them."""
 
 
 class Weights(Protocol):
@@ -30,7 +35,7 @@ class Weights(Protocol):
         ...
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Any other tensor of a block: norms, biases."""
+        """Any other tensor: norms, biases, embeddings, head."""
         ...
 
 
@@ -42,6 +47,7 @@ class Quality:
         perplexity: exp of the mean negative log-likelihood of each next token.
         perplexity_error: its standard error, over tokens.
         kl_divergence: mean KL divergence of its next-token distribution from the source's, in nats.
+        kl_error: its standard error, over tokens.
         kl_median, kl_p99: median and 99th percentile over tokens.
         top1_agreement: share of tokens whose most likely successor is the source's.
     """
@@ -50,6 +56,7 @@ class Quality:
     perplexity: float
     perplexity_error: float
     kl_divergence: float
+    kl_error: float
     kl_median: float
     kl_p99: float
     top1_agreement: float
@@ -64,27 +71,58 @@ def measure_quality(
     branches: Mapping[str, Weights],
     batch: int,
     progress: bool | None = None,
+    store: Store | None = None,
 ) -> list[Quality]:
-    """Quality of the source (first, against itself) and of every branch.
+    """Quality of the source (first, against itself), of the source in other batches, and of every branch.
 
     Args:
         model: the source, with its head loaded.
         ids: int64 [samples, length].
         batch: windows run at a time.
+        store: keeps the source's outputs for the next call, and everything after an interruption.
     """
+    states, start = _begin(model, ids, branches, batch, store)
+    disable = None if progress is None else not progress
+    own = [name for name in states if name not in branches]
+    with tqdm(total=len(model), initial=start, desc="measure", unit="block", disable=disable) as bar:
+        for index in range(start, len(model)):
+            with model.block(index) as block:
+                linears = model.linears(block)
+                for name in own:
+                    if store is None or not store.has_source:
+                        states[name].advance(index, block)
+                for name, weights in branches.items():
+                    _wear(model, index, block, linears, weights)
+                    states[name].advance(index, block)
+            if store is not None:
+                store.interim(index + 1, {name: state.hidden for name, state in states.items()})
+            bar.update()
+    if store is not None:
+        store.keep_source({name: states[name].hidden for name in own})
+    rows = list(_compare(model, states, branches, disable))
+    if store is not None:
+        store.done()
+    return rows
+
+
+def _begin(
+    model: StreamedModel, ids: np.ndarray, branches: Mapping[str, Weights], batch: int, store: Store | None
+) -> tuple[dict[str, Activations], int]:
+    """The states of the source and all branches, and the block that they are to enter."""
     states = {SOURCE: Activations(model, ids, batch)}
-    for name in branches:
-        states[name] = states[SOURCE].copy()
-    for index in tqdm(
-        range(len(model)), desc="measure", unit="block", disable=None if progress is None else not progress
-    ):
-        with model.block(index) as block:
-            linears = model.linears(block)
-            states[SOURCE].advance(index, block)
-            for name, weights in branches.items():
-                _wear(model, index, block, linears, weights)
-                states[name].advance(index, block)
-    return _compare(model, states)
+    if len(ids) > 1:
+        states[AGAIN] = Activations(model, ids, 1 if batch > 1 else 2)
+    for name, weights in branches.items():
+        model.load_outside(weights.tensor)
+        states[name] = Activations(model, ids, batch)
+    model.load_outside()
+    start = 0
+    if store is not None:
+        start, kept = store.resume()
+        for name, hidden in kept.items():
+            if name in states:
+                states[name].hidden = hidden
+    return states, start
 
 
 def _wear(model: StreamedModel, index: int, block: nn.Module, linears: Sequence[Linear], weights: Weights) -> None:
@@ -98,41 +136,62 @@ def _wear(model: StreamedModel, index: int, block: nn.Module, linears: Sequence[
                 parameter.copy_(weights.tensor(model.names[f"{model.block_prefix}{index}.{name}"]))
 
 
-def _compare(model: StreamedModel, states: Mapping[str, Activations]) -> list[Quality]:
-    losses: dict[str, list[torch.Tensor]] = {name: [] for name in states}
-    divergences: dict[str, list[torch.Tensor]] = {name: [] for name in states}
-    agreements: dict[str, list[torch.Tensor]] = {name: [] for name in states}
+class _Figures:
+    """Per-token figures of one branch, gathered window by window."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.divergences: list[torch.Tensor] = []
+        self.agreements: list[torch.Tensor] = []
+
+    def add(self, reference: torch.Tensor, chances: torch.Tensor, successors: torch.Tensor) -> None:
+        """Log-probabilities [batch, length, vocabulary] of the source and of the branch."""
+        weights = reference.exp()
+        self.losses.append(-chances.gather(-1, successors)[..., 0].double().cpu())
+        self.divergences.append((weights * (reference - chances)).sum(-1).double().cpu())
+        self.agreements.append((chances.argmax(dim=-1) == reference.argmax(dim=-1)).double().cpu())
+
+    def quality(self, name: str) -> Quality:
+        loss, agreement = torch.cat(self.losses).flatten(), torch.cat(self.agreements)
+        spread = torch.cat(self.divergences).flatten().clamp(min=0)
+        perplexity, count = math.exp(float(loss.mean())), spread.numel()
+        return Quality(
+            branch=name,
+            perplexity=perplexity,
+            perplexity_error=perplexity * float(loss.std()) / math.sqrt(count),
+            kl_divergence=float(spread.mean()),
+            kl_error=float(spread.std()) / math.sqrt(count),
+            kl_median=float(spread.median()),
+            kl_p99=float(spread.kthvalue(max(1, math.ceil(0.99 * count))).values),
+            top1_agreement=float(agreement.mean()),
+        )
+
+
+def _compare(
+    model: StreamedModel, states: Mapping[str, Activations], branches: Mapping[str, Weights], disable: bool | None
+) -> Iterator[Quality]:
+    """Each state's head over all windows, a piece of them at a time, against the source's log-probabilities."""
+    figures = {name: _Figures() for name in states}
     ids = states[SOURCE].ids
-    for start in range(len(ids)):  # one window at a time: logits over a large vocabulary are what takes memory here
-        window = ids[start : start + 1]
-        successors = window[:, 1:, None].to(model.device)
-        weights = entropy = best = torch.empty(0)  # of the source, which comes first
-        for name, state in states.items():
-            logits = model.logits(window, state.hidden[start : start + 1].to(model.device))[:, :-1].float()
-            chances = logits.log_softmax(dim=-1)
-            if name == SOURCE:
-                weights = chances.exp()
-                entropy = torch.einsum("btv,btv->bt", weights, chances)
-                best = chances.argmax(dim=-1)
-            losses[name].append(-chances.gather(-1, successors)[..., 0].double().cpu())
-            crossed = torch.einsum("btv,btv->bt", weights, chances)
-            divergences[name].append((entropy - crossed).double().cpu())
-            agreements[name].append((chances.argmax(dim=-1) == best).double().cpu())
-    return [
-        _quality(name, torch.cat(losses[name]), torch.cat(divergences[name]), torch.cat(agreements[name]))
-        for name in states
-    ]
+    vocabulary = model.logits(ids[:1, :2], states[SOURCE].hidden[:1, :2].to(model.device)).shape[-1]
+    piece = max(1, REFERENCE_BYTES // (4 * vocabulary * ids.shape[1]))
+    starts = range(0, len(ids), piece)
+    with tqdm(total=len(starts) * len(states), desc="compare", unit="piece", disable=disable, leave=False) as bar:
+        for start in starts:
+            windows = range(start, min(start + piece, len(ids)))
+            model.load_outside()
+            references = [_chances(model, states[SOURCE], window) for window in windows]
+            for name, state in states.items():
+                model.load_outside(branches[name].tensor if name in branches else None)
+                for window, reference in zip(windows, references, strict=True):
+                    chances = reference if name == SOURCE else _chances(model, state, window)
+                    figures[name].add(reference, chances, ids[window : window + 1, 1:, None].to(model.device))
+                bar.update()
+    model.load_outside()
+    for name in states:
+        yield figures[name].quality(name)
 
 
-def _quality(name: str, loss: torch.Tensor, divergence: torch.Tensor, agreement: torch.Tensor) -> Quality:
-    perplexity = math.exp(float(loss.mean()))
-    spread = divergence.flatten().clamp(min=0)
-    return Quality(
-        branch=name,
-        perplexity=perplexity,
-        perplexity_error=perplexity * float(loss.std()) / math.sqrt(loss.numel()),
-        kl_divergence=float(spread.mean()),
-        kl_median=float(spread.median()),
-        kl_p99=float(spread.kthvalue(max(1, math.ceil(0.99 * spread.numel()))).values),
-        top1_agreement=float(agreement.mean()),
-    )
+def _chances(model: StreamedModel, state: Activations, window: int) -> torch.Tensor:
+    hidden = state.hidden[window : window + 1].to(model.device)
+    return model.logits(state.ids[window : window + 1], hidden)[:, :-1].float().log_softmax(dim=-1)

@@ -124,7 +124,6 @@ def _resolve_paths(located: Located) -> None:
     model = data.get("model")
     if isinstance(model, dict) and isinstance(model.get("source"), str) and ":" not in model["source"]:
         model["source"] = resolve(("model", "source"), model["source"])
-    calibration = data.get("calibration")
     release = data.get("release")
     if isinstance(release, dict):
         for key in ("templates", "card_header", "card_footer"):
@@ -133,15 +132,15 @@ def _resolve_paths(located: Located) -> None:
     levels = data.get("gguf")
     if isinstance(levels, dict) and isinstance(levels.get("imatrix"), str):
         levels["imatrix"] = resolve(("gguf", "imatrix"), levels["imatrix"])
-    if not isinstance(calibration, dict):
-        return
-    dataset = calibration.get("dataset")
-    for holder, key in _corpus_slots(calibration, dataset):
-        value = holder[key]
-        if isinstance(value, str):
-            path = ("calibration", "dataset")
-            if holder is not calibration or isinstance(dataset, str):
-                holder[key] = resolve(path, value) if value not in PRESETS else value
+    for section in ("calibration", "measure"):
+        part = data.get(section)
+        if not isinstance(part, dict):
+            continue
+        dataset = part.get("dataset")
+        for holder, key in _corpus_slots(part, dataset):
+            value = holder[key]
+            if isinstance(value, str) and (holder is not part or isinstance(dataset, str)):
+                holder[key] = value if value in {*PRESETS, "auto"} else resolve((section, "dataset"), value)
 
 
 def _corpus_slots(calibration: dict[str, Any], dataset: Any) -> list[tuple[Any, Any]]:
@@ -158,11 +157,13 @@ def _corpus_slots(calibration: dict[str, Any], dataset: Any) -> list[tuple[Any, 
 
 
 def _check_presets(located: Located, recipe: Recipe) -> None:
-    for index, corpus in enumerate(recipe.calibration.dataset):
+    asked = [("calibration", index, corpus) for index, corpus in enumerate(recipe.calibration.dataset)]
+    asked += [("measure", index, corpus) for index, corpus in enumerate(recipe.measure.dataset or [])]
+    for section, index, corpus in asked:
         if corpus.preset is not None and corpus.preset not in PRESETS:
             hint = _nearest(corpus.preset, PRESETS)
             raise located.error(
-                _known(located, ("calibration", "dataset", index)),
+                _known(located, (section, "dataset", index)),
                 f"no preset '{corpus.preset}'{hint}; presets are {', '.join(PRESETS)}, a hub dataset is "
                 "written org/name, a file ./name.txt",
             )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from quantize.recipe.methods import METHODS, Awq, Gguf, Gptq, Method, Size, Strict, Variant
+from quantize.recipe.presets import PRESETS
 
 REPO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
@@ -134,12 +135,37 @@ class Calibration(Strict):
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
+def _held_out(value: Any) -> Any:
+    return None if value == "auto" or value is None else _corpora(value)
+
+
+class Measure(Strict):
+    """The held-out text that finished branches are measured on, and how much of it."""
+
+    dataset: Annotated[list[Corpus] | None, BeforeValidator(_held_out)] = None
+    """``auto`` (None): the test part of wikitext where the calibration text comes from a hub, else a text that
+    CPython carries."""
+    samples: int = Field(default=16, ge=1, le=1_000_000, strict=True)
+    sequence_length: int = Field(default=512, ge=8, le=1_000_000, strict=True)
+    seed: int = Field(default=0, ge=0, lt=2**32, strict=True)
+    allow_calibration_text: bool = False
+    """Measure on the calibration text all the same; the card then says so."""
+
+    def corpora(self, calibration: Calibration) -> list[Corpus]:
+        """The texts, with ``auto`` resolved."""
+        if self.dataset is not None:
+            return self.dataset
+        remote = any(corpus.hub or PRESETS[str(corpus.preset)].hub for corpus in calibration.dataset if not corpus.file)
+        return [Corpus(preset="wikitext-test" if remote else "docstrings")]
+
+
 class Recipe(Strict):
     """A whole recipe, as validated data."""
 
     model: Model
     release: Release = Release()
     calibration: Calibration = Calibration()
+    measure: Measure = Measure()
     gptq: Gptq | None = None
     awq: Awq | None = None
     gguf: Gguf | None = None

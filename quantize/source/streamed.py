@@ -72,7 +72,8 @@ class StreamedModel:
         self.model = _empty_model(source, compute_dtype, trust_remote_code)
         self.names = _match_names(self.model, source)
         self.block_prefix, self.blocks = self._find_blocks(prefix)
-        self._load_outside(head)
+        self._head = head
+        self.load_outside()
         self._returns_tuple: bool | None = None
         self._calls: dict[int, list[BlockCall]] = {}
 
@@ -229,13 +230,22 @@ class StreamedModel:
                 return f"{name}.", module
         raise SourceError(f"{self.source.named}: transformers has no blocks at '{prefix}N'")
 
-    def _load_outside(self, head: bool) -> None:
+    def load_outside(self, read: Callable[[str], torch.Tensor] | None = None) -> None:
+        """Read everything outside the blocks (embeddings, final norm, head) anew.
+
+        Args:
+            read: tensors by their names in the checkpoint, such as a quantized branch's; None is the source itself.
+
+        Raises:
+            SourceError: a tensor is missing, or of another shape than the config asks for.
+        """
+        read = read or self.read
         inside = self.block_prefix
         output = self.model.get_output_embeddings()
-        unused = set() if head or output is None else {id(parameter) for parameter in output.parameters()}
+        unused = set() if self._head or output is None else {id(parameter) for parameter in output.parameters()}
         for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
             if not name.startswith(inside) and name in self.names and id(value) not in unused:
-                self._assign(self.model, name, self.read(self.names[name]))
+                self._assign(self.model, name, read(self.names[name]))
         self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta and not name.startswith(inside) and id(parameter) not in unused:
