@@ -29,6 +29,7 @@ NAMES = (
     "awq-small",
     "awq",
     "awq-peer",
+    "quality",
     "eight",
 )
 FILE = click.Path(exists=True, dir_okay=False)
@@ -54,7 +55,7 @@ def main(
     length: int,
 ) -> None:
     """Measure the tables NAMES, or all of them; one whose text or model is not given is skipped, with a word."""
-    from benchmarks import archived, awq, curves, gguf, peers, sequential
+    from benchmarks import archived, awq, curves, gguf, peers, quality, sequential
 
     demo = Task(DEMO, calibration or "", samples, length)
     small = Task({"source": str(Path(model or "").resolve())}, calibration or "", samples, length)
@@ -66,6 +67,7 @@ def main(
         "archived": (calibration,),
         "awq": (calibration, evaluation),
         "awq-peer": (calibration, evaluation),
+        "quality": (calibration, evaluation),
         "awq-small": (calibration, evaluation, model),
     }
     for name in names or NAMES:
@@ -90,6 +92,9 @@ def main(
             elif name == "awq-small":
                 title = f"AWQ on a small model, {Path(model or '').name}, against gptqmodel"
                 awq.compare(name, title, small, LOW, evaluation or "", True, folder)
+            elif name == "quality":
+                title = "Every variant of SmolLM2-135M-Instruct, measured from its own bytes"
+                quality.compare(name, title, demo, EIGHT, evaluation or "", folder)
             elif name == "gguf":
                 gguf.compare(folder)
             elif name == "variants":

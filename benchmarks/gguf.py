@@ -71,7 +71,8 @@ def compare(folder: Path) -> None:
     path = folder / "recipe.json"
     path.write_text(json.dumps(recipe), encoding="utf-8")
     start = time.perf_counter()
-    command = [sys.executable, "-m", "quantize", "build", str(path), "--dist", str(folder / "dist"), "--json"]
+    options = ["--dist", str(folder / "dist"), "--no-measure", "--json"]
+    command = [sys.executable, "-m", "quantize", "build", str(path), *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
     plan = quantize.plan(quantize.load_recipe(path), dist=folder / "dist")

@@ -82,7 +82,8 @@ class Task:
         """Build into ``folder``, in a fresh process; of ``rounds`` equal builds, the one of median wall time."""
         recipe = self.recipe(folder / "recipe.json", variants, **settings)
         dist = folder / "dist"
-        arguments = ("-m", "quantize", "build", str(recipe), "--dist", str(dist), "--device", "cpu", "--json")
+        options = ("--dist", str(dist), "--device", "cpu", "--no-measure", "--json")
+        arguments = ("-m", "quantize", "build", str(recipe), *options)
         runs = []
         for _ in range(rounds):
             shutil.rmtree(dist, ignore_errors=True)

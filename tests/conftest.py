@@ -133,7 +133,7 @@ def run_quantize() -> Command:
     """``run_quantize("plan", recipe, env={...}, cwd=...)``: the real command in a process of its own."""
 
     def run(*arguments: Any, env: dict[str, str] | None = None, cwd: Path | None = None, **options: Any) -> Result:
-        command = [sys.executable, "-m", "quantize", *map(str, arguments)]
+        command = [sys.executable, "-m", "quantize", *_unmeasured(arguments)]
         variables = {**os.environ, **(env or {})}
         return subprocess.run(
             command, env=variables, cwd=cwd, capture_output=True, text=True, timeout=240, check=False, **options
@@ -148,10 +148,16 @@ def invoke() -> Command:
     return run_in_process
 
 
+def _unmeasured(arguments: tuple[Any, ...]) -> list[str]:
+    """A build's arguments; measuring is switched off where the test does not ask for it, as it takes seconds."""
+    words = [str(argument) for argument in arguments]
+    return [*words, "--no-measure"] if words[:1] == ["build"] and "--measure" not in words else words
+
+
 def run_in_process(*arguments: Any) -> Result:
     from quantize.cli import main
 
-    command = ["quantize", *map(str, arguments)]
+    command = ["quantize", *_unmeasured(arguments)]
     out, err, code = io.StringIO(), io.StringIO(), 0
     with patch.object(sys, "argv", command), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -16,6 +16,7 @@ PACKAGE = Path(quantize.__file__).parent
 FLOORS = (
     "cli",
     "pipeline",
+    "verify",
     "measure",
     "lint",
     "release",

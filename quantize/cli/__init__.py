@@ -19,8 +19,10 @@ from quantize.cli.plan import plan
 from quantize.cli.prune import prune
 from quantize.cli.push import diff, push
 from quantize.cli.recipes import recipes
+from quantize.cli.report import report
 from quantize.cli.status import status
 from quantize.cli.validate import validate
+from quantize.cli.verify import verify
 from quantize.errors import QuantizeError
 
 INTERRUPTED = 130
@@ -40,7 +42,11 @@ def quantize() -> None:
     """
 
 
-for command in (recipes, validate, plan, build, card, push, diff, git, prune, lint, explain, status, measure, matrix):
+COMMANDS = (
+    recipes, validate, plan, build, measure, report, verify, card, push, diff, git, prune, lint, explain, status,
+    matrix,
+)  # fmt: skip
+for command in COMMANDS:
     quantize.add_command(command)
 
 

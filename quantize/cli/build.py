@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from quantize.cli.measure import show
 from quantize.cli.options import (
     dist_option,
     duration,
@@ -22,16 +23,31 @@ from quantize.cli.options import (
 @dist_option
 @only_option
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--measure/--no-measure", "measured", default=True, show_default=True,
+    help="Measure what was built, for the manifests and the cards.",
+)  # fmt: skip
 @json_option
 def build(
-    recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], device: str, as_json: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    dist: str,
+    only: tuple[str, ...],
+    device: str,
+    measured: bool,
+    as_json: bool,
 ) -> None:
-    """Build every branch of RECIPE that is not up to date, all from one calibration pass."""
+    """Build every branch of RECIPE that is not up to date, all from one calibration pass, and measure it."""
     quiet_libraries()
+    from quantize.measure import check_text, measure_recipe
     from quantize.pipeline import build_recipe
     from quantize.recipe import load_recipe
 
-    result = build_recipe(load_recipe(recipe, overrides), dist, only, device=device, notify=say)
+    loaded = load_recipe(recipe, overrides)
+    if measured:
+        check_text(loaded, dist, only, device)
+    result = build_recipe(loaded, dist, only, device=device, notify=say)
+    quality = measure_recipe(loaded, dist, only, device=device, notify=say) if measured else None
     if as_json:
         print_json({
             "repos": dict(result.plan.repos),
@@ -39,6 +55,7 @@ def build(
             "fresh": result.fresh,
             "seconds": {stage: round(value, 2) for stage, value in result.seconds.items()},
             "oddities": result.oddities,
+            "quality": quality.as_data() if quality else None,
         })  # fmt: skip
         return
     levels = result.plan.gguf.levels if result.plan.gguf else ()
@@ -53,6 +70,8 @@ def build(
         for what, modules in found.items():
             shown = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
             click.echo(f"note   {label}: {what} in {shown} (see its manifest)")
+    if quality:
+        show(quality)
     if result.seconds:
         stages = ", ".join(f"{stage} {duration(value)}" for stage, value in result.seconds.items())
         say(f"{duration(sum(result.seconds.values()))}: {stages}")

@@ -32,6 +32,16 @@ class BranchReader:
         index = folder / INDEX_NAME
         self._shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
 
+    def activation_scales(self) -> dict[str, torch.Tensor]:
+        """AWQ: what loaders divide the outputs of modules by that hold no weight of their own, by module."""
+        names = set(self._shard_of) or set(self._names())
+        found = {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
+        return {module: self.tensor(f"{module}.scales") for module in sorted(found) if f"{module}.qweight" not in names}
+
+    def _names(self) -> list[str]:
+        with safe_open(self.folder / SINGLE_NAME, framework="pt") as file:
+            return list(file.keys())
+
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor as stored."""
         with safe_open(self.folder / self._shard_of.get(name, SINGLE_NAME), framework="pt") as file:

@@ -116,7 +116,9 @@ class HubFiles(RepoFiles):
         from huggingface_hub import HfFileSystem
 
         self.name, self.branch, self.hub, self.head = repo, branch, hub, head
-        self.sizes = {name: int(file.size) for name, file in hub.files(repo, head).items()}
+        listed = hub.files(repo, head)
+        self.sizes = {name: int(file.size) for name, file in listed.items()}
+        self.sha256 = {name: str(file.lfs.sha256) for name, file in listed.items() if file.lfs is not None}
         self.system = HfFileSystem(endpoint=hub.api.endpoint, token=hub.api.token)
 
     def read(self, name: str, first: int, last: int) -> bytes:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,8 +94,8 @@ def measure_quality(
                     if store is None or not store.has_source:
                         states[name].advance(index, block)
                 for name, weights in branches.items():
-                    _wear(model, index, block, linears, weights)
-                    states[name].advance(index, block)
+                    with _worn(model, index, block, linears, weights):
+                        states[name].advance(index, block)
             if store is not None:
                 store.interim(index + 1, {name: state.hidden for name, state in states.items()})
             bar.update()
@@ -125,8 +127,23 @@ def _begin(
     return states, start
 
 
-def _wear(model: StreamedModel, index: int, block: nn.Module, linears: Sequence[Linear], weights: Weights) -> None:
-    """Give a loaded block all of a branch's own tensors."""
+def branch_logits(model: StreamedModel, ids: Sequence[int], weights: Weights) -> torch.Tensor:
+    """Logits [length, vocabulary] of one window of token ids with a branch's tensors."""
+    model.load_outside(weights.tensor)
+    state = Activations(model, np.array([ids], dtype=np.int64), 1)
+    for index in range(len(model)):
+        with model.block(index) as block, _worn(model, index, block, model.linears(block), weights):
+            state.advance(index, block)
+    logits = model.logits(state.ids, state.hidden)[0].float()
+    model.load_outside()
+    return logits
+
+
+@contextmanager
+def _worn(
+    model: StreamedModel, index: int, block: nn.Module, linears: Sequence[Linear], weights: Weights
+) -> Iterator[None]:
+    """Give a loaded block all of a branch's own tensors, and the scales that its loader divides activations by."""
     quantized = {id(linear.module.weight) for linear in linears}
     for linear in linears:
         linear.set_weight(weights.weight(model.checkpoint_name(index, linear.local)))
@@ -134,6 +151,18 @@ def _wear(model: StreamedModel, index: int, block: nn.Module, linears: Sequence[
         for name, parameter in block.named_parameters():
             if id(parameter) not in quantized:
                 parameter.copy_(weights.tensor(model.names[f"{model.block_prefix}{index}.{name}"]))
+    prefix = model.checkpoint_prefix(index)
+    with ExitStack() as hooks:
+        for module, scales in getattr(weights, "activation_scales", dict)().items():
+            if module.startswith(prefix):
+                divided = block.get_submodule(module.removeprefix(prefix))
+                handle = divided.register_forward_hook(partial(_divide, scales.to(model.device)))
+                hooks.callback(handle.remove)
+        yield
+
+
+def _divide(scales: torch.Tensor, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output / scales.to(output.dtype)
 
 
 class _Figures:

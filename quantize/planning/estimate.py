@@ -26,6 +26,7 @@ SOLVE_BYTES = 3 * 192 * 2**20
 COMPUTE_BYTES = 4
 
 CONVERT_SECONDS = 15.0
+COMPARED_PER_SECOND, DEQUANTIZED_PER_SECOND = 1.5e8, 6e7  # logits against the source's; weights read back
 LEVEL_RATES = (
     ("F", 500.0), ("BF", 500.0), ("Q8", 270.0), ("Q4_0", 125.0), ("Q4_1", 125.0), ("Q5_0", 100.0), ("Q5_1", 100.0),
     ("Q6", 55.0), ("Q3", 62.0), ("Q2", 60.0), ("Q4", 35.0), ("Q5", 35.0), ("IQ4", 10.0), ("IQ3", 5.0), ("IQ2", 1.0),
@@ -96,6 +97,18 @@ def estimate(
         seconds / rate + SETUP_SECONDS + quantizing,
         _peak(checkpoint, table, calibration, width, inputs, 1 + own),
     )
+
+
+def measuring_seconds(checkpoint: Checkpoint, table: ModuleTable, samples: int, length: int, branches: int) -> float:
+    """Predict how long ``branches`` finished variants take to be measured on ``samples`` windows of ``length`` tokens."""
+    config, tokens = checkpoint.text_config, samples * length
+    width = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    vocabulary = int(config.get("vocab_size") or 0)
+    weights = sum(linear.in_features * linear.out_features for linear in table.linears)
+    forward = 2 * tokens * weights + 4 * tokens * length * width * table.blocks
+    operations = (forward + 2 * tokens * vocabulary * width) / SHARE_FORWARD
+    seconds = operations / _operations_per_second() + tokens * vocabulary / COMPARED_PER_SECOND
+    return SETUP_SECONDS + (branches + 2) * seconds + branches * weights / DEQUANTIZED_PER_SECOND
 
 
 def _megabytes_per_second(level: str) -> float:

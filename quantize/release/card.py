@@ -13,7 +13,9 @@ from quantize.formats.tensors import DTYPE_BYTES
 from quantize.planning import Plan, PlannedVariant
 from quantize.recipe.levels import LEVELS
 from quantize.recipe.methods import AwqVariant, GptqVariant, Method
+from quantize.release.picture import FILES, draw
 from quantize.release.prompt import prompt_as_python, prompt_template
+from quantize.release.quality import cells, loads_in, measured, summary
 from quantize.release.source_card import HUB, absolute_links, source_card, text_of, texts_of
 from quantize.source.cache import write_atomically
 from quantize.source.resolved import Source
@@ -34,7 +36,8 @@ def render_card(plan: Plan, method: Method) -> str:
 def render_gguf_card(plan: Plan) -> str:
     """``README.md`` of the GGUF repo."""
     assert plan.gguf
-    manifest = (read_manifest(plan.gguf.folder) or {}).get("levels") or {}
+    whole = read_manifest(plan.gguf.folder) or {}
+    manifest = whole.get("levels") or {}
     elements = sum(spec.nbytes // DTYPE_BYTES[spec.dtype] for spec in plan.source.checkpoint.tensors.values())
     rows, split = [], False
     for item in plan.gguf.levels:
@@ -50,6 +53,8 @@ def render_gguf_card(plan: Plan) -> str:
             "bits": f"{8 * nbytes / elements:.2f}",
             "size": f"{nbytes / 1e9:.2f} GB",
             "use": LEVELS[item.level].use,
+            "loads": loads_in(whole, first),
+            **cells((manifest.get(item.level) or {}).get("quality")),
         })  # fmt: skip
     # the level that most people take, if there is one
     example = next((row for row in rows if row["level"] == "Q4_K_M"), rows[0])
@@ -70,19 +75,26 @@ def render(plan: Plan, method: str) -> str:
 
 
 def refresh_cards(plan: Plan) -> list[Path]:
-    """Render every finished branch's card again; a new branch also changes the tables of the old ones.
+    """Render every finished branch's card and picture again; a new branch also changes the tables of the old ones.
 
     Returns:
-        The cards that changed.
+        The files that changed.
     """
     cards = {method: render(plan, method).encode() for method in plan.repos}
-    folders = {item.folder: item.method for item in plan.everything}
+    pictures = draw(measured(plan))
     changed = []
-    for folder, method in folders.items():
-        path = folder / "README.md"
-        if folder.is_dir() and (not path.is_file() or path.read_bytes() != cards[method]):
-            write_atomically(path, cards[method])
-            changed.append(path)
+    for folder, method in {item.folder: item.method for item in plan.everything}.items():
+        if not folder.is_dir():
+            continue
+        for name, data in {"README.md": cards[method], **pictures}.items():
+            path = folder / name
+            if not path.is_file() or path.read_bytes() != data:
+                write_atomically(path, data)
+                changed.append(path)
+        for name in FILES:
+            if not pictures and (folder / name).is_file():  # its figures are no longer this release's
+                (folder / name).unlink()
+                changed.append(folder / name)
     return changed
 
 
@@ -137,6 +149,8 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
                 prompt_template=template,
                 prompt_python=prompt_as_python(template),
                 rows=rows,
+                quality=summary(measured(plan)),
+                loads=any(row["loads"] != "-" for row in rows),
                 samples=recipe.calibration.samples,
                 version=__version__,
                 header=_partial(recipe.release.card_header),
@@ -174,7 +188,7 @@ def _partial(file: str | None) -> str | None:
 
 
 def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:
-    calibration, variant = plan.recipe.calibration, item.variant
+    calibration, variant, known = plan.recipe.calibration, item.variant, plan.finished(item)
     datasets = [f"[{title(corpus)}]({url(corpus)})" if url(corpus) else title(corpus) for corpus in calibration.dataset]
     row = {
         "branch": item.branch,
@@ -184,6 +198,8 @@ def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:
         "dataset": ", ".join(datasets),
         "length": calibration.sequence_length,
         "size": f"{item.nbytes / 1e9:.2f} GB",
+        "loads": loads_in(known),
+        **cells(known.get("quality")),
     }
     if isinstance(variant, GptqVariant):
         exllama = variant.bits == 4 and plan.source.checkpoint.model_type in {"llama", "mistral"}

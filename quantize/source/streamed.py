@@ -120,6 +120,12 @@ class StreamedModel:
         """The name that a module of block ``index`` has in the checkpoint."""
         return self.names[f"{self.block_prefix}{index}.{local}.weight"].removesuffix(".weight")
 
+    def checkpoint_prefix(self, index: int) -> str:
+        """What the names of block ``index`` begin with in the checkpoint, as in ``model.layers.0.``"""
+        inside = f"{self.block_prefix}{index}."
+        name = next(name for name in self.names if name.startswith(inside))
+        return self.names[name].removesuffix(name.removeprefix(inside))
+
     def stored_weight(self, index: int, linear: Linear) -> torch.Tensor:
         """The weight [N, K] in float32, exact even where the forward pass runs in less."""
         if linear.weight.dtype == torch.float32:

