@@ -1,7 +1,7 @@
 """All variants of all three methods measured from their own bytes, and the figures held against outside ones.
 
-The source's perplexity is computed again by a plain transformers run, each GGUF level's by llama.cpp itself, on the same
-windows.
+The source's perplexity is computed again by a plain transformers run, each GGUF level's by llama.cpp itself, on the
+same windows.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def compare(name: str, title: str, task: Task, cells: list[Variant], evaluation:
     for item in plan.gguf.levels:
         files = sorted(plan.finished(item)["files"])
         outside[item.label] = _by_llama_cpp(item.folder / files[0], ids, folder)
-        print(f"{name}: {item.label}: {rows[item.label]['perplexity']:.3f}, llama.cpp {outside[item.label]:.3f}", flush=True)
+        print(
+            f"{name}: {item.label}: {rows[item.label]['perplexity']:.3f}, llama.cpp {outside[item.label]:.3f}",
+            flush=True,
+        )
     sizes = {item.label: f"{item.nbytes / 1e6:.1f}" for item in plan.everything}
     body = [_row(label, row, sizes.get(label, ""), outside.get(label)) for label, row in rows.items()]
     farthest = max(abs(outside[label] / rows[label]["perplexity"] - 1) for label in outside if label != "source")
@@ -58,10 +61,10 @@ def compare(name: str, title: str, task: Task, cells: list[Variant], evaluation:
         f"""## {title}
 
 {len(plan.everything)} variants from one build, {task.samples} x {task.length} calibration tokens; measured on
-{found["tokens"]:,} other tokens of {Path(evaluation).name} in windows of {text.sequence_length} by `quantize measure` in
-{done.seconds:.0f} s and {done.peak_bytes / 1e9:.2f} GB; {machine()}. "Outside" is the perplexity of the same windows by
-plain transformers (source) and by llama.cpp from the file itself, which rounds activations to 8 bits. The source differs
-by {abs(outside["source"] / rows["source"]["perplexity"] - 1):.2%}, the levels by at most {farthest:.2%}.
+{found["tokens"]:,} other tokens of {Path(evaluation).name} in windows of {text.sequence_length} by `quantize
+measure` in {done.seconds:.0f} s and {done.peak_bytes / 1e9:.2f} GB; {machine()}. "Outside" is the perplexity
+of the same windows by plain transformers (source) and by llama.cpp from the file itself, which rounds activations to 8
+bits. The source differs by {abs(outside["source"] / rows["source"]["perplexity"] - 1):.2%}, the levels by at most {farthest:.2%}.
 
 {table(["variant", "MB", "PPL", "±", "KLD", "±", "KLD 99 %", "top-1", "outside PPL"], body)}
 """,
@@ -99,7 +102,13 @@ def _by_llama_cpp(file: Path, ids: np.ndarray, scratch: Path) -> float:
     losses = []
     for window in ids:
         np.save(scratch / "ids.npy", window)
-        command = [sys.executable, worker_logits.__file__, str(file), str(scratch / "ids.npy"), str(scratch / "out.npy")]
+        command = [
+            sys.executable,
+            worker_logits.__file__,
+            str(file),
+            str(scratch / "ids.npy"),
+            str(scratch / "out.npy"),
+        ]
         subprocess.run([*command, str(THREADS), "x"], check=True, capture_output=True)
         logits = torch.from_numpy(np.load(scratch / "out.npy"))[:-1]
         losses.append(-logits.log_softmax(-1).gather(-1, torch.from_numpy(window)[1:, None]).double())

@@ -126,7 +126,9 @@ def test_consumers_say_what_the_weights_say(
 def test_what_loaded_is_in_the_card(invoke: Command, both: Path, tiny_recipe: Path) -> None:
     manifest = both / NAME / "main" / "quantize-manifest.json"
     data = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**data, "loads_in": {"transformers 5.23.0 + gptqmodel 7.6.0": "ok", "vllm": "failed"}}))
+    manifest.write_text(
+        json.dumps({**data, "loads_in": {"transformers 5.23.0 + gptqmodel 7.6.0": "ok", "vllm": "failed"}})
+    )
     assert invoke("card", tiny_recipe, "--dist", both).returncode == 0
     card = (both / NAME / "eight" / "README.md").read_text()
     assert "| Loads in |" in card

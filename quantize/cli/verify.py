@@ -18,14 +18,12 @@ FAILED = 2
 @click.option("--download", is_flag=True, help="Fetch a hub repo's branches and check them as folders.")
 @endpoint_option
 @json_option
-def verify(
-    target: str, source: str | None, load: bool, download: bool, endpoint: str | None, as_json: bool
-) -> None:
+def verify(target: str, source: str | None, load: bool, download: bool, endpoint: str | None, as_json: bool) -> None:
     """Verify finished branches: hashes against the manifest, tensors against the source, loading in real consumers.
 
     DIR_OR_REPO is a branch's folder, a folder of branches as in dist, or a hub repo, of which without --download the
-    hashes alone are looked at. What loaded goes into the manifest, and with `quantize card` into the card. Exits with code 2 if a check
-    fails.
+    hashes alone are looked at. What loaded goes into the manifest, and with `quantize card` into the card. Exits with
+    code 2 if a check fails.
     """
     quiet_libraries()
     from quantize.verify import verify as check

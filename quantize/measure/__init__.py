@@ -115,3 +115,105 @@ class _Task:
 
     def unmeasured(self) -> list[Item]:
         return [item for item in self.built if not self.known(item)]
+
+    def _is_whole(self, item: Item) -> bool:
+        found = self.plan.finished(item)
+        return bool(found) and item.folder.is_dir() and is_complete(item.folder, found)
+
+
+def measure_recipe(
+    loaded: LoadedRecipe,
+    dist: Path | str = "dist",
+    only: Sequence[str] = (),
+    *,
+    again: bool = False,
+    device: str = "auto",
+    progress: bool | None = None,
+    notify: Notify = lambda line: None,
+) -> Measured:
+    """Measure the finished, selected branches and levels of a recipe, note it in their manifests and cards.
+
+    Args:
+        again: measure also what is known already.
+        device, progress, notify: as for a build.
+
+    Raises:
+        CalibrationError: the text is the calibration text, or cannot be had. BuildError: nothing is built.
+        GgufError: a level's tensors cannot be brought in the source's order.
+    """
+    with locked(Path(dist)):
+        task = _Task(plan_recipe(loaded, dist, only, weights=True, notify=notify), device)
+        built = task.built
+        if not built:
+            raise BuildError(f"{dist}: no branch of this recipe is built yet; run `quantize build` first")
+        todo = built if again else task.unmeasured()
+        if todo:
+            for item, row in zip(todo, _measure(task, todo, progress, notify), strict=True):
+                _note(item, row)
+        refresh_cards(task.plan)
+    rows = {item.label: task.known(item) for item in built}
+    source = next(iter(rows.values()))["source"]
+    return Measured(task.title, task.tokens, task.on_calibration_text, {"source": source, **rows})
+
+
+def _measure(task: _Task, todo: Sequence[Item], progress: bool | None, notify: Notify) -> list[dict[str, Any]]:
+    """Manifest entries of ``todo``, in its order."""
+    import numpy as np
+
+    from quantize.measure.quality import AGAIN, SOURCE, measure_quality
+    from quantize.measure.store import Store
+    from quantize.source.streamed import StreamedModel
+
+    plan, recipe = task.plan, task.plan.recipe
+    trust = recipe.model.trust_remote_code
+    ids = np.ascontiguousarray(sample_tokens(task.text, load_tokenizer(plan.source, trust)).ids)
+    seconds = measuring_seconds(plan.source.checkpoint, plan.table, len(ids), ids.shape[1], len(todo))
+    spent = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    notify(f"measuring {len(todo)} branches on {ids.size} tokens of {task.title}, in about {spent}")
+    model = StreamedModel(plan.source, plan.table.prefix, task.dtype, task.device, trust, head=True)
+    artefacts = {item.label: plan.finished(item).get("files") for item in todo}
+    source_key = key_of({"source": task.key, "tokens": hashlib.sha256(ids.tobytes()).hexdigest()})
+    store = Store(source_key, key_of({"source": source_key, "artefacts": artefacts}))
+    batch = max(1, recipe.calibration.batch_tokens // ids.shape[1])
+    found = measure_quality(model, ids, _readers(plan, todo, model.read), batch, progress, store)
+    rows = {row.branch: _figures(row) for row in found}
+    common = {
+        "key": task.key,
+        "text": task.title,
+        "tokens": task.tokens,
+        "sequence_length": task.text.sequence_length,
+        "on_calibration_text": task.on_calibration_text,
+        "source": {name: rows[SOURCE][name] for name in ("perplexity", "perplexity_error")},
+        "noise_floor": rows[AGAIN]["kl_divergence"] if AGAIN in rows else None,
+    }
+    return [{**common, **rows[item.label]} for item in todo]
+
+
+def _readers(plan: Plan, todo: Sequence[Item], read: Any) -> dict[str, Weights]:
+    from quantize.formats.reader import BranchReader
+    from quantize.measure.gguf import open_levels
+
+    readers: dict[str, Weights] = {
+        item.label: BranchReader(item.folder) for item in todo if isinstance(item, PlannedVariant)
+    }
+    levels = [item for item in todo if isinstance(item, PlannedLevel)]
+    if levels and plan.gguf:
+        conversion = plan.gguf.conversion
+        path, header = conversion.make(), conversion.header()
+        files = {item.label: [item.folder / name for name in sorted(plan.finished(item)["files"])] for item in levels}
+        readers |= open_levels(files, path, header.became, read)
+    return readers
+
+
+def _figures(row: Quality) -> dict[str, Any]:
+    """Five digits are more than the figures are worth."""
+    return {name: float(f"{value:.5g}") for name, value in row.as_data().items() if name != "branch"}
+
+
+def _note(item: Item, quality: Mapping[str, Any]) -> None:
+    data = read_manifest(item.folder)
+    if data is None:
+        raise SourceError(f"{item.folder / MANIFEST_NAME}: cannot be read any more")
+    holder = data["levels"][item.level] if isinstance(item, PlannedLevel) else data
+    holder["quality"] = dict(quality)
+    write_atomically(item.folder / MANIFEST_NAME, as_json(data))

@@ -100,7 +100,7 @@ def estimate(
 
 
 def measuring_seconds(checkpoint: Checkpoint, table: ModuleTable, samples: int, length: int, branches: int) -> float:
-    """Predict how long ``branches`` finished variants take to be measured on ``samples`` windows of ``length`` tokens."""
+    """Predict how long it takes to measure finished variants on ``samples`` windows of ``length`` tokens."""
     config, tokens = checkpoint.text_config, samples * length
     width = int(config.get("hidden_size") or config.get("n_embd") or 0)
     vocabulary = int(config.get("vocab_size") or 0)

@@ -20,7 +20,7 @@ def draw(points: Sequence[Point]) -> dict[str, bytes]:
         return {}
     import matplotlib
 
-    settings = {
+    settings: Any = {
         "svg.hashsalt": "quantize", "svg.fonttype": "path", "font.size": 10, "text.color": INK,
         "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
         "savefig.transparent": True, "figure.dpi": 100, "axes.spines.top": False, "axes.spines.right": False,

@@ -75,7 +75,7 @@ def _check_local(files: LocalFiles, source: Source | None, load: bool) -> list[C
 
 
 def _level_files(files: RepoFiles) -> dict[str, list[str]]:
-    """The GGUF files that a loader is given (whole ones, first parts), each with all its parts; no importance matrix."""
+    """The GGUF files that a loader is given (whole ones, first parts), with all their parts; no importance matrix."""
     found: dict[str, list[str]] = {}
     for name in sorted(name for name in files.sizes if name.endswith(".gguf") and "imatrix" not in name):
         match = PART.match(name)

@@ -94,9 +94,7 @@ def _compared(name: str, logits: Any, ids: list[int], start: int, text: str) -> 
             f"loads, but token {place + 1} of what it writes ('{text}') is not what the weights say "
             f"({behind[place]:.2f} nats behind)",
         )  # fmt: skip
-    return Check(
-        name, "ok", f"loads, and writes what the weights say: '{text}' ({same} of {len(written)} tokens)"
-    )
+    return Check(name, "ok", f"loads, and writes what the weights say: '{text}' ({same} of {len(written)} tokens)")
 
 
 def _named(*packages: str) -> str:
