@@ -19,6 +19,7 @@ from tiny import wide_model
 
 import quantize
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
+from quantize.errors import GgufError
 from quantize.gguf import worker_logits
 from quantize.measure.gguf import open_levels
 from quantize.recipe.schema import Calibration, Corpus
@@ -33,10 +34,7 @@ pytestmark = [
 
 ARCHITECTURES = {
     "llama": {"num_key_value_heads": 2},
-    "qwen2": {},
-    "gemma2": {"head_dim": 64},
-    "gpt_neox": {},
-    "gpt2": {"n_embd": 256, "n_layer": 2},
+    "gpt2": {"n_embd": 256, "n_layer": 2, "n_ctx": 256},
 }
 RECIPE = """\
 model: {{source: {source}, name: Small}}
@@ -67,6 +65,37 @@ def test_tensors_come_back_as_the_checkpoint_has_them(
     assert seen > len(tensors) // 2
     linear = plan.table.linears[0]
     assert readers["full"].weight(linear.name).shape == (linear.out_features, linear.in_features)
+
+
+def test_every_rearrangement_of_a_converter_is_found(tmp_path: Path) -> None:
+    """Rows in another order, a shift, a transpose, a padded vocabulary, and one that nothing turns back."""
+    from gguf import GGUFWriter
+
+    generator = torch.Generator().manual_seed(0)
+    source = {name: torch.randn(48, 32, generator=generator) for name in ("rows", "transposed", "padded", "odd")}
+    source |= {"norm": torch.randn(32, generator=generator), "constants": torch.arange(4.0)}
+    order = torch.randperm(48, generator=generator)
+    written = {
+        "rows": source["rows"][order], "transposed": source["transposed"].t()[torch.randperm(32, generator=generator)],
+        "padded": torch.cat([source["padded"], torch.zeros(16, 32)]), "odd": source["odd"] * 3,
+        "norm": source["norm"] + 1,
+    }  # fmt: skip
+    path = tmp_path / "f.gguf"
+    writer = GGUFWriter(path, "llama")
+    for name, tensor in written.items():
+        writer.add_tensor(
+            f"blk.{name}", tensor.contiguous().numpy().astype(np.float16 if tensor.dim() == 2 else np.float32)
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    became = {name: [f"blk.{name}"] for name in written}
+    reader = open_levels({"f": [path]}, path, became, source.__getitem__)["f"]
+    for name in ("rows", "transposed", "padded", "norm", "constants"):
+        torch.testing.assert_close(reader.tensor(name), source[name], rtol=1e-3, atol=1e-3)
+    with pytest.raises(GgufError, match=r"odd: the converter made blk\.odd of it in a way that cannot be turned back"):
+        reader.tensor("odd")
 
 
 @pytest.fixture(scope="module")

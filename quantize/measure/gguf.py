@@ -106,11 +106,13 @@ class LevelReader:
         self._file, self._alignment = GgufFile(paths), alignment
 
     def weight(self, module: str) -> torch.Tensor:
-        """A quantized linear's weight as its checkpoint stores it, float32."""
-        return self.tensor(f"{module}.weight")
+        """A linear's weight, [out_features, in_features] float32, also where the checkpoint stores its transpose."""
+        turn = self._alignment.turn(f"{module}.weight")
+        weight = self.tensor(f"{module}.weight")
+        return weight.t().contiguous() if turn is not None and turn.transposed else weight
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Any tensor of the checkpoint; what the file does not carry (tables of constants) is the source's."""
+        """Any tensor as the checkpoint stores it; what the file does not carry (constants) is the source's."""
         turn = self._alignment.turn(name)
         if turn is None:
             return self._alignment.source(name)
