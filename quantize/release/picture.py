@@ -58,6 +58,7 @@ def _figure(points: Sequence[Point]) -> Any:
         )  # fmt: skip
     if min(point.kl_divergence for point in points) > 0:
         axes.set_yscale("log")
+    axes.margins(x=0.1, y=0.1)  # room for the names
     axes.set_xlabel("size of the weights, GB")
     axes.set_ylabel("KL divergence from the original, nats")
     axes.grid(visible=True, color=INK, alpha=0.25, linewidth=0.5)
