@@ -25,8 +25,10 @@ from quantize.source.streamed import Linear, StreamedModel
 SOURCE = "source"
 AGAIN = "source, in other batches"
 """The source a second time, in batches of another size: what rounding alone does to the figures."""
-REFERENCE_BYTES = 512 * 2**20
+REFERENCE_BYTES = 384 * 2**20
 """Most that the source's log-probabilities may take while the branches are compared with them."""
+SPAN_BYTES = 32 * 2**20
+"""Most that the logits of the tokens looked at in one step may take."""
 
 
 class Weights(Protocol):
@@ -174,10 +176,9 @@ class _Figures:
         self.agreements: list[torch.Tensor] = []
 
     def add(self, reference: torch.Tensor, chances: torch.Tensor, successors: torch.Tensor) -> None:
-        """Log-probabilities [batch, length, vocabulary] of the source and of the branch."""
-        weights = reference.exp()
+        """Log-probabilities [length, vocabulary] of the source and of the branch; successors [length, 1]."""
         self.losses.append(-chances.gather(-1, successors)[..., 0].double().cpu())
-        self.divergences.append((weights * (reference - chances)).sum(-1).double().cpu())
+        self.divergences.append((reference.exp() * (reference - chances)).sum(-1).double().cpu())
         self.agreements.append((chances.argmax(dim=-1) == reference.argmax(dim=-1)).double().cpu())
 
     def quality(self, name: str) -> Quality:
@@ -199,28 +200,49 @@ class _Figures:
 def _compare(
     model: StreamedModel, states: Mapping[str, Activations], branches: Mapping[str, Weights], disable: bool | None
 ) -> Iterator[Quality]:
-    """Each state's head over all windows, a piece of them at a time, against the source's log-probabilities."""
+    """Each state's head over all tokens, a piece of them at a time, against the source's log-probabilities."""
     figures = {name: _Figures() for name in states}
     ids = states[SOURCE].ids
     vocabulary = model.logits(ids[:1, :2], states[SOURCE].hidden[:1, :2].to(model.device)).shape[-1]
-    piece = max(1, REFERENCE_BYTES // (4 * vocabulary * ids.shape[1]))
-    starts = range(0, len(ids), piece)
-    with tqdm(total=len(starts) * len(states), desc="compare", unit="piece", disable=disable, leave=False) as bar:
-        for start in starts:
-            windows = range(start, min(start + piece, len(ids)))
+    pieces = _pieces(len(ids), ids.shape[1] - 1, 4 * vocabulary)
+    with tqdm(total=len(pieces) * len(states), desc="compare", unit="piece", disable=disable, leave=False) as bar:
+        for spans in pieces:
             model.load_outside()
-            references = [_chances(model, states[SOURCE], window) for window in windows]
+            references = [_chances(model, states[SOURCE], span) for span in spans]
             for name, state in states.items():
-                model.load_outside(branches[name].tensor if name in branches else None)
-                for window, reference in zip(windows, references, strict=True):
-                    chances = reference if name == SOURCE else _chances(model, state, window)
-                    figures[name].add(reference, chances, ids[window : window + 1, 1:, None].to(model.device))
+                if name != SOURCE:
+                    model.load_outside(branches[name].tensor if name in branches else None)
+                for span, reference in zip(spans, references, strict=True):
+                    chances = reference if name == SOURCE else _chances(model, state, span)
+                    successors = ids[span.window, span.first + 1 : span.last + 1, None].to(model.device)
+                    figures[name].add(reference, chances, successors)
                 bar.update()
     model.load_outside()
     for name in states:
         yield figures[name].quality(name)
 
 
-def _chances(model: StreamedModel, state: Activations, window: int) -> torch.Tensor:
-    hidden = state.hidden[window : window + 1].to(model.device)
-    return model.logits(state.ids[window : window + 1], hidden)[:, :-1].float().log_softmax(dim=-1)
+@dataclass(frozen=True)
+class _Span:
+    """Neighbouring tokens of one window, from ``first`` up to and without ``last``."""
+
+    window: int
+    first: int
+    last: int
+
+
+def _pieces(windows: int, length: int, token_bytes: int) -> list[list[_Span]]:
+    """All tokens but each window's last as spans, and these in pieces whose log-probabilities fit into memory."""
+    step = max(1, SPAN_BYTES // token_bytes)
+    spans = [
+        _Span(window, first, min(first + step, length)) for window in range(windows) for first in range(0, length, step)
+    ]
+    many = max(1, REFERENCE_BYTES // (token_bytes * min(step, length)))
+    return [spans[start : start + many] for start in range(0, len(spans), many)]
+
+
+def _chances(model: StreamedModel, state: Activations, span: _Span) -> torch.Tensor:
+    """Log-probabilities [length, vocabulary] of the tokens after those of a span."""
+    window, tokens = slice(span.window, span.window + 1), slice(span.first, span.last)
+    hidden = state.hidden[window, tokens].to(model.device)
+    return model.logits(state.ids[window, tokens], hidden)[0].float().log_softmax(dim=-1)
