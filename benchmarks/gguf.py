@@ -102,7 +102,7 @@ took {seconds:.0f} s.
 
 {table(["level", "bytes", "as planned", "equal in every byte"], rows)}
 
-Importance matrix of {SAMPLES} windows against llama-imatrix on the same tokens, sum by sum, both in 32 bits:
+Importance matrix of {SAMPLES} windows against llama-imatrix on the same tokens, channel by channel, both in 32 bits:
 {_imatrix(bin_folder, plan, folder)}
 """,
     )
@@ -121,11 +121,11 @@ def _imatrix(bin_folder: Path, plan: quantize.planning.Plan, folder: Path) -> st
         return "not compared, the windows' text does not tokenize back to the same tokens."
     file, out = folder / "windows.txt", folder / "theirs-imatrix.gguf"
     file.write_text(text, encoding="utf-8")
-    # at full width, as llama.cpp else rounds activations to 16 bits before it squares them
+    # at full width and without flash attention: llama.cpp else rounds activations to 16 bits before it squares them
     wide = next(item.file for item in plan.gguf.levels if item.level == "F32")
     command = [
         str(bin_folder / "llama-imatrix"), "-m", str(plan.gguf.folder / wide), "-f", str(file), "-o", str(out),
-        "-c", str(LENGTH), "--no-ppl", "-ctk", "f32", "-ctv", "f32",
+        "-c", str(LENGTH), "--no-ppl", "-ctk", "f32", "-ctv", "f32", "-fa", "off",
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
     ours, theirs = read_importance(plan.gguf.folder / str(plan.gguf.imatrix_file)), read_importance(out)

@@ -239,3 +239,15 @@ def test_a_repo_or_branch_that_the_hub_lacks(hub: HubServer, run: Command, both:
     assert "no such repo on the hub" in run("lint", None, REPO).stderr
     assert run("push", both).returncode == 0
     assert "has no branch nine; its branches are eight, main" in run("lint", None, f"{REPO}@nine").stderr
+
+
+def test_a_card_cannot_name_a_folder_of_this_machine(
+    hub: HubServer, run: Command, both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "source").mkdir(parents=True)
+    (tmp_path / "org" / "source" / "README.md").write_text("---\nlicense: secret\n---\n")
+    monkeypatch.chdir(tmp_path)
+    assert run("push", both).returncode == 0
+    tree = hub.repos[REPO].tree("eight")
+    hub.repos[REPO].commit("eight", {**tree, "README.md": FRONT.replace("org/tiny", "org/source").encode()})
+    assert "source" in lint_hub(run, f"{REPO}@eight")["eight"]  # it could not be compared

@@ -61,7 +61,7 @@ def lint(
         findings: list[Finding] = []
         if named and named not in origins:
             try:
-                origins[named] = open_target(named, endpoint)[0]
+                origins[named] = open_target(named, endpoint, local=named == source)[0]
             except QuantizeError as problem:
                 if source:
                     raise

@@ -132,17 +132,18 @@ class HubFiles(RepoFiles):
             return bytes(file.read(last - first))
 
 
-def open_target(target: str, endpoint: str | None) -> list[RepoFiles]:
+def open_target(target: str, endpoint: str | None, *, local: bool = True) -> list[RepoFiles]:
     """The branches that a folder or a hub id names.
 
     Args:
         target: a branch's folder, a folder of branches as in dist, ``owner/name``, or ``owner/name@branch``.
+        local: whether it may be a folder; a name that a card gives may not.
 
     Raises:
         SourceError: there is no such folder, repo or branch. PushError: the hub refuses, or cannot be reached.
     """
     path = Path(target).expanduser()
-    if path.is_dir():
+    if local and path.is_dir():
         return _local(path.resolve())
     match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", target)
     if not match or ".." in target or target.startswith((".", "/")):
