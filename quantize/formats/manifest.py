@@ -80,6 +80,12 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) and data.get("schema") == SCHEMA else None
 
 
+def described_files(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every file that a manifest names, a branch's, a level's or the importance matrix, with its bytes and SHA-256."""
+    parts = [data, data.get("imatrix") or {}, *(data.get("levels") or {}).values()]
+    return {name: entry for part in parts for name, entry in (part.get("files") or {}).items()}
+
+
 def is_complete(folder: Path, data: dict[str, Any]) -> bool:
     """Whether all files of the manifest are there in their full size."""
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.errors import QuantizeError
-from quantize.formats.manifest import MANIFEST_NAME
+from quantize.formats.manifest import MANIFEST_NAME, described_files
 from quantize.lint.card import base_model, check_card, check_inherited, check_tokenizer
 from quantize.lint.configs import check_configs, method_of
 from quantize.lint.files import RepoFiles, open_target
@@ -94,11 +94,7 @@ def _check(files: RepoFiles, kind: str) -> Iterator[Finding]:
 
 def _check_manifest(files: RepoFiles) -> Iterator[Finding]:
     """Sizes against our own manifest, where there is one."""
-    manifest = files.json(MANIFEST_NAME) or {}
-    entries = dict(manifest.get("files") or {})
-    for level in (manifest.get("levels") or {}).values():
-        entries |= level.get("files") or {}
-    for name, entry in entries.items():
+    for name, entry in described_files(files.json(MANIFEST_NAME) or {}).items():
         wanted, real = entry.get("bytes"), files.sizes.get(name)
         if real is None:
             yield error("manifest", name, f"is named by {MANIFEST_NAME}, but is not here")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from quantize.calibration.corpus import identity, title
 from quantize.errors import CalibrationError
 from quantize.planning import Plan
-from quantize.recipe.schema import Calibration, Measure
+from quantize.recipe.schema import Calibration
 
 
 def held_out(plan: Plan) -> tuple[Calibration, bool]:
@@ -26,11 +26,6 @@ def held_out(plan: Plan) -> tuple[Calibration, bool]:
     length = min(wish.sequence_length, _positions(plan) or wish.sequence_length)
     text = Calibration(dataset=corpora, samples=wish.samples, sequence_length=length, seed=wish.seed)
     return text, shared is not None
-
-
-def names(wish: Measure, calibration: Calibration) -> str:
-    """What tables call the text."""
-    return ", ".join(title(corpus) for corpus in wish.corpora(calibration))
 
 
 def _positions(plan: Plan) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantize.formats.manifest import MANIFEST_NAME
+from quantize.formats.manifest import MANIFEST_NAME, described_files
 from quantize.lint.files import HubFiles, LocalFiles, RepoFiles
 from quantize.source.cache import sha256_of_file
 from quantize.verify.checks import Check
@@ -13,9 +13,7 @@ def check_hashes(files: RepoFiles) -> Check:
     manifest = files.json(MANIFEST_NAME)
     if manifest is None:
         return Check("hashes", "skipped", f"there is no {MANIFEST_NAME}, so nobody knows what the files should be")
-    entries = dict(manifest.get("files") or {})
-    for part in [manifest.get("imatrix") or {}, *(manifest.get("levels") or {}).values()]:
-        entries |= part.get("files") or {}
+    entries = described_files(manifest)
     wrong, unread = [], 0
     for name, entry in sorted(entries.items()):
         if files.sizes.get(name) != entry["bytes"]:
