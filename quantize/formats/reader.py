@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class BranchReader:
         index = folder / INDEX_NAME
         self._shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
 
+    @cached_property
     def activation_scales(self) -> dict[str, torch.Tensor]:
         """AWQ: what loaders divide the outputs of modules by that hold no weight of their own, by module."""
         names = set(self._shard_of) or set(self._names())

@@ -153,12 +153,21 @@ def _worn(
         for name, parameter in block.named_parameters():
             if id(parameter) not in quantized:
                 parameter.copy_(weights.tensor(model.names[f"{model.block_prefix}{index}.{name}"]))
+    with divided_activations(model, index, block, getattr(weights, "activation_scales", {})):
+        yield
+
+
+@contextmanager
+def divided_activations(
+    model: StreamedModel, index: int, block: nn.Module, scales: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
+    """Divide the outputs of a loaded block's activations as the loaders of AWQ do; ``scales`` by checkpoint names."""
     prefix = model.checkpoint_prefix(index)
     with ExitStack() as hooks:
-        for module, scales in getattr(weights, "activation_scales", dict)().items():
+        for module, values in scales.items():
             if module.startswith(prefix):
                 divided = block.get_submodule(module.removeprefix(prefix))
-                handle = divided.register_forward_hook(partial(_divide, scales.to(model.device)))
+                handle = divided.register_forward_hook(partial(_divide, values.to(model.device)))
                 hooks.callback(handle.remove)
         yield
 

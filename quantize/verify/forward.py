@@ -14,7 +14,7 @@ from quantize.formats.reader import BranchReader
 from quantize.formats.tensors import TensorSpec
 from quantize.gguf.convert import Conversion, outtype_of
 from quantize.measure.gguf import open_levels
-from quantize.measure.quality import branch_logits
+from quantize.measure.quality import branch_logits, divided_activations
 from quantize.planning.modules import find_linears
 from quantize.source.checkpoint import Checkpoint, read_header
 from quantize.source.resolved import Source
@@ -52,14 +52,8 @@ def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
     checkpoint = Checkpoint(_config(folder), tensors, folder, tuple(sorted({spec.file for spec in stored.values()})))
     model = _Dequantized(Source(str(folder), folder.name, checkpoint), find_linears(checkpoint).prefix, reader, packed)
     state = Activations(model, np.array([ids], dtype=np.int64), 1)
-    scales = reader.activation_scales()
     for index in range(len(model)):
-        with model.block(index) as block:
-            prefix = model.checkpoint_prefix(index)
-            for module, values in scales.items():
-                if module.startswith(prefix):
-                    target = block.get_submodule(module.removeprefix(prefix))
-                    target.register_forward_hook(lambda module, inputs, output, values=values: output / values.float())
+        with model.block(index) as block, divided_activations(model, index, block, reader.activation_scales):
             state.advance(index, block)
     return model.logits(state.ids, state.hidden)[0].float()
 
