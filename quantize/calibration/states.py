@@ -121,7 +121,8 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 
 def _bytes(states: torch.Tensor) -> memoryview:
-    return memoryview(states.contiguous().reshape(-1).view(torch.uint8).numpy())
+    view: memoryview = states.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view
 
 
 def _write(file: int, offset: int, states: torch.Tensor) -> None:

@@ -28,7 +28,8 @@ def untimed(stage: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def _panels(size: int) -> list[tuple[int, int]]:
+def panels(size: int) -> list[tuple[int, int]]:
+    """Where the panels of rows begin and end that H is summed in; each reaches up to its diagonal."""
     width = max(NARROWEST, -(-size // PANELS // 32) * 32)
     return [(first, min(first + width, size)) for first in range(0, size, width)]
 
@@ -54,7 +55,7 @@ class InputStatistics:
 
         X^T X is symmetric, so only panels up to the diagonal are computed; :meth:`finish` mirrors them.
         """
-        for first, last in _panels(rows.shape[-1]):
+        for first, last in panels(rows.shape[-1]):
             self.hessian[first:last, :last].addmm_(rows[:, first:last].t(), rows[:, :last])
         if source is not None:
             if self.drift is None:
@@ -64,7 +65,7 @@ class InputStatistics:
 
     def finish(self) -> None:
         """Mirror the lower panels, so that ``hessian`` is whole."""
-        for first, last in _panels(self.hessian.shape[0]):
+        for first, last in panels(self.hessian.shape[0]):
             self.hessian[:first, first:last].copy_(self.hessian[first:last, :first].t())
 
     def release(self) -> None:

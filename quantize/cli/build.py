@@ -10,6 +10,7 @@ from quantize.cli.options import (
     duration,
     gigabytes,
     json_option,
+    memory_option,
     only_option,
     print_json,
     quiet_libraries,
@@ -23,6 +24,11 @@ from quantize.cli.options import (
 @dist_option
 @only_option
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@memory_option
+@click.option(
+    "--keep-statistics", is_flag=True,
+    help="Keep the source's statistics in the cache: later variants then need no forward pass.",
+)  # fmt: skip
 @click.option(
     "--measure/--no-measure", "measured", default=True, show_default=True,
     help="Measure what was built, for the manifests and the cards.",
@@ -34,6 +40,8 @@ def build(
     dist: str,
     only: tuple[str, ...],
     device: str,
+    budget: int | None,
+    keep_statistics: bool,
     measured: bool,
     as_json: bool,
 ) -> None:
@@ -46,7 +54,7 @@ def build(
     loaded = load_recipe(recipe, overrides)
     if measured:
         check_text(loaded, dist, only, device)
-    result = build_recipe(loaded, dist, only, device=device, notify=say)
+    result = build_recipe(loaded, dist, only, device=device, budget=budget, keep_statistics=keep_statistics, notify=say)
     quality = measure_recipe(loaded, dist, only, device=device, notify=say) if measured else None
     if as_json:
         print_json({

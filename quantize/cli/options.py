@@ -28,12 +28,27 @@ only_option = click.option(
 endpoint_option = click.option(
     "--endpoint", help="Address of another hub; default is HF_ENDPOINT, else the hub itself."
 )
+memory_option = click.option(
+    "--memory", "budget", callback=lambda context, option, value: _bytes(value), metavar="SIZE",
+    help="Keep to so much memory, such as 8GB: hidden states then lie in files, and less is solved at once.",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
 def recipe_options(function: Function) -> Function:
     """RECIPE and --set."""
     return recipe_argument(set_option(function))
+
+
+def _bytes(value: str | None) -> int | None:
+    from pydantic import TypeAdapter, ValidationError
+
+    from quantize.recipe.methods import Size
+
+    try:
+        return None if value is None else TypeAdapter(Size).validate_python(value)
+    except ValidationError:
+        raise click.BadParameter(f"'{value}' is no size; write 8GB or 500MB") from None
 
 
 def say(line: str) -> None:

@@ -12,6 +12,7 @@ from quantize.cli.options import (
     duration,
     gigabytes,
     json_option,
+    memory_option,
     only_option,
     print_json,
     recipe_options,
@@ -35,9 +36,18 @@ HEADINGS = {
 @recipe_options
 @dist_option
 @only_option
+@memory_option
 @json_option
 @click.option("--check", is_flag=True, help="Exit with code 2 if a branch is left to build.")
-def plan(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], as_json: bool, check: bool) -> None:
+def plan(
+    recipe: str,
+    overrides: tuple[str, ...],
+    dist: str,
+    only: tuple[str, ...],
+    budget: int | None,
+    as_json: bool,
+    check: bool,
+) -> None:
     """Show every branch of RECIPE with its exact size, and what a build would cost.
 
     Reads the model's config and headers only, not its weights.
@@ -45,7 +55,7 @@ def plan(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ..
     from quantize.planning import plan_recipe
     from quantize.recipe import load_recipe
 
-    planned = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
+    planned = plan_recipe(load_recipe(recipe, overrides), dist, only, budget=budget, notify=say)
     if as_json:
         print_json(planned.as_data())
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 def status(recipe: str, overrides: tuple[str, ...], dist: str, hub: bool, endpoint: str | None, as_json: bool) -> None:
     """Show which branches of RECIPE are built, how well they came out, and what lies beside them in dist."""
     from quantize.formats.manifest import oddities
+    from quantize.pipeline.unfinished import find_unfinished
     from quantize.planning import plan_recipe
     from quantize.recipe import load_recipe
+    from quantize.source.space import entries
 
     planned = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
     there = _published(planned, endpoint) if hub or endpoint else {}
@@ -53,8 +56,18 @@ def status(recipe: str, overrides: tuple[str, ...], dist: str, hub: bool, endpoi
             "oddities": strange,
         })  # fmt: skip
     others = _not_in_recipe(planned)
+    unfinished = find_unfinished(planned.dist)
+    cached: Counter[str] = Counter()
+    for entry in entries():
+        cached[entry.part] += entry.nbytes
     if as_json:
-        print_json({"repos": dict(planned.repos), "branches": report, "not_in_recipe": others})
+        print_json({
+            "repos": dict(planned.repos),
+            "branches": report,
+            "not_in_recipe": others,
+            "unfinished": [one.as_data() for one in unfinished],
+            "cache_bytes": dict(cached),
+        })  # fmt: skip
         return
     rows = [["branch", "state", *(["published"] if there else []), "on disk", "modules", "error", "oddities"]]
     for row in report:
@@ -73,6 +86,14 @@ def status(recipe: str, overrides: tuple[str, ...], dist: str, hub: bool, endpoi
     click.echo(table(rows, right=frozenset({3, 4, 5} if there else {2, 3, 4})))
     for name in others:
         click.echo(f"{name}: not in this recipe")
+    for one in unfinished:
+        click.echo(
+            f"unfinished: {one.title}: {one.progress} blocks, {gigabytes(one.nbytes)}; build again to go on, "
+            "or free it with 'quantize clean'"
+        )
+    if cached:
+        sizes = ", ".join(f"{part} {gigabytes(nbytes)}" for part, nbytes in cached.most_common())
+        click.echo(f"cache: {sizes}; 'quantize gc' frees what is old")
 
 
 def _published(planned: Plan, endpoint: str | None) -> dict[str, Any]:

@@ -30,37 +30,35 @@ class ShardWriter:
     Args:
         folder: an existing folder; the files must not exist yet.
         shards: for each file name the tensors it holds.
-        written: go on with existing files, in which these tensors are whole.
+        missing: go on with existing files, in which all tensors but these are whole.
 
     Raises:
-        OSError: the files exist, or where ``written`` is given, do not. ValueError: they are of another layout.
+        OSError: the files exist, or where ``missing`` is given, do not. ValueError: they are of another layout.
     """
 
     def __init__(
         self,
         folder: Path,
         shards: Mapping[str, Mapping[str, TensorSpec]],
-        written: Collection[str] | None = None,
+        missing: Collection[str] | None = None,
     ) -> None:
-        self.folder, self.shards, self.written = folder, shards, written
+        self.folder, self.shards, self._new = folder, shards, missing is None
         self._files: dict[str, int] = {}
         self._places: dict[str, tuple[str, int, TensorSpec]] = {}
-        self._missing: set[str] = set()
+        tensors = {name for inside in shards.values() for name in inside}
+        self._missing = tensors if missing is None else tensors & set(missing)
 
     def __enter__(self) -> ShardWriter:
         for name, tensors in self.shards.items():
             header, offsets = header_of(tensors)
-            new = self.written is None
-            file = os.open(self.folder / name, os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else 0), 0o644)
+            file = os.open(self.folder / name, os.O_RDWR | (os.O_CREAT | os.O_EXCL if self._new else 0), 0o644)
             self._files[name] = file
-            if new:
+            if self._new:
                 _write_all(file, header, 0)
             elif os.pread(file, len(header), 0) != header:
                 raise ValueError(f"{name} is of another layout")
             for key, offset in offsets.items():
                 self._places[key] = (name, len(header) + offset, tensors[key])
-            self._missing.update(tensors)
-        self._missing.difference_update(self.written or ())
         return self
 
     def __exit__(
@@ -82,6 +80,11 @@ class ShardWriter:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         _write_all(self._files[shard], data.data, offset)
         self._missing.discard(name)
+
+    @property
+    def missing(self) -> list[str]:
+        """Tensors that are still to be written."""
+        return sorted(self._missing)
 
     def sync(self) -> None:
         """Flush what was written to the disk."""

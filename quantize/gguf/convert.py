@@ -23,6 +23,7 @@ from quantize.gguf.toolchain import require_library, tree, tree_identity
 from quantize.source.cache import cache_folder, write_atomically
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.resolved import Notify, Source
+from quantize.source.space import touch
 
 SLACK = 64 * 2**20  # what a header may take
 
@@ -91,6 +92,7 @@ class Conversion:
             notify(f"asking llama.cpp for the tensors of {self.source.named}")
             found = self._run(path, "header", notify)
             write_atomically(table, json.dumps(found).encode())
+        touch(self.folder)
         data = json.loads(table.read_text(encoding="utf-8"))
         return Header(path, data["became"], data["header_bytes"], frozenset(data["keys"]), data["architecture"])
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from quantize.source.cache import cache_folder
+from quantize.source.space import touch
 
 INTERIM_SECONDS = 60.0
 
@@ -32,6 +33,8 @@ class Store:
         self._source, self._interim = folder / f"{source_key[:32]}.safetensors", folder / f"{key[:32]}-interim"
         self._last = time.monotonic()
         self._kept = _read(self._source)
+        if self._kept:
+            touch(self._source)
 
     @property
     def has_source(self) -> bool:

@@ -66,15 +66,26 @@ def factorize(hessian: torch.Tensor, damp_percent: float, order: torch.Tensor | 
     mean = float(diagonal.double().mean()) or 1.0
     wished = damp_percent
     while damp_percent <= max(DAMP_LIMIT, wished):
-        damped = hessian[order][:, order] if order is not None else hessian.clone()
+        damped = _reversed(hessian, order)
         damped.diagonal().add_(damp_percent * mean)  # the only entry of a dead channel: it stands alone
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(damped)
         del damped
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-            upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
+            inverse = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            upper = inverse.flip(0, 1)
+            del inverse
             if bool(torch.isfinite(upper.diagonal()).all()):
                 raised = damp_percent != wished
                 return Factor(upper, order, damp_percent * mean, damp_percent, raised, int((diagonal <= 0).sum()))
         damp_percent = damp_percent * RAISE_BY or FIRST_DAMP
     raise SolveError(f"its Hessian is not positive definite even with damp_percent {damp_percent / RAISE_BY:g}")
+
+
+def _reversed(hessian: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """H with rows and columns in ``order`` backwards, a copy; no more than two of its size live at a time."""
+    if order is None:
+        return hessian.flip(0, 1)
+    backwards = order.flip(0)
+    return hessian[backwards][:, backwards]

@@ -23,7 +23,7 @@ from quantize.methods.factor import Factor, activation_order, factorize, group_a
 from quantize.methods.grid import Grid
 
 OUTER = 128  # columns between updates of the whole rest of W
-ROW_BUDGET = 192 * 2**20  # bytes of W (all variants) solved together
+ROW_BUDGET = 192 * 2**20  # bytes of W, of all variants, that are worked on together
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def solve(
     variants: Sequence[GptqParameters],
     rtn_fallback: bool = False,
     compiled: bool = True,
+    row_budget: int = ROW_BUDGET,
 ) -> list[Solution]:
     """Quantize ``weight`` [N, K] in every variant, from one ``hessian`` [K, K] in the same dtype.
 
@@ -102,6 +103,7 @@ def solve(
     Args:
         rtn_fallback: round to nearest where no damping makes H positive definite, instead of failing.
         compiled: use the compiled CPU kernel.
+        row_budget: bytes of the weight, of all variants, that are worked on together.
 
     Raises:
         SolveError: statistics not finite, or H not positive definite (and no fallback allowed).
@@ -122,7 +124,7 @@ def solve(
                 raise
             found = [round_to_nearest(weight, hessian, parameters) for parameters in asked]
         else:
-            found = _solve_together(weight, factor, asked, compiled)
+            found = _solve_together(weight, factor, asked, compiled, row_budget)
         solutions.update(zip(members, found, strict=True))
     return [solutions[index] for index in range(len(variants))]
 
@@ -152,11 +154,11 @@ def round_to_nearest(weight: torch.Tensor, hessian: torch.Tensor, parameters: Gp
 
 
 def _solve_together(
-    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool
+    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool, row_budget: int
 ) -> list[Solution]:
     """Solve variants of one factorization, a slice of rows at a time."""
     rows, columns = weight.shape
-    step = max(1, ROW_BUDGET // (len(variants) * columns * weight.element_size()))
+    step = max(1, row_budget // (len(variants) * columns * weight.element_size()))
     slices = [_solve_rows(weight[start : start + step], factor, variants, compiled) for start in range(0, rows, step)]
     if len(slices) == 1:
         return slices[0]

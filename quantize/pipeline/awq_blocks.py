@@ -48,7 +48,7 @@ class AwqBlocks:
 
     def wants_input(self, block: nn.Module) -> bool:
         """Whether the folds of such a block are still to be found, for which its input is needed."""
-        return _kind(block) not in self._known
+        return kind_of(block) not in self._known
 
     def solve_block(
         self,
@@ -66,8 +66,8 @@ class AwqBlocks:
         with self.timed("solve"):
             if entered is not None:
                 activation, _ = SCALED_ACTIVATIONS.get(self.model.source.checkpoint.model_type, (None, None))
-                self._known[_kind(block)] = find_folds(self.model, index, block, groups, entered, activation)
-            folds = self._known[_kind(block)]
+                self._known[kind_of(block)] = find_folds(self.model, index, block, groups, entered, activation)
+            folds = self._known[kind_of(block)]
             weights = {
                 linear.local: self.model.stored_weight(index, linear) for group in groups for linear in group.linears
             }
@@ -190,7 +190,7 @@ class AwqBlocks:
                 branch.writer.write(name, scaled.stored.get(name, torch.ones(length, dtype=torch.float16)))
 
 
-def _kind(block: nn.Module) -> tuple[tuple[str, type], ...]:
+def kind_of(block: nn.Module) -> tuple[tuple[str, type], ...]:
     """Blocks of equal modules have equal folds."""
     return tuple((name, type(module)) for name, module in block.named_modules())
 

@@ -22,18 +22,18 @@ class Branch:
 
     Attributes:
         fail_on: outcomes that the recipe makes errors.
-        ledger: rows so far. written: tensors that an interrupted build has written already; None of a new one.
+        ledger: rows so far. missing: tensors that an interrupted build has not written yet; None of a new one.
     """
 
     item: PlannedVariant
     folder: Path
     fail_on: tuple[str, ...] = ()
     ledger: list[LedgerEntry] = field(default_factory=list)
-    written: Collection[str] | None = None
+    missing: Collection[str] | None = None
 
     def __enter__(self) -> Branch:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.writer = ShardWriter(self.folder, self.item.layout.shards, self.written).__enter__()
+        self.writer = ShardWriter(self.folder, self.item.layout.shards, self.missing).__enter__()
         return self
 
     def __exit__(

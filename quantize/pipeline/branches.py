@@ -14,6 +14,7 @@ import numpy as np
 from quantize import __version__
 from quantize.calibration.forward import choose_device, choose_dtype
 from quantize.calibration.statistics import Timed
+from quantize.calibration.store import STATISTICS_VERSION, StatisticsStore
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.formats.manifest import MANIFEST_NAME, manifest
 from quantize.pipeline.branch import Branch
@@ -22,6 +23,7 @@ from quantize.pipeline.memory import return_large_buffers
 from quantize.pipeline.unfinished import State, open_unfinished
 from quantize.planning import Plan, PlannedVariant
 from quantize.planning.keys import key_of
+from quantize.recipe.methods import GptqVariant
 from quantize.release.card import render_card
 from quantize.release.config import as_json, loader_config, release_config
 from quantize.release.tree import copy_file, describe_files
@@ -37,11 +39,19 @@ class Pass:
 
     Args:
         imatrix: gather an importance matrix too.
+        keep_statistics: keep them for later variants. Those that are there already are used in any case.
         timed: a context manager factory that books time to a stage.
     """
 
     def __init__(
-        self, plan: Plan, todo: Sequence[PlannedVariant], imatrix: bool, device: str, timed: Timed, notify: Notify
+        self,
+        plan: Plan,
+        todo: Sequence[PlannedVariant],
+        imatrix: bool,
+        device: str,
+        keep_statistics: bool,
+        timed: Timed,
+        notify: Notify,
     ) -> None:
         # compiled kernels belong into our cache, not beside the source, which may be read-only
         os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
@@ -51,15 +61,24 @@ class Pass:
         self.device = choose_device(device)
         shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]
         self.dtype = choose_dtype(calibration.compute_dtype, self.device, shapes)
-        self.compute = {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
+        self.compute: dict[str, Any] = {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            # how sums are split up: other numbers give other last bits
+            "batch_tokens": plan.memory.batch_tokens,
+            "row_budget": plan.memory.row_budget,
+        }
+        self.store = self._statistics_store(keep_statistics)
         inputs = {
             "versions": _versions(),
             "compute": self.compute,
             "source": plan.source.hashes,
-            "calibration": {**plan.calibration, "batch_tokens": calibration.batch_tokens},
+            "calibration": plan.calibration,
         }
         keys = {item.label: key_of(plan.key_inputs(item)) for item in todo}
-        self.kept = open_unfinished(plan.dist, State(inputs, keys, imatrix, plan.table.blocks))
+        ways = ["kept", "gathered"] if self._needs_no_forward else ["gathered"]
+        wishes = [State(inputs | {"statistics": way}, keys, imatrix, plan.table.blocks) for way in ways]
+        self.kept = open_unfinished(plan.dist, wishes)
         self.diagonals: Diagonals | None = self.kept.diagonals() if imatrix else None
 
     def run(self, progress: bool | None) -> list[Branch]:
@@ -74,10 +93,11 @@ class Pass:
         if state.is_over:
             self.notify("every block is solved already; putting into place")
         else:
+            doing = "kept statistics serve" if state.from_store else "calibrating once"
+            going_on = f", going on after block {state.next_block} of {state.blocks}" if state.next_block else ""
             self.notify(
-                f"calibrating once on {self.tokens.ids.size} tokens for {self._what()} "
-                f"({self.compute['device']}, {self.compute['dtype']})"
-                + (f", going on after block {state.next_block} of {state.blocks}" if state.next_block else "")
+                f"{doing} on {self.tokens.ids.size} tokens for {self._what()} "
+                f"({self.compute['device']}, {self.compute['dtype']}){going_on}"
             )
         with ExitStack() as stack:
             branches = [stack.enter_context(self._branch(item)) for item in self.todo]
@@ -87,7 +107,7 @@ class Pass:
                         source, self.plan.table.prefix, self.dtype, self.device, recipe.model.trust_remote_code
                     )
                 CalibrationPass(
-                    self.plan, model, self.tokens, branches, self.diagonals, self.kept, self.timed, progress
+                    self.plan, model, self.tokens, branches, self.diagonals, self.kept, self.store, self.timed, progress
                 ).run()
             with self.timed("write"):
                 for branch in branches:
@@ -135,16 +155,33 @@ class Pass:
         return data
 
     def _branch(self, item: PlannedVariant) -> Branch:
-        done, folder = self.kept.state.next_block, self.kept.branch(item.label)
+        folder = self.kept.branch(item.label)
         fail_on = tuple(self.plan.recipe.section(item.method).fail_on)
-        if not done:
+        if not self.kept.state.next_block:
             return Branch(item, folder, fail_on)
         for path in folder.rglob("*"):  # of an attempt to complete it
             if path.is_file() and path.name not in item.layout.shards:
                 path.unlink()
-        tensors = (name for shard in item.layout.shards.values() for name in shard)
-        written = {name for name in tensors if self.plan.table.is_before(name, done)}
-        return Branch(item, folder, fail_on, self.kept.rows(item.label), written)
+        return Branch(item, folder, fail_on, self.kept.rows(item.label), self.kept.state.missing[item.label])
+
+    @property
+    def _needs_no_forward(self) -> bool:
+        """Whether the pass needs no forward: all statistics are kept, and no branch has a stream of its own."""
+        own = any(isinstance(item.variant, GptqVariant) and item.variant.propagate == "quantized" for item in self.todo)
+        return self.store is not None and not own and self.store.is_complete(self.plan.table.blocks)
+
+    def _statistics_store(self, keep: bool) -> StatisticsStore | None:
+        """Where the source's statistics lie or shall lie; None where there are none, and none are wanted."""
+        versions = _versions()
+        depends = {
+            "version": STATISTICS_VERSION,
+            "versions": {name: versions[name] for name in ("torch", "transformers", "tokenizers")},
+            "compute": {name: value for name, value in self.compute.items() if name != "row_budget"},
+            "source": self.plan.source.hashes,
+            "calibration": self.plan.calibration,
+        }
+        store = StatisticsStore(cache_folder() / "statistics" / key_of(depends)[:32])
+        return store if keep or store.is_complete(self.plan.table.blocks) else None
 
     def _what(self) -> str:
         parts = [f"{len(self.todo)} branch{'es' if len(self.todo) != 1 else ''}"] if self.todo else []

@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import numpy as np
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from quantize.calibration.forward import Activations, block_statistics
 from quantize.calibration.states import Place, States
-from quantize.calibration.statistics import Timed
+from quantize.calibration.statistics import InputStatistics, Timed
+from quantize.calibration.store import StatisticsStore
 from quantize.calibration.tokens import Tokens
 from quantize.errors import PlanError, SourceError
-from quantize.pipeline.awq_blocks import AwqBlocks
+from quantize.pipeline.awq_blocks import AwqBlocks, kind_of
 from quantize.pipeline.branch import Branch
 from quantize.pipeline.gptq_blocks import GptqBlocks
 from quantize.pipeline.memory import give_back
@@ -33,6 +35,7 @@ class CalibrationPass:
     Args:
         diagonals: where to put the diagonal of each linear's H, for an importance matrix; None gathers none.
         kept: where it is noted how far the pass has come, and where to go on from.
+        store: where the source's statistics are kept, or None. What it holds of all blocks is taken from there.
         timed: a context manager factory that books time to a stage.
         progress: True, False, or None for a bar on a terminal only.
     """
@@ -45,10 +48,12 @@ class CalibrationPass:
         branches: Sequence[Branch],
         diagonals: dict[str, tuple[np.ndarray, int]] | None,
         kept: Unfinished,
+        store: StatisticsStore | None,
         timed: Timed,
         progress: bool | None = None,
     ) -> None:
-        self.diagonals, self.kept = diagonals, kept
+        self.diagonals, self.kept, self.store = diagonals, kept, store
+        self._kinds: set[object] = set()  # of blocks whose statistics were written to the store
         self.plan, self.model, self.tokens, self.branches, self.timed = plan, model, tokens, branches, timed
         self.disable = None if progress is None else not progress
         self.sharing = [branch for branch in branches if _propagate(branch) == "source"]
@@ -68,11 +73,13 @@ class CalibrationPass:
             with self.timed("write"):
                 self._copy_unquantized()
         recipe = self.plan.recipe
-        batch = max(1, recipe.calibration.batch_tokens // recipe.calibration.sequence_length)
-        gptq = GptqBlocks(self.model, recipe.gptq, self.timed) if recipe.gptq else None
+        batch = max(1, self.plan.memory.batch_tokens // recipe.calibration.sequence_length)
+        rows = self.plan.memory.row_budget
+        gptq = GptqBlocks(self.model, recipe.gptq, self.timed, rows) if recipe.gptq else None
         awq = AwqBlocks(self.model, self.plan.table, recipe.awq, self.timed) if recipe.awq else None
         with self.timed("forward"):
-            source, *streams = self._activations(batch)
+            streams = self._activations(batch)
+            self.model.drop_outside()
         with (
             ExitStack() as stack,
             tqdm(total=len(self.model), initial=done, desc="blocks", unit="block", disable=self.disable) as bar,
@@ -81,17 +88,24 @@ class CalibrationPass:
                 with self.timed("load"):
                     stack.close()  # drops the block before
                     block = stack.enter_context(self.model.block(index))
-                self._run_block(index, block, source, streams, gptq, awq)
+                self._solve_block(index, block, *self._statistics(index, block, streams, awq), streams, gptq, awq)
                 with self.timed("write"):
-                    self._keep(index + 1, source)
+                    self._keep(index + 1, streams)
                 give_back()
                 bar.update()
         self.kept.drop_states()
 
     def _activations(self, batch: int) -> list[Activations]:
-        """The source's states and those of each drifting branch, as they enter the first block that is to do."""
+        """The source's states and those of each drifting branch, as they enter the first block that is to do; none
+        where kept statistics take the place of a forward pass."""
+        if self.kept.state.from_store:
+            self.model.embed(torch.from_numpy(self.tokens.ids[:batch]))  # AWQ tries scales on a batch of this size
+            return []
         done, shape = self.kept.state.next_block, self.kept.state.shape
-        places = [Place(self.kept.folder, f"states-{index}") for index in range(1 + len(self.drifting))]
+        places = [
+            Place(self.kept.folder, f"states-{index}", self.plan.memory.spilled)
+            for index in range(1 + len(self.drifting))
+        ]
         if done:
             known = [States(shape, self.model.compute_dtype, place, done) for place in places]
             source = Activations(self.model, self.tokens.ids, batch, states=known[0])
@@ -99,25 +113,48 @@ class CalibrationPass:
         source = Activations(self.model, self.tokens.ids, batch, places[0])
         return [source, *(source.copy(place.name) for place in places[1:])]
 
-    def _keep(self, next_block: int, source: Activations) -> None:
+    def _keep(self, next_block: int, streams: Sequence[Activations]) -> None:
         for branch in self.branches:
             branch.writer.sync()
         ledgers = {branch.item.label: branch.ledger for branch in self.branches}
-        self.kept.keep(next_block, source.states.shape, ledgers, self.diagonals)
+        missing = {branch.item.label: branch.writer.missing for branch in self.branches}
+        shape = streams[0].states.shape if streams else ()
+        self.kept.keep(next_block, shape, ledgers, missing, self.diagonals)
 
-    def _run_block(
+    def _statistics(
+        self, index: int, block: nn.Module, streams: Sequence[Activations], awq: AwqBlocks | None
+    ) -> tuple[list[InputStatistics], list[list[InputStatistics]], torch.Tensor | None]:
+        """Statistics of the source and of each stream, and what entered the block, where AWQ asks for it."""
+        if not streams:
+            assert self.store
+            with self.timed("statistics"):
+                shared, entered = self.store.read(index, self.model.linears(block), self.model.device)
+            return shared, [], entered if awq and self.awq and awq.wants_input(block) else None
+        source, *drifting = streams
+        store = self.store if self.store and not self.store.has(index) else None
+        first = store is not None and kind_of(block) not in self._kinds
+        wanted = bool(awq and self.awq and awq.wants_input(block))
+        entered = source.first() if wanted or first else None
+        gather = bool(self.sharing or self.awq or self.diagonals is not None or store)
+        with self.timed("forward"):
+            shared, own = block_statistics(index, block, source, drifting, gather, self.timed)
+        if store:
+            with self.timed("write"):
+                store.write(index, shared, entered if first else None)
+            self._kinds.add(kind_of(block))
+        return shared, own, entered if wanted else None
+
+    def _solve_block(
         self,
         index: int,
         block: nn.Module,
-        source: Activations,
+        shared: list[InputStatistics],
+        own: list[list[InputStatistics]],
+        entered: torch.Tensor | None,
         streams: Sequence[Activations],
         gptq: GptqBlocks | None,
         awq: AwqBlocks | None,
     ) -> None:
-        gather = bool(self.sharing or self.awq or self.diagonals is not None)
-        entered = source.first() if awq and self.awq and awq.wants_input(block) else None
-        with self.timed("forward"):
-            shared, own = block_statistics(index, block, source, streams, gather, self.timed)
         if self.diagonals is not None:
             for group in shared:
                 diagonal = group.hessian.diagonal().cpu().numpy().copy()
@@ -128,7 +165,7 @@ class CalibrationPass:
         if gptq:
             if self.sharing:
                 gptq.solve_shared(index, shared, self.sharing)
-            for branch, stream, groups in zip(self.drifting, streams, own, strict=True):
+            for branch, stream, groups in zip(self.drifting, streams[1:], own, strict=True):
                 gptq.solve_own(index, block, stream, groups, branch)
 
     def _copy_unquantized(self) -> None:

@@ -21,12 +21,12 @@ from quantize.source.streamed import Linear, StreamedModel
 class GptqBlocks:
     """Solves blocks for GPTQ branches."""
 
-    def __init__(self, model: StreamedModel, section: Gptq, timed: Timed) -> None:
-        self.model, self.section, self.timed = model, section, timed
+    def __init__(self, model: StreamedModel, section: Gptq, timed: Timed, row_budget: int) -> None:
+        self.model, self.section, self.timed, self.row_budget = model, section, timed, row_budget
 
     def solve_shared(self, index: int, groups: list[InputStatistics], branches: Sequence[Branch]) -> None:
         """``propagate: source``: all branches from the same statistics, which are released on the way."""
-        for group in groups:
+        for group in sorted(groups, key=lambda group: group.hessian.shape[0]):  # the widest with the others released
             self._solve_group(index, group, branches)
             group.release()
 
@@ -61,7 +61,7 @@ class GptqBlocks:
                 if group.drift is not None:
                     stacked = self._toward_source(stacked, group.hessian, group.drift)
                 energy = energy_of(stacked, group.hessian)
-                solutions = solve(stacked, group.hessian, wishes, self.section.rtn_fallback)
+                solutions = solve(stacked, group.hessian, wishes, self.section.rtn_fallback, row_budget=self.row_budget)
             except SolveError as error:
                 raise SolveError(
                     f"{', '.join(names)}: {error}; calibrate on more or other text, raise gptq.damp_percent, or set "

@@ -61,6 +61,8 @@ def build_recipe(
     only: Sequence[str] = (),
     *,
     device: str = "auto",
+    budget: int | None = None,
+    keep_statistics: bool = False,
     progress: bool | None = None,
     notify: Notify = lambda line: None,
 ) -> BuildResult:
@@ -71,6 +73,8 @@ def build_recipe(
         dist: where finished branches go, as ``dist/<repo name>/<branch>``.
         only: branch patterns; none selects all.
         device: ``auto``, ``cpu`` or ``cuda``.
+        budget: bytes of memory to keep to; None sets no limit.
+        keep_statistics: keep the source's statistics in the cache, so that later variants need no forward pass.
         progress: show a progress bar; None shows it on a terminal only.
         notify: told in one line what happens.
 
@@ -78,7 +82,7 @@ def build_recipe(
         QuantizeError: one of its kinds; finished branches are untouched then.
     """
     with locked(Path(dist)) as work:
-        plan = plan_recipe(loaded, dist, only, weights=True, notify=notify)
+        plan = plan_recipe(loaded, dist, only, weights=True, budget=budget, notify=notify)
         result = BuildResult(plan)
         todo = plan.work
         result.fresh = [item.label for item in plan.everything if item.state == "fresh" and item.label in plan.selected]
@@ -87,7 +91,7 @@ def build_recipe(
                 plan.gguf.require()
             diagonals = None
             if todo or plan.gathers_imatrix:
-                diagonals = _build_branches(plan, todo, work, device, progress, notify, result)
+                diagonals = _build_branches(plan, todo, work, device, keep_statistics, progress, notify, result)
             if plan.level_work:
                 _build_levels(plan, diagonals, work, progress, notify, result)
             refresh_cards(plan)
@@ -138,6 +142,7 @@ def _build_branches(
     todo: Sequence[PlannedVariant],
     work: Path,
     device: str,
+    keep_statistics: bool,
     progress: bool | None,
     notify: Notify,
     result: BuildResult,
@@ -145,7 +150,7 @@ def _build_branches(
     """Solve the branches ``todo`` and put them into place; returns what the importance matrix is made of, or None."""
     from quantize.pipeline.branches import Pass
 
-    one = Pass(plan, todo, plan.gathers_imatrix, device, result.timed, notify)
+    one = Pass(plan, todo, plan.gathers_imatrix, device, keep_statistics, result.timed, notify)
     _check_disk(plan, todo, one.kept)
     try:
         branches = one.run(progress)

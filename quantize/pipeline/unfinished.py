@@ -31,11 +31,13 @@ class State:
     """How far a build has come.
 
     Attributes:
-        inputs: what the pass depends on beside its branches: versions, device, dtype.
+        inputs: what the pass depends on beside its branches: versions, device, dtype; whether its ``statistics`` are
+            ``gathered`` or were ``kept``.
         branches: the key of each branch, by label. imatrix: whether an importance matrix is gathered.
         blocks: of the model. next_block: the first that is not finished.
         shape: of the hidden states, [samples, length, width].
-        ledger: rows of the finished blocks, by label. tokens: what each linear's importance comes from.
+        ledger: rows of the finished blocks, by label. missing: tensors that are not written yet, by label.
+        tokens: what each linear's importance comes from.
     """
 
     inputs: Mapping[str, Any]
@@ -45,12 +47,18 @@ class State:
     next_block: int = 0
     shape: tuple[int, ...] = ()
     ledger: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    missing: Mapping[str, Sequence[str]] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """What its folder is called."""
         return key_of({"inputs": self.inputs, "branches": self.branches, "imatrix": self.imatrix})[:16]
+
+    @property
+    def from_store(self) -> bool:
+        """Whether kept statistics take the place of a forward pass."""
+        return self.inputs["statistics"] == "kept"
 
     @property
     def is_over(self) -> bool:
@@ -79,6 +87,27 @@ class Unfinished:
         """What it takes on the disk."""
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
+    @property
+    def title(self) -> str:
+        """What is being built, in a few words."""
+        labels = [*self.state.branches, *(["an importance matrix"] if self.state.imatrix else [])]
+        return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+
+    @property
+    def progress(self) -> str:
+        """Blocks that are finished, of all."""
+        return f"{self.state.next_block} of {self.state.blocks}"
+
+    def as_data(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "branches": list(self.state.branches),
+            "imatrix": self.state.imatrix,
+            "blocks": self.state.blocks,
+            "finished_blocks": self.state.next_block,
+            "bytes_on_disk": self.nbytes,
+        }
+
     def branch(self, label: str) -> Path:
         """Where a branch is being made."""
         return self.folder / "branches" / label
@@ -92,6 +121,7 @@ class Unfinished:
         next_block: int,
         shape: Sequence[int],
         ledgers: Mapping[str, Sequence[LedgerEntry]],
+        missing: Mapping[str, Sequence[str]],
         diagonals: Mapping[str, tuple[np.ndarray, int]] | None,
     ) -> None:
         """Note that all blocks before ``next_block`` are finished. What the branches and states wrote is flushed.
@@ -110,6 +140,7 @@ class Unfinished:
             next_block=next_block,
             shape=tuple(shape),
             ledger={label: [asdict(entry) for entry in entries] for label, entries in ledgers.items()},
+            missing=missing,
             tokens={name: count for name, (_, count) in (diagonals or {}).items()},
         )
         write_atomically(self.folder / STATE, json.dumps({"schema": SCHEMA, **asdict(self.state)}).encode())
@@ -141,11 +172,12 @@ def find_unfinished(dist: Path) -> list[Unfinished]:
     return [one for one in found if one is not None]
 
 
-def open_unfinished(dist: Path, wish: State) -> Unfinished:
-    """The unfinished build that serves ``wish``, or a new one."""
+def open_unfinished(dist: Path, wishes: Sequence[State]) -> Unfinished:
+    """The unfinished build that serves one of ``wishes``, or a new one for the first of them."""
     for one in find_unfinished(dist):
-        if one.state.serves(wish):
+        if any(one.state.serves(wish) for wish in wishes):
             return one
+    wish = wishes[0]
     parent = dist / WORK_FOLDER / UNFINISHED
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.iterdir():

@@ -16,6 +16,7 @@ from quantize.formats.manifest import is_complete, read_manifest
 from quantize.planning.estimate import Estimate, estimate
 from quantize.planning.keys import differences, key_inputs, key_of
 from quantize.planning.levels import LevelPlan, PlannedLevel, plan_levels
+from quantize.planning.memory import Memory, MemoryModel
 from quantize.planning.modules import ModuleTable, find_linears
 from quantize.planning.propagation import with_propagation
 from quantize.planning.sizes import Layout, check_variant, variant_layout
@@ -75,6 +76,8 @@ class Plan:
     variants: tuple[PlannedVariant, ...]
     gguf: LevelPlan | None
     selected: frozenset[str]
+    budget: int | None = None
+    """Bytes of memory that a build of it has to keep to."""
 
     @property
     def recipe(self) -> Recipe:
@@ -115,7 +118,19 @@ class Plan:
             [item.variant for item in self.work],
             [(item.level, self.source.checkpoint.nbytes) for item in self.level_work],
             self.gathers_imatrix,
+            self.budget,
         )
+
+    @cached_property
+    def memory(self) -> Memory:
+        """How a build keeps to the budget.
+
+        Raises:
+            PlanError: it cannot.
+        """
+        variants = [item.variant for item in self.work]
+        model = MemoryModel(self.source.checkpoint, self.table, self.recipe.calibration, variants, self.gathers_imatrix)
+        return model.within(self.budget)
 
     @cached_property
     def calibration(self) -> dict[str, Any]:
@@ -149,6 +164,7 @@ class Plan:
             "blocks": self.table.blocks,
             "seconds": round(self.estimate.seconds, 1),
             "peak_bytes": self.estimate.peak_bytes,
+            "memory": dict(self.memory.parts) if self.work or self.gathers_imatrix else {},
             "variants": [
                 {
                     "method": item.method,
@@ -185,6 +201,7 @@ def plan_recipe(
     only: Sequence[str] = (),
     *,
     weights: bool = False,
+    budget: int | None = None,
     notify: Notify = lambda line: None,
 ) -> Plan:
     """Plan a build.
@@ -193,6 +210,7 @@ def plan_recipe(
         loaded: a recipe from :func:`quantize.load_recipe`.
         dist: where finished branches lie.
         only: patterns of branches, such as ``gptq-4bit*`` or ``awq/*``; none selects all.
+        budget: bytes of memory that a build has to keep to; None sets no limit.
         weights: fetch a hub model's weights too (a build), not only its headers (a plan).
         notify: told in one line before anything slow begins.
 
@@ -221,7 +239,7 @@ def plan_recipe(
             planned.append(PlannedVariant(method, repo, variant, layout, folder, state, why))
     gguf = plan_levels(recipe, source, identity, repos["gguf"], Path(dist), notify) if recipe.gguf else None
     selected = _select([*planned, *(gguf.levels if gguf else ())], only)
-    return Plan(loaded, source, table, repos, Path(dist), tuple(planned), gguf, selected)
+    return Plan(loaded, source, table, repos, Path(dist), tuple(planned), gguf, selected, budget)
 
 
 def _key_inputs(

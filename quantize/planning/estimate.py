@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantize.planning.memory import PROCESS_BYTES, MemoryModel, distinct_inputs
 from quantize.planning.modules import ModuleTable
 from quantize.recipe.methods import GptqVariant, Variant
 from quantize.recipe.schema import Calibration
@@ -21,9 +21,6 @@ SHARE_FORWARD, SHARE_STATISTICS, SHARE_SOLVE = 0.55, 0.8, 0.25
 MSE_FACTOR = 1.4
 AWQ_SEARCH = 1.0  # the search of scales, against a solve
 SETUP_SECONDS = 15.0
-PROCESS_BYTES = 700 * 2**20  # Python with torch, transformers and numba loaded
-SOLVE_BYTES = 3 * 192 * 2**20
-COMPUTE_BYTES = 4
 
 CONVERT_SECONDS = 15.0
 COMPARED_PER_SECOND, DEQUANTIZED_PER_SECOND = 1.5e8, 6e7  # logits against the source's; weights read back
@@ -32,18 +29,6 @@ LEVEL_RATES = (
     ("Q6", 55.0), ("Q3", 62.0), ("Q2", 60.0), ("Q4", 35.0), ("Q5", 35.0), ("IQ4", 10.0), ("IQ3", 5.0), ("IQ2", 1.0),
     ("IQ1", 0.2),
 )  # fmt: skip
-
-_OUTPUT_PROJECTIONS = (
-    "o_proj",
-    "out_proj",
-    "c_proj",
-    "down_proj",
-    "dense",
-    "dense_4h_to_h",
-    "fc2",
-    "wo",
-    "w2",
-)
 
 
 @dataclass(frozen=True)
@@ -67,11 +52,16 @@ def estimate(
     variants: Sequence[Variant],
     levels: Sequence[tuple[str, int]] = (),
     imatrix: bool = False,
+    budget: int | None = None,
 ) -> Estimate:
     """Predict time and peak memory of one calibration pass, the solves of ``variants``, and GGUF ``levels``.
 
     Args:
         levels: name and bytes of the full-width file of each. imatrix: the pass runs for them too.
+        budget: bytes of memory that it has to keep to.
+
+    Raises:
+        PlanError: it cannot.
     """
     passed = bool(variants) or imatrix
     quantizing = sum(nbytes / (1e6 * _megabytes_per_second(level)) for level, nbytes in levels)
@@ -79,10 +69,10 @@ def estimate(
     if not passed:
         return Estimate(quantizing, PROCESS_BYTES if levels else 0)
     tokens = calibration.samples * calibration.sequence_length
-    width = int(checkpoint.text_config.get("hidden_size") or checkpoint.text_config.get("n_embd") or 0)
-    inputs = _distinct_inputs(table)
+    model = MemoryModel(checkpoint, table, calibration, variants, imatrix)
+    inputs = distinct_inputs(table)
     forward = 2 * tokens * sum(linear.in_features * linear.out_features for linear in table.linears)
-    forward += 4 * tokens * calibration.sequence_length * width * table.blocks
+    forward += 4 * tokens * calibration.sequence_length * model.width * table.blocks
     statistics = 2 * tokens * sum(size * size for _, size in inputs)
     trailing = sum(linear.out_features * linear.in_features**2 for linear in table.linears)
     solve = sum(trailing * (MSE_FACTOR if variant.mse else 1) for variant in variants)
@@ -101,8 +91,8 @@ def estimate(
     )
     return Estimate(
         seconds / rate + SETUP_SECONDS + quantizing,
-        _peak(checkpoint, table, calibration, width, inputs, 1 + own),
-        2 * (1 + own) * tokens * width * COMPUTE_BYTES,
+        model.within(budget).peak_bytes,
+        2 * model.streams * model.states_bytes,
     )
 
 
@@ -121,39 +111,6 @@ def measuring_seconds(checkpoint: Checkpoint, table: ModuleTable, samples: int, 
 def _megabytes_per_second(level: str) -> float:
     """Of full-width input that a core quantizes in a second, as measured on one machine."""
     return next((rate for start, rate in LEVEL_RATES if level.startswith(start)), 50.0)
-
-
-def _peak(
-    checkpoint: Checkpoint,
-    table: ModuleTable,
-    calibration: Calibration,
-    width: int,
-    inputs: list[tuple[int, int]],
-    streams: int,
-) -> int:
-    linears: dict[int, int] = defaultdict(int)
-    hessians: dict[int, int] = defaultdict(int)
-    for linear in table.linears:
-        linears[linear.block] += linear.in_features * linear.out_features * COMPUTE_BYTES
-    for block, size in inputs:
-        hessians[block] += size * size * 4 * (2 * streams - 1)  # the source's, and H and drift of each stream
-    largest = max(size for _, size in inputs)
-    inside = sum(spec.nbytes for name, spec in checkpoint.tensors.items() if name.startswith(table.prefix))
-    outside = (checkpoint.nbytes - inside) // 2 * COMPUTE_BYTES
-    activations = streams * calibration.samples * calibration.sequence_length * width * COMPUTE_BYTES
-    running = max(calibration.batch_tokens, calibration.sequence_length) * 12 * width * COMPUTE_BYTES
-    working = max(running, 3 * largest * largest * 4 + SOLVE_BYTES)
-    return int(PROCESS_BYTES + outside + activations + max(linears.values()) + max(hessians.values()) + working)
-
-
-def _distinct_inputs(table: ModuleTable) -> list[tuple[int, int]]:
-    """(block, in_features) of each distinct input: linears of one parent share one, output projections do not."""
-    found = {}
-    for linear in table.linears:
-        parent, _, leaf = linear.local.rpartition(".")
-        own = leaf if leaf in _OUTPUT_PROJECTIONS else ""
-        found[(linear.block, parent, own, linear.in_features)] = (linear.block, linear.in_features)
-    return list(found.values())
 
 
 def _operations_per_second() -> float:

@@ -20,6 +20,7 @@ from quantize.errors import SourceError
 from quantize.source.cache import cache_folder, cached_sha256
 from quantize.source.checkpoint import read_checkpoint
 from quantize.source.resolved import Notify, Source, safe_name
+from quantize.source.space import touch
 
 CONVERSION = "1"  # raise when the conversion's result changes
 
@@ -59,6 +60,7 @@ def open_gguf(path: Path, named: str, notify: Notify) -> Source:
     if not (folder / "config.json").is_file():
         notify(f"converting {path.name} to a float16 checkpoint (once; kept in the cache)")
         _convert(path, folder)
+    touch(folder)
     origin = {"file": path.name, "sha256": digest}
     return Source(named, safe_name(path.stem.split(".Q")[0]), read_checkpoint(folder), origin=origin)
 

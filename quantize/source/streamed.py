@@ -260,6 +260,14 @@ class StreamedModel:
             if not name.startswith(inside) and not buffer.is_meta and buffer.device != self.device:
                 self._set_buffer(self.model, name, buffer.to(self.device))
 
+    def drop_outside(self) -> None:
+        """Give the memory of everything outside the blocks back; :meth:`embed` and :meth:`logits` need it no more."""
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            if not name.startswith(self.block_prefix):
+                owner, _, leaf = name.rpartition(".")
+                empty = torch.empty_like(parameter, device="meta")
+                self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
     def _load(self, module: nn.Module, prefix: str) -> None:
         for name, _ in list(module.named_parameters()):
             full = prefix + name

@@ -39,6 +39,9 @@ class TensorFile:
 
             self._header = read_header(read, path.name)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._header.tensors
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor as stored.
 

@@ -1,0 +1,86 @@
+"""``quantize clean`` and ``quantize gc``: free what can be made again."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import click
+
+from quantize.cli.options import dist_option, gigabytes, json_option, print_json, say, table
+
+OLD = 30
+
+
+@click.command()
+@dist_option
+@click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def clean(dist: str, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Remove unfinished builds from a dist: blocks kept for a build to go on with. Asks first.
+
+    Finished branches and levels are not touched.
+    """
+    from quantize.pipeline.unfinished import find_unfinished
+    from quantize.release.tree import locked
+
+    if not Path(dist).is_dir():
+        say(f"{dist}: nothing unfinished")
+        return
+    with locked(Path(dist)):
+        found = find_unfinished(Path(dist))
+        if as_json:
+            print_json([one.as_data() for one in found])
+        elif found:
+            rows = [["unfinished", "blocks", "on disk"]]
+            rows += [[one.title, one.progress, gigabytes(one.nbytes)] for one in found]
+            click.echo(table(rows, right=frozenset({1, 2})))
+        if not found:
+            say(f"{dist}: nothing unfinished")
+        elif not dry_run and (yes or click.confirm(f"remove {len(found)} unfinished?", default=False, err=True)):
+            freed = sum(one.nbytes for one in found)
+            for one in found:
+                one.remove()
+            say(f"{gigabytes(freed)} freed")
+
+
+@click.command()
+@click.option(
+    "--older-than", "days", type=click.FloatRange(min=0), default=OLD, show_default=True, metavar="DAYS",
+    help="Remove what was not used for so many days; 0 removes everything.",
+)  # fmt: skip
+@click.option("--part", "parts", multiple=True, metavar="PART", help="Only this part, such as statistics.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def gc(days: float, parts: tuple[str, ...], dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Free space in the cache: conversions, kept statistics and the like, all of which can be made again.
+
+    Do not run it beside a build with --older-than 0: the build may be using what it removes.
+    """
+    from quantize.source.cache import cache_folder
+    from quantize.source.space import PARTS, entries, free
+
+    for part in parts:
+        if part not in PARTS:
+            raise click.BadParameter(f"'{part}' is no part of the cache; the parts are {', '.join(PARTS)}")
+    found = [entry for entry in entries() if not parts or entry.part in parts]
+    old = [entry for entry in found if entry.age >= days]
+    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for entry in found:
+        sums[entry.part][0] += entry.nbytes
+        sums[entry.part][1] += entry.nbytes if entry in old else 0
+    if as_json:
+        rows = {part: {"bytes": whole, "removable_bytes": freed} for part, (whole, freed) in sums.items()}
+        print_json({"cache": str(cache_folder()), "parts": rows})
+    elif found:
+        lines = [["part", "", "on disk", "to remove"]]
+        lines += [[part, PARTS[part], gigabytes(whole), gigabytes(freed)] for part, (whole, freed) in sums.items()]
+        click.echo(table(lines, right=frozenset({2, 3})))
+    if not old:
+        say(f"{cache_folder()}: nothing is older than {days:g} days")
+    elif not dry_run and (yes or click.confirm(f"remove {len(old)} entries?", default=False, err=True)):
+        for entry in old:
+            free(entry)
+        say(f"{gigabytes(sum(entry.nbytes for entry in old))} freed")

@@ -1,0 +1,159 @@
+"""How much memory a build needs, and how it keeps to a budget. Imports no torch.
+
+The peak is that of the largest of three moments: all windows enter the first block while the embeddings are still
+there; the widest block runs; or the widest input of that block is solved. Sums were held against measured peaks
+(docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from quantize.errors import PlanError
+from quantize.planning.modules import LinearSpec, ModuleTable
+from quantize.recipe.methods import GptqVariant, Variant
+from quantize.recipe.schema import Calibration
+from quantize.source.checkpoint import Checkpoint
+
+PROCESS_BYTES = 620 * 2**20  # Python with torch, transformers and numba loaded
+COMPUTE_BYTES = 4
+ROW_BUDGET, LEAST_ROW_BUDGET = 192 * 2**20, 24 * 2**20
+"""Bytes of weights, of all variants, that are solved together."""
+
+_OUTPUT_PROJECTIONS = (
+    "o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "wo", "w2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory of one calibration pass.
+
+    Attributes:
+        peak_bytes: predicted. parts: what the peak is made of, in bytes by name.
+        spilled: hidden states lie in files. row_budget: bytes of weights solved together.
+        batch_tokens: tokens that run through a block together.
+    """
+
+    peak_bytes: int
+    parts: Mapping[str, int]
+    spilled: bool
+    row_budget: int
+    batch_tokens: int
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """What a pass over a model for ``variants`` needs.
+
+    Attributes:
+        imatrix: an importance matrix is gathered, too.
+    """
+
+    checkpoint: Checkpoint
+    table: ModuleTable
+    calibration: Calibration
+    variants: Sequence[Variant]
+    imatrix: bool = False
+
+    def within(self, budget: int | None) -> Memory:
+        """The quickest way that keeps to ``budget`` bytes; None sets no limit.
+
+        Raises:
+            PlanError: there is none; the message says what is needed.
+        """
+        window, wish = self.calibration.sequence_length, self.calibration.batch_tokens
+        ways = [(False, ROW_BUDGET, wish), (True, ROW_BUDGET, wish), (True, LEAST_ROW_BUDGET, wish)]
+        ways.append((True, LEAST_ROW_BUDGET, min(wish, window)))
+        found = None
+        for spilled, row_budget, batch_tokens in ways:
+            found = self._need(spilled, row_budget, batch_tokens)
+            if budget is None or found.peak_bytes <= budget:
+                return found
+        assert found is not None
+        assert budget is not None
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.parts.items() if size >= 5e6)
+        raise PlanError(
+            f"--memory {budget / 1e9:.2f} GB: this build needs at least {found.peak_bytes / 1e9:.2f} GB ({parts}); "
+            "allow more, or build fewer branches at once with --only"
+        )
+
+    @cached_property
+    def width(self) -> int:
+        """Of the hidden states."""
+        config = self.checkpoint.text_config
+        return int(config.get("hidden_size") or config.get("n_embd") or 0)
+
+    @property
+    def states_bytes(self) -> int:
+        """Hidden states of one stream."""
+        return self.calibration.samples * self.calibration.sequence_length * self.width * COMPUTE_BYTES
+
+    @property
+    def streams(self) -> int:
+        """Of hidden states: the source's, and one of each branch that carries its own."""
+        return 1 + self._own
+
+    @property
+    def _own(self) -> int:
+        return sum(isinstance(variant, GptqVariant) and variant.propagate == "quantized" for variant in self.variants)
+
+    def _need(self, spilled: bool, row_budget: int, batch_tokens: int) -> Memory:
+        linears, inputs = self._widest_block()
+        block = sum(one.in_features * one.out_features for one in linears) * COMPUTE_BYTES
+        shared = len(self.variants) > self._own or self.imatrix
+        squares = sum(size * size for size, _ in inputs) * 4
+        statistics = squares * (int(shared) + 2 * self._own)  # a stream of its own has H and its drift
+        states = 0 if spilled else self.streams * self.states_bytes
+        tokens = max(batch_tokens, self.calibration.sequence_length)
+        widest = max(size for size, _ in inputs)
+        running = tokens * COMPUTE_BYTES * (3 * widest + 4 * self.width)
+        if self._own:  # the source's rows of each input, which the streams' drift is measured from
+            running += tokens * 4 * sum(size for size, _ in inputs)
+        inside = sum(spec.nbytes for name, spec in self.checkpoint.tensors.items() if self.table.is_in_block(name))
+        outside = (self.checkpoint.nbytes - inside) // 2 * COMPUTE_BYTES
+        worn = 2 * block if self._own else 0
+        solving = max(self._solving(size, rows, row_budget, statistics) for size, rows in inputs) + worn
+        moments: list[dict[str, int]] = [
+            {"embeddings": outside},
+            {"block": block, "statistics": statistics, "forward pass": running},
+            {"block": block, "solver": solving},
+        ]
+        common = {"process": PROCESS_BYTES, "hidden states": states}
+        parts = common | max(moments, key=lambda moment: sum(moment.values()))
+        return Memory(sum(parts.values()), parts, spilled, row_budget, batch_tokens)
+
+    def _solving(self, size: int, rows: int, row_budget: int, statistics: int) -> int:
+        """Of an input of ``size`` channels whose linears have ``rows`` outputs together."""
+        square, weight = size * size * 4, size * rows * 4
+        awq = any(not isinstance(variant, GptqVariant) for variant in self.variants)
+        # inputs are solved from the narrowest to the widest and released on the way, but AWQ needs them all first
+        held = max(square, min(statistics, 2 * square)) if not awq else statistics + square + weight
+        factor = max(3 * square, 2 * weight)
+        codes = max(1, len(self.variants)) * size * rows
+        return held + weight + max(factor, square + row_budget * 3 // 2 + codes)
+
+    def _widest_block(self) -> tuple[list[LinearSpec], list[tuple[int, int]]]:
+        """The linears of the block that takes most, and (in_features, outputs of all its readers) of its inputs."""
+        blocks: dict[int, list[LinearSpec]] = defaultdict(list)
+        for linear in self.table.linears:
+            blocks[linear.block].append(linear)
+        widest = max(blocks.values(), key=lambda block: sum(one.in_features * one.out_features for one in block))
+        rows: dict[tuple[str, str, int], int] = defaultdict(int)
+        for one in widest:
+            rows[_input_of(one)] += one.out_features
+        return widest, [(size, count) for (_, _, size), count in rows.items()]
+
+
+def distinct_inputs(table: ModuleTable) -> list[tuple[int, int]]:
+    """(block, in_features) of each distinct input: linears of one parent share one, output projections do not."""
+    found = {(linear.block, *_input_of(linear)): (linear.block, linear.in_features) for linear in table.linears}
+    return list(found.values())
+
+
+def _input_of(linear: LinearSpec) -> tuple[str, str, int]:
+    parent, _, leaf = linear.local.rpartition(".")
+    return parent, leaf if leaf in _OUTPUT_PROJECTIONS else "", linear.in_features
