@@ -90,3 +90,14 @@ def test_a_build_killed_at_any_moment_ends_in_the_same_bytes(
     assert (again["status"], again["error"]) == (0, None), again
     assert contents(dist) == contents(expected)
     shutil.rmtree(dist)
+
+
+def test_a_second_kill_is_made_up_for_too(build: Build, whole: tuple[Path, list[str]], tmp_path: Path) -> None:
+    expected, moments = whole
+    dist = tmp_path / "dist"
+    assert build(dist, len(moments) // 2)["status"] == -9
+    assert build(dist, len(moments) // 4)["status"] == -9
+    again = build(dist)
+    assert again["error"] is None
+    assert "going on after block" in again["said"]
+    assert contents(dist) == contents(expected)

@@ -51,8 +51,11 @@ class States:
         self.shape, self.dtype, self.place = shape, dtype, place
         self.block = -1 if block is None else block
         self._held = None if place and place.spilled else torch.empty(shape, dtype=dtype)
-        if place and self._held is not None and block is not None:
-            _read(place.file(block), 0, self._held)
+        if place and block is not None:
+            if place.file(block).stat().st_size < shape[0] * self._window_bytes:
+                raise OSError(0, "it ends too early", str(place.file(block)))
+            if self._held is not None:
+                _read(place.file(block), 0, self._held)
 
     @property
     def whole(self) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from quantize.cli.options import dist_option, gigabytes, json_option, print_json, say, table
+from quantize.errors import PlanError
 
 OLD = 30
 
@@ -64,7 +65,7 @@ def gc(days: float, parts: tuple[str, ...], dry_run: bool, yes: bool, as_json: b
 
     for part in parts:
         if part not in PARTS:
-            raise click.BadParameter(f"'{part}' is no part of the cache; the parts are {', '.join(PARTS)}")
+            raise PlanError(f"--part {part}: is no part of the cache; the parts are {', '.join(PARTS)}")
     found = [entry for entry in entries() if not parts or entry.part in parts]
     old = [entry for entry in found if entry.age >= days]
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
+from quantize.errors import PlanError
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 recipe_argument = click.argument("recipe", metavar="RECIPE")
@@ -48,7 +50,7 @@ def _bytes(value: str | None) -> int | None:
     try:
         return None if value is None else TypeAdapter(Size).validate_python(value)
     except ValidationError:
-        raise click.BadParameter(f"'{value}' is no size; write 8GB or 500MB") from None
+        raise PlanError(f"--memory {value}: is no size; write 8GB or 500MB") from None
 
 
 def say(line: str) -> None:

@@ -100,7 +100,10 @@ class Pass:
                 f"({self.compute['device']}, {self.compute['dtype']}){going_on}"
             )
         with ExitStack() as stack:
-            branches = [stack.enter_context(self._branch(item)) for item in self.todo]
+            try:
+                branches = [stack.enter_context(self._branch(item)) for item in self.todo]
+            except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+                raise self.kept.damaged(error) from None
             if not state.is_over:
                 with self.timed("load"):
                     model = StreamedModel(

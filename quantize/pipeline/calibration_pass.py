@@ -107,7 +107,10 @@ class CalibrationPass:
             for index in range(1 + len(self.drifting))
         ]
         if done:
-            known = [States(shape, self.model.compute_dtype, place, done) for place in places]
+            try:
+                known = [States(shape, self.model.compute_dtype, place, done) for place in places]
+            except OSError as error:
+                raise self.kept.damaged(error) from None
             source = Activations(self.model, self.tokens.ids, batch, states=known[0])
             return [source, *map(source.of, known[1:])]
         source = Activations(self.model, self.tokens.ids, batch, places[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from quantize.errors import BuildError
 from quantize.formats.manifest import LedgerEntry
 from quantize.planning.keys import key_of
 from quantize.release.tree import UNFINISHED, WORK_FOLDER, sync_folder
@@ -146,13 +148,22 @@ class Unfinished:
         write_atomically(self.folder / STATE, json.dumps({"schema": SCHEMA, **asdict(self.state)}).encode())
         sync_folder(self.folder)
 
+    def damaged(self, why: object) -> BuildError:
+        """The error where it cannot be gone on with."""
+        return BuildError(
+            f"{self.folder}: this unfinished build is damaged ({why}); remove it with 'quantize clean' and build again"
+        )
+
     def diagonals(self) -> dict[str, tuple[np.ndarray, int]]:
         """The importance matrix as far as it goes."""
         found = {}
-        for path in sorted(self.folder.glob("imatrix-*.npz")):
-            with np.load(path) as stored:
-                found.update({name: stored[name] for name in stored.files})
-        return {name: (found[name], count) for name, count in self.state.tokens.items()}
+        try:
+            for path in sorted(self.folder.glob("imatrix-*.npz")):
+                with np.load(path) as stored:
+                    found.update({name: stored[name] for name in stored.files})
+            return {name: (found[name], count) for name, count in self.state.tokens.items()}
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise self.damaged(error) from None
 
     def drop_states(self) -> None:
         """The pass is over: no block needs its input any more."""
