@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from quantize.errors import SolveError
-from quantize.methods.columns import Columns, fit_groups
+from quantize.methods.columns import Columns, Kernel, fit_groups, kernel_of
 from quantize.methods.factor import Factor, activation_order, factorize, group_aware_order
 from quantize.methods.grid import Grid
 
@@ -93,7 +93,7 @@ def solve(
     hessian: torch.Tensor,
     variants: Sequence[GptqParameters],
     rtn_fallback: bool = False,
-    compiled: bool = True,
+    kernel: Kernel | None = None,
 ) -> list[Solution]:
     """Quantize ``weight`` [N, K] in every variant, from one ``hessian`` [K, K] in the same dtype.
 
@@ -101,12 +101,13 @@ def solve(
 
     Args:
         rtn_fallback: round to nearest where no damping makes H positive definite, instead of failing.
-        compiled: use the compiled CPU kernel.
+        kernel: who runs the inner loop; None is the device's own.
 
     Raises:
         SolveError: statistics not finite, or H not positive definite (and no fallback allowed).
     """
     solutions: dict[int, Solution] = {}
+    kernel = kernel or kernel_of(weight.device, weight.dtype)
     columns = weight.shape[1]
     if not bool(torch.isfinite(hessian.diagonal()).all()):
         raise SolveError("its input statistics are not finite")
@@ -122,7 +123,7 @@ def solve(
                 raise
             found = [round_to_nearest(weight, hessian, parameters) for parameters in asked]
         else:
-            found = _solve_together(weight, factor, asked, compiled)
+            found = _solve_together(weight, factor, asked, kernel)
         solutions.update(zip(members, found, strict=True))
     return [solutions[index] for index in range(len(variants))]
 
@@ -152,12 +153,12 @@ def round_to_nearest(weight: torch.Tensor, hessian: torch.Tensor, parameters: Gp
 
 
 def _solve_together(
-    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool
+    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], kernel: Kernel
 ) -> list[Solution]:
     """Solve variants of one factorization, a slice of rows at a time."""
     rows, columns = weight.shape
     step = max(1, ROW_BUDGET // (len(variants) * columns * weight.element_size()))
-    slices = [_solve_rows(weight[start : start + step], factor, variants, compiled) for start in range(0, rows, step)]
+    slices = [_solve_rows(weight[start : start + step], factor, variants, kernel) for start in range(0, rows, step)]
     if len(slices) == 1:
         return slices[0]
     return [_joined([part[index] for part in slices]) for index in range(len(variants))]
@@ -176,16 +177,16 @@ def _joined(parts: Sequence[Solution]) -> Solution:
 
 
 def _solve_rows(
-    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool
+    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], kernel: Kernel
 ) -> list[Solution]:
     columns = weight.shape[1]
-    state, sizes = _prepare(weight, factor, variants, compiled)
+    state, sizes = _prepare(weight, factor, variants, kernel)
     # a group must not begin in one run and end in the next, where its later columns lack the run's errors
     run = max([OUTER, *(size for size in sizes if size < columns and size > OUTER and columns % OUTER)])
     flat = state.work.view(-1, columns)
     for first in range(0, columns, run):
         last = min(first + run, columns)
-        errors = state.round(first, last, compiled)
+        errors = state.round(first, last)
         if last < columns:
             flat[:, last:].addmm_(errors.view(len(flat), -1), factor.upper[first:last, last:], alpha=-1)
     found = []
@@ -209,7 +210,7 @@ def _solve_rows(
 
 
 def _prepare(
-    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool
+    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], kernel: Kernel
 ) -> tuple[Columns, list[int]]:
     """The state at the start of a solve, and each variant's group size."""
     rows, columns = weight.shape
@@ -233,6 +234,7 @@ def _prepare(
         codes=torch.empty(count, rows, columns, device=device, dtype=torch.uint8),
         squares=torch.zeros(count, rows, device=device, dtype=torch.float64),
         spread=torch.zeros(count, rows, device=device, dtype=torch.float64),
+        kernel=kernel,
     )
     in_place = torch.empty_like(importance)
     in_place[order] = importance
@@ -240,7 +242,7 @@ def _prepare(
         if variant.desc_act == "static":
             # groups and grids of the unsorted layout, fixed before the solve: g_idx stays trivial on disk
             state.groups[index] = order // size
-            fixed = fit_groups(weight, in_place, variant.grid, size, compiled)
+            fixed = fit_groups(weight, in_place, variant.grid, size, kernel)
             state.scales[index, : columns // size], state.zeros[index, : columns // size] = fixed
         else:
             # grids are fitted when the solve reaches a group; in group-aware order that is not the group's number
