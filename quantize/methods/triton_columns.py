@@ -1,7 +1,7 @@
 """The GPU kernel of :mod:`quantize.methods.columns`, in Triton; its grid is that of :mod:`quantize.methods.grid`.
 
 One program walks a run of columns for ROWS rows of one variant, as the compiled CPU kernel does; a launch takes all
-rows of all variants. A program is one warp with a row in each lane, so that nothing is summed across lanes.
+rows of all variants. Each lane has a row, and eight warps share the run's columns, which then fit the registers.
 
 Every operation is rounded by itself, as in the torch version: no fused multiply-add, IEEE division (Triton's ``/`` is
 an approximation for float32), ties to even. A search adds up its errors column by column, like the CPU kernel.
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from quantize.methods.columns import Columns
 
 ROWS = 32
-OPTIONS: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
+OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
 
 TINY, MOST = tl.constexpr(HALF_TINY), tl.constexpr(HALF_MAX)
 TRIED = tl.constexpr(len(REACHES))
 TRIALS = tl.constexpr(triton.next_power_of_2(len(REACHES)))
-FAR = tl.constexpr(2.0**20)  # beyond every code; the codes are clamped after
 MAGIC = tl.constexpr(1.5 * 2.0**23)  # float32 near it are whole numbers: adding it rounds, ties to even
 INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _rint(value):
-    return (tl.minimum(tl.maximum(value, -FAR), FAR) + MAGIC) - MAGIC
+def _code(value, scale, zero, top):
+    # clamped before it is rounded, as MAGIC wants small numbers: the bounds are whole, so the code is the same
+    return tl.minimum(tl.maximum(tl.div_rn(value, scale), -zero), top - zero) + MAGIC - MAGIC + zero
 
 
 @triton.jit
@@ -44,13 +44,12 @@ def _half(value):
 
 @triton.jit
 def _between(low, high, top, sym):
-    whole = _half(tl.div_rn(2 * tl.maximum(-low, high), top + tl.zeros_like(low)))
-    span = _half(tl.div_rn(high - low, top + tl.zeros_like(low)))
-    zero = tl.minimum(tl.maximum(_rint(tl.div_rn(-low, span)), 0.0), top)
-    narrow = _half(tl.div_rn(high, top - 1 + tl.zeros_like(low)))
-    middle = (top + 1) * 0.5
+    whole = _half(tl.div_rn(2 * tl.maximum(-low, high), top))
+    span = _half(tl.div_rn(high - low, top))
+    zero = _code(-low, span, 0.0, top)
+    narrow = _half(tl.div_rn(high, top - 1))
     scale = tl.where(sym, whole, tl.where(zero < 1, narrow, span))
-    return scale, tl.where(sym, middle, tl.maximum(zero, 1.0))
+    return scale, tl.where(sym, (top + 1) * 0.5, tl.maximum(zero, 1.0))
 
 
 @triton.jit
@@ -69,7 +68,7 @@ def _fit(rows, inside, importance, size, top, sym, mse, reaches):
     if mse:
         for member in range(size):
             value = tl.load(rows + member, inside, 0.0)[None, :]
-            code = tl.minimum(tl.maximum(_rint(tl.div_rn(value, trial)) + origin, 0.0), top)
+            code = _code(value, trial, origin, top)
             apart = trial * (code - origin) - value
             error += tl.load(importance + member) * (apart * apart)
     wanted = (number < TRIED) & (mse | (number == 0))
@@ -81,8 +80,8 @@ def _fit(rows, inside, importance, size, top, sym, mse, reaches):
 
 @triton.jit
 def _fit_groups(weight, importance, reaches, scales, zeros, rows, columns, size, top, sym, mse, ROWS: tl.constexpr):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    group = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
     inside = row < rows
     scale, zero = _fit(
         weight + row * columns + group * size, inside, importance + group * size, size, top, sym != 0, mse != 0, reaches
@@ -96,49 +95,61 @@ def _round_columns(
     original, work, upper, order, groups, settings, scales, zeros, reaches, importance, codes, errors, squares, spread,
     rows, columns, most, first, length, ROWS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    variant = tl.program_id(1).to(tl.int64)
+    variant = tl.program_id(1)
     size, levels = tl.load(settings + 4 * variant), tl.load(settings + 4 * variant + 1)
     sym, mse = tl.load(settings + 4 * variant + 2) != 0, tl.load(settings + 4 * variant + 3) != 0
     top = levels.to(tl.float32)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    work += (variant * rows + row) * columns + first
-    sums = variant * rows + row
-    square, apart = tl.load(squares + sums, inside, 0.0), tl.load(spread + sums, inside, 0.0)
+    # the variant's own, from here on
+    skipped = variant.to(tl.int64) * rows
+    work += skipped * columns + first
+    codes += skipped * columns
+    errors += skipped * length
+    scales += skipped * most
+    zeros += skipped * most
+    groups += variant * columns + first
+    squares += skipped
+    spread += skipped
+    original += first
+    order += first
+    importance += first
+    upper += first.to(tl.int64) * (columns + 1)
+    square, apart = tl.load(squares + row, inside, 0.0), tl.load(spread + row, inside, 0.0)
     place = tl.arange(0, LENGTH)
     whole = (place < length)[:, None] & inside[None, :]
     # what is left of the run's columns, and in the places of those already rounded their errors
-    block = tl.load(work[None, :] + place[:, None], whole, 0.0)
+    block = tl.load(work + (row * columns)[None, :] + place[:, None], whole, 0.0)
     for column in range(length):
-        at = first + column
-        group = tl.load(groups + variant * columns + at)
-        grid = (variant * most + group) * rows + row
-        if (size > 0) & (at % tl.maximum(size, 1) == 0):
-            tl.store(work[None, :] + place[:, None], block, whole & (place >= column)[:, None])
-            tl.debug_barrier()  # other lanes read what this one wrote
-            fitted, origin = _fit(work + column, inside, importance + at, size, top, sym, mse, reaches)
+        grid = tl.load(groups + column).to(tl.int32) * rows + row
+        if (size > 0) & ((first + column) % tl.maximum(size, 1) == 0):
+            # a group may reach beyond the run, so it is fitted where it lies
+            tl.store(work + (row * columns)[None, :] + place[:, None], block, whole)
+            tl.debug_barrier()  # other threads read what this one wrote
+            fitted, origin = _fit(
+                work + column + row * columns, inside, importance + column, size, top, sym, mse, reaches
+            )
             tl.store(scales + grid, fitted, inside)
             tl.store(zeros + grid, origin, inside)
             tl.debug_barrier()
+            block = tl.load(work + (row * columns)[None, :] + place[:, None], whole, 0.0)
         scale, zero = tl.load(scales + grid, inside, 1.0), tl.load(zeros + grid, inside, 0.0)
         current = (place == column)[:, None]
         weight = tl.sum(tl.where(current, block, 0.0), axis=0)
-        code = tl.minimum(tl.maximum(_rint(tl.div_rn(weight, scale)) + zero, 0.0), top)
+        code = _code(weight, scale, zero, top)
         value = scale * (code - zero)
-        diagonal = tl.load(upper + at.to(tl.int64) * columns + at)
-        error = tl.div_rn(weight - value, diagonal + tl.zeros_like(weight))
-        natural = tl.load(order + at)
-        tl.store(codes + (variant * rows + row) * columns + natural, code.to(tl.uint8), inside)
+        error = tl.div_rn(weight - value, tl.load(upper + column))
+        tl.store(codes + row * columns + tl.load(order + column), code.to(tl.uint8), inside)
         wide = error.to(tl.float64)
         square += wide * wide
-        away = (tl.load(original + row * columns + at, inside, 0.0) - value).to(tl.float64)
+        away = (tl.load(original + row * columns + column, inside, 0.0) - value).to(tl.float64)
         apart += away * away
-        later = (place > column) & (place < length)
-        factor = tl.load(upper + at.to(tl.int64) * columns + first + place, later, 0.0)
+        factor = tl.load(upper + place, (place > column) & (place < length), 0.0)
         block = tl.where(current, error[None, :], block - error[None, :] * factor[:, None])
-    tl.store(errors + (variant * rows + row)[None, :] * length + place[:, None], block, whole)
-    tl.store(squares + sums, square, inside)
-    tl.store(spread + sums, apart, inside)
+        upper += columns
+    tl.store(errors + (row * length)[None, :] + place[:, None], block, whole)
+    tl.store(squares + row, square, inside)
+    tl.store(spread + row, apart, inside)
 
 
 def fit_groups(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, size: int) -> tuple[torch.Tensor, ...]:
