@@ -152,7 +152,7 @@ def _round_columns(
     tl.store(spread + row, apart, inside)
 
 
-def fit_groups(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, size: int) -> tuple[torch.Tensor, ...]:
+def fit_groups(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`quantize.methods.columns.fit_groups`, for float32."""
     rows, columns = weight.shape
     groups = columns // size
@@ -178,8 +178,9 @@ def round_columns(state: Columns, errors: torch.Tensor, first: int, last: int) -
         state.settings = settings_of(state.sizes.tolist(), state.grids, state.work.device)
     settings, reaches = state.settings
     length = last - first
+    sizes = {"ROWS": ROWS, "LENGTH": triton.next_power_of_2(length)}
     _round_columns[(triton.cdiv(rows, ROWS), variants)](
         state.original, state.work, state.upper, state.order, state.groups, settings, state.scales, state.zeros,
         reaches, state.importance, state.codes, errors, state.squares, state.spread,
-        rows, columns, state.scales.shape[1], first, length, ROWS=ROWS, LENGTH=triton.next_power_of_2(length), **OPTIONS,
+        rows, columns, state.scales.shape[1], first, length, **sizes, **OPTIONS,
     )  # fmt: skip
