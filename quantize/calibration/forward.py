@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from quantize.calibration.states import Place, States
 from quantize.calibration.statistics import Collector, InputStatistics, Timed, untimed
 from quantize.errors import CalibrationError
 from quantize.source.cache import cache_folder, write_atomically
@@ -24,23 +25,51 @@ class Activations:
 
     Args:
         model: the streamed model. ids: int64 [samples, length]. batch: windows run at a time.
+        place: where they lie on disk; None keeps them in memory alone.
+        states: those of an interrupted pass, to go on with.
     """
 
-    def __init__(self, model: StreamedModel, ids: np.ndarray, batch: int) -> None:
+    def __init__(
+        self,
+        model: StreamedModel,
+        ids: np.ndarray,
+        batch: int,
+        place: Place | None = None,
+        states: States | None = None,
+    ) -> None:
         self.model, self.batch = model, batch
         self.ids = torch.from_numpy(ids)
-        self.hidden = torch.empty(0)
-        for start in range(0, len(ids), batch):
-            entered = model.embed(self.ids[start : start + batch])
-            if start == 0:
-                self.hidden = torch.empty(*ids.shape, entered.shape[-1], dtype=entered.dtype)
-            self.hidden[start : start + batch] = entered
+        self._extent = torch.zeros((), dtype=torch.float64)
+        if states is not None:
+            self.states = states
+            for count in {min(batch, len(ids)), len(ids) % batch} - {0}:
+                model.embed(self.ids[:count])  # only to learn how this many windows are run
+            return
+        for window in self.windows():
+            entered = model.embed(self.ids[window])
+            if window.start == 0:
+                self.states = States((*ids.shape, entered.shape[-1]), entered.dtype, place)
+            self.states.write(window, entered)
+        self.states.turn()
 
-    def copy(self) -> Activations:
-        """The same windows in the same state, to be rolled on separately."""
+    @property
+    def hidden(self) -> torch.Tensor:
+        """All states, where they are in memory."""
+        return self.states.whole
+
+    @hidden.setter
+    def hidden(self, states: torch.Tensor) -> None:
+        self.states.whole = states
+
+    def of(self, states: States) -> Activations:
+        """Other states of the same windows."""
         other = copy.copy(self)
-        other.hidden = self.hidden.clone()
+        other.states = states
         return other
+
+    def copy(self, name: str = "copy") -> Activations:
+        """The same windows in the same state, to be rolled on separately; on disk under another name."""
+        return self.of(self.states.copy(name))
 
     def windows(self) -> Iterator[slice]:
         """The batches that are run together."""
@@ -49,11 +78,17 @@ class Activations:
 
     def first(self) -> torch.Tensor:
         """A copy of the first batch as it is now."""
-        return self.hidden[: self.batch].to(self.model.device, copy=True)
+        return self.states.read(slice(0, self.batch)).to(self.model.device, copy=True)
 
     def run(self, index: int, block: nn.Module, window: slice) -> torch.Tensor:
         """The block's output for a batch, which stays as it is."""
-        return self.model.run(index, block, self.hidden[window].to(self.model.device))
+        return self.model.run(index, block, self.states.read(window).to(self.model.device))
+
+    def put(self, window: slice, output: torch.Tensor) -> None:
+        """Note a block's output for a batch."""
+        low, high = torch.aminmax(output)  # NaN and infinity show in them, and stay in a sum
+        self._extent = self._extent.to(output.device) + (high.double() - low.double())
+        self.states.write(window, output)
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Run block ``index`` over all windows and put each output in its input's place.
@@ -62,17 +97,22 @@ class Activations:
             CalibrationError: the block puts out NaN or infinity.
         """
         for window in self.windows():
-            self.hidden[window] = self.run(index, block, window)
-        self.check(index)
+            self.put(window, self.run(index, block, window))
+        self.turn(index)
 
-    def check(self, index: int) -> None:
-        """Raise :class:`CalibrationError` where block ``index`` has put out NaN or infinity."""
-        low, high = torch.aminmax(self.hidden.reshape(-1))
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+    def turn(self, index: int) -> None:
+        """Block ``index`` is through: its outputs are what comes next.
+
+        Raises:
+            CalibrationError: they hold NaN or infinity.
+        """
+        if not bool(torch.isfinite(self._extent)):
             raise CalibrationError(
                 f"{self.model.block_prefix}{index}: its output holds NaN or infinity; "
                 "the weights are damaged, or the compute dtype is too narrow (calibration.compute_dtype: float32)"
             )
+        self._extent = torch.zeros((), dtype=torch.float64)
+        self.states.turn(flush=index + 1 < len(self.model))
 
 
 def block_statistics(
@@ -107,8 +147,8 @@ def block_statistics(
             for stream, collector in zip(streams, collectors, strict=True):
                 with collector.attached():
                     stream.run(index, block, window)
-            source.hidden[window] = output
-        source.check(index)
+            source.put(window, output)
+        source.turn(index)
         for collector in (watch, *collectors):
             for group in collector.groups:
                 group.finish()

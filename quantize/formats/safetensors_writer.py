@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -30,10 +30,19 @@ class ShardWriter:
     Args:
         folder: an existing folder; the files must not exist yet.
         shards: for each file name the tensors it holds.
+        written: go on with existing files, in which these tensors are whole.
+
+    Raises:
+        OSError: the files exist, or where ``written`` is given, do not. ValueError: they are of another layout.
     """
 
-    def __init__(self, folder: Path, shards: Mapping[str, Mapping[str, TensorSpec]]) -> None:
-        self.folder, self.shards = folder, shards
+    def __init__(
+        self,
+        folder: Path,
+        shards: Mapping[str, Mapping[str, TensorSpec]],
+        written: Collection[str] | None = None,
+    ) -> None:
+        self.folder, self.shards, self.written = folder, shards, written
         self._files: dict[str, int] = {}
         self._places: dict[str, tuple[str, int, TensorSpec]] = {}
         self._missing: set[str] = set()
@@ -41,12 +50,17 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         for name, tensors in self.shards.items():
             header, offsets = header_of(tensors)
-            file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            new = self.written is None
+            file = os.open(self.folder / name, os.O_RDWR | (os.O_CREAT | os.O_EXCL if new else 0), 0o644)
             self._files[name] = file
-            _write_all(file, header, 0)
+            if new:
+                _write_all(file, header, 0)
+            elif os.pread(file, len(header), 0) != header:
+                raise ValueError(f"{name} is of another layout")
             for key, offset in offsets.items():
                 self._places[key] = (name, len(header) + offset, tensors[key])
             self._missing.update(tensors)
+        self._missing.difference_update(self.written or ())
         return self
 
     def __exit__(
@@ -69,6 +83,11 @@ class ShardWriter:
         _write_all(self._files[shard], data.data, offset)
         self._missing.discard(name)
 
+    def sync(self) -> None:
+        """Flush what was written to the disk."""
+        for handle in self._files.values():
+            os.fsync(handle)
+
     def finish(self) -> None:
         """Check that every tensor was written, flush to the disk, and write the index of several shards.
 
@@ -77,13 +96,15 @@ class ShardWriter:
         """
         if self._missing:
             raise ValueError(f"{len(self._missing)} tensors were never written, such as {min(self._missing)}")
-        for file in self._files.values():
-            os.fsync(file)
+        self.sync()
         if len(self.shards) > 1:
             total = sum(spec.nbytes for tensors in self.shards.values() for spec in tensors.values())
             table = {key: name for name, tensors in self.shards.items() for key in tensors}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
-            (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            with (self.folder / INDEX_NAME).open("w", encoding="utf-8") as file:
+                file.write(json.dumps(index, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,16 +22,18 @@ class Branch:
 
     Attributes:
         fail_on: outcomes that the recipe makes errors.
+        ledger: rows so far. written: tensors that an interrupted build has written already; None of a new one.
     """
 
     item: PlannedVariant
     folder: Path
     fail_on: tuple[str, ...] = ()
     ledger: list[LedgerEntry] = field(default_factory=list)
+    written: Collection[str] | None = None
 
     def __enter__(self) -> Branch:
-        self.folder.mkdir(parents=True)
-        self.writer = ShardWriter(self.folder, self.item.layout.shards).__enter__()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.writer = ShardWriter(self.folder, self.item.layout.shards, self.written).__enter__()
         return self
 
     def __exit__(

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from quantize.calibration.forward import Activations, block_statistics
+from quantize.calibration.states import Place, States
 from quantize.calibration.statistics import Timed
 from quantize.calibration.tokens import Tokens
 from quantize.errors import PlanError, SourceError
@@ -20,6 +21,7 @@ from quantize.pipeline.awq_blocks import AwqBlocks
 from quantize.pipeline.branch import Branch
 from quantize.pipeline.gptq_blocks import GptqBlocks
 from quantize.pipeline.memory import give_back
+from quantize.pipeline.unfinished import Unfinished
 from quantize.planning import Plan
 from quantize.recipe.methods import GptqVariant
 from quantize.source.streamed import StreamedModel
@@ -30,6 +32,7 @@ class CalibrationPass:
 
     Args:
         diagonals: where to put the diagonal of each linear's H, for an importance matrix; None gathers none.
+        kept: where it is noted how far the pass has come, and where to go on from.
         timed: a context manager factory that books time to a stage.
         progress: True, False, or None for a bar on a terminal only.
     """
@@ -41,10 +44,11 @@ class CalibrationPass:
         tokens: Tokens,
         branches: Sequence[Branch],
         diagonals: dict[str, tuple[np.ndarray, int]] | None,
+        kept: Unfinished,
         timed: Timed,
         progress: bool | None = None,
     ) -> None:
-        self.diagonals = diagonals
+        self.diagonals, self.kept = diagonals, kept
         self.plan, self.model, self.tokens, self.branches, self.timed = plan, model, tokens, branches, timed
         self.disable = None if progress is None else not progress
         self.sharing = [branch for branch in branches if _propagate(branch) == "source"]
@@ -59,22 +63,47 @@ class CalibrationPass:
             SourceError, CalibrationError, SolveError: naming the tensor or module.
         """
         self._check_modules()
-        with self.timed("write"):
-            self._copy_unquantized()
+        done = self.kept.state.next_block
+        if not done:
+            with self.timed("write"):
+                self._copy_unquantized()
         recipe = self.plan.recipe
         batch = max(1, recipe.calibration.batch_tokens // recipe.calibration.sequence_length)
         gptq = GptqBlocks(self.model, recipe.gptq, self.timed) if recipe.gptq else None
         awq = AwqBlocks(self.model, self.plan.table, recipe.awq, self.timed) if recipe.awq else None
         with self.timed("forward"):
-            source = Activations(self.model, self.tokens.ids, batch)
-            streams = [source.copy() for _ in self.drifting]
-        with ExitStack() as stack:
-            for index in tqdm(range(len(self.model)), desc="blocks", unit="block", disable=self.disable):
+            source, *streams = self._activations(batch)
+        with (
+            ExitStack() as stack,
+            tqdm(total=len(self.model), initial=done, desc="blocks", unit="block", disable=self.disable) as bar,
+        ):
+            for index in range(done, len(self.model)):
                 with self.timed("load"):
                     stack.close()  # drops the block before
                     block = stack.enter_context(self.model.block(index))
                 self._run_block(index, block, source, streams, gptq, awq)
+                with self.timed("write"):
+                    self._keep(index + 1, source)
                 give_back()
+                bar.update()
+        self.kept.drop_states()
+
+    def _activations(self, batch: int) -> list[Activations]:
+        """The source's states and those of each drifting branch, as they enter the first block that is to do."""
+        done, shape = self.kept.state.next_block, self.kept.state.shape
+        places = [Place(self.kept.folder, f"states-{index}") for index in range(1 + len(self.drifting))]
+        if done:
+            known = [States(shape, self.model.compute_dtype, place, done) for place in places]
+            source = Activations(self.model, self.tokens.ids, batch, states=known[0])
+            return [source, *map(source.of, known[1:])]
+        source = Activations(self.model, self.tokens.ids, batch, places[0])
+        return [source, *(source.copy(place.name) for place in places[1:])]
+
+    def _keep(self, next_block: int, source: Activations) -> None:
+        for branch in self.branches:
+            branch.writer.sync()
+        ledgers = {branch.item.label: branch.ledger for branch in self.branches}
+        self.kept.keep(next_block, source.states.shape, ledgers, self.diagonals)
 
     def _run_block(
         self,

@@ -6,27 +6,21 @@ The only module that knows the order of things.
 from __future__ import annotations
 
 import errno
-import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quantize import __version__
 from quantize.errors import BuildError
-from quantize.formats.manifest import MANIFEST_NAME, LedgerEntry, manifest, oddities
+from quantize.formats.manifest import oddities
+from quantize.pipeline.unfinished import Unfinished, find_unfinished
 from quantize.planning import Plan, PlannedVariant, plan_recipe
-from quantize.planning.keys import key_of
 from quantize.recipe import LoadedRecipe
-from quantize.release.card import refresh_cards, render_card
-from quantize.release.config import as_json, loader_config, release_config
-from quantize.release.tree import copy_file, describe_files, locked, publish
-from quantize.source.cache import cache_folder, write_atomically
+from quantize.release.card import refresh_cards
+from quantize.release.tree import locked, publish
 from quantize.source.resolved import Notify
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -91,26 +85,35 @@ def build_recipe(
         try:
             if plan.gguf and plan.level_work:
                 plan.gguf.require()
-            diagonals: dict[str, tuple[Any, int]] | None = {} if plan.gathers_imatrix else None
-            if todo or diagonals is not None:
-                _check_disk(plan, todo)
-                _build(plan, todo, diagonals, work, device, progress, notify, result)
+            diagonals = None
+            if todo or plan.gathers_imatrix:
+                diagonals = _build_branches(plan, todo, work, device, progress, notify, result)
             if plan.level_work:
                 _build_levels(plan, diagonals, work, progress, notify, result)
             refresh_cards(plan)
+            _remove_done(plan)
         except OSError as error:
             if error.errno in NO_SPACE:
                 raise BuildError(
-                    f"{dist}: no space left while writing ({error.strerror}); nothing unfinished was kept, "
-                    "free some space and build again"
+                    f"{dist}: no space left while writing ({error.strerror}); free some space and build again: "
+                    "what was finished before is kept and not made again"
                 ) from None
             raise
     return result
 
 
-def _check_disk(plan: Plan, todo: Sequence[PlannedVariant]) -> None:
+def _remove_done(plan: Plan) -> None:
+    """Free what unfinished builds hold whose every branch is in its place."""
+    there = {item.label: plan.finished(item).get("key") for item in plan.variants}
+    wanted = plan.gguf is not None and plan.gguf.needs_pass
+    for one in find_unfinished(plan.dist):
+        if one.state.branches.items() <= there.items() and not (one.state.imatrix and wanted):
+            one.remove()
+
+
+def _check_disk(plan: Plan, todo: Sequence[PlannedVariant], kept: Unfinished) -> None:
     carried = sum((plan.source.folder / name).stat().st_size for name in plan.source.carried_over)
-    needed = sum(item.nbytes + carried for item in todo)
+    needed = sum(item.nbytes + carried for item in todo) + plan.estimate.kept_bytes - kept.nbytes
     free = shutil.disk_usage(plan.dist).free
     if needed > free:
         raise BuildError(
@@ -130,112 +133,39 @@ def _build_levels(
             result.oddities[item.label] = {"fallback": list(item.outcome.fallbacks)}
 
 
-def _build(
+def _build_branches(
     plan: Plan,
     todo: Sequence[PlannedVariant],
-    diagonals: dict[str, tuple[Any, int]] | None,
     work: Path,
     device: str,
     progress: bool | None,
     notify: Notify,
     result: BuildResult,
-) -> None:
-    from quantize.calibration.forward import choose_device, choose_dtype
-    from quantize.calibration.tokens import load_tokenizer, sample_tokens
-    from quantize.pipeline.branch import Branch
-    from quantize.pipeline.calibration_pass import CalibrationPass
-    from quantize.pipeline.memory import return_large_buffers
-    from quantize.source.streamed import StreamedModel
+) -> Any:
+    """Solve the branches ``todo`` and put them into place; returns what the importance matrix is made of, or None."""
+    from quantize.pipeline.branches import Pass
 
-    # compiled kernels belong into our cache, not beside the source, which may be read-only
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
-    recipe, source = plan.recipe, plan.source
-    return_large_buffers()
-    where = choose_device(device)
-    shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]
-    dtype = choose_dtype(recipe.calibration.compute_dtype, where, shapes)
-    with result.timed("tokens"):
-        tokens = sample_tokens(recipe.calibration, load_tokenizer(source, recipe.model.trust_remote_code))
-    with result.timed("load"):
-        model = StreamedModel(source, plan.table.prefix, dtype, where, recipe.model.trust_remote_code)
-    compute = {"device": where.type, "dtype": str(dtype).removeprefix("torch.")}
-    notify(
-        f"calibrating once on {tokens.ids.size} tokens for {_what(todo, diagonals is not None)} "
-        f"({compute['device']}, {compute['dtype']})"
-    )
-    with ExitStack() as stack:
-        branches = [
-            stack.enter_context(
-                Branch(item, work / "building" / item.label, fail_on=tuple(recipe.section(item.method).fail_on))
+    one = Pass(plan, todo, plan.gathers_imatrix, device, result.timed, notify)
+    _check_disk(plan, todo, one.kept)
+    try:
+        branches = one.run(progress)
+        with result.timed("write"):
+            manifests = [one.complete(branch) for branch in branches]
+    except BaseException:
+        state = one.kept.state
+        if state.next_block:
+            notify(
+                f"{state.next_block} of {state.blocks} blocks are kept; build again to go on after them, "
+                "or free their space with 'quantize clean'"
             )
-            for item in todo
-        ]
-        CalibrationPass(plan, model, tokens, branches, diagonals, result.timed, progress).run()
+        else:
+            one.kept.remove()
+        raise
+    # every branch is complete before the first reaches its place, so that those left behind are found there
+    for branch, data in zip(branches, manifests, strict=True):
         with result.timed("write"):
-            for branch in branches:
-                branch.writer.finish()
-    for branch in branches:
-        with result.timed("write"):
-            data = _complete(plan, branch.item, branch.folder, branch.ledger, tokens, compute)
             publish(branch.folder, branch.item.folder, work)
         result.built.append(branch.item.label)
         if odd := oddities(data["ledger"]):
             result.oddities[branch.item.label] = odd
-
-
-def _what(todo: Sequence[PlannedVariant], imatrix: bool) -> str:
-    parts = [f"{len(todo)} branch{'es' if len(todo) != 1 else ''}"] if todo else []
-    return " and ".join([*parts, *(["an importance matrix"] if imatrix else [])])
-
-
-def _complete(
-    plan: Plan,
-    item: PlannedVariant,
-    folder: Path,
-    ledger: list[LedgerEntry],
-    tokens: Any,
-    compute: dict[str, str],
-) -> dict[str, Any]:
-    """Everything in a branch's folder beside its weights: configs, the source's files, manifest, card."""
-    source = plan.source
-    file, as_file, config = loader_config(plan.recipe, item)
-    for name in source.carried_over:
-        copy_file(source.folder / name, folder / name)
-    write_atomically(folder / file, as_json(as_file))
-    write_atomically(folder / "config.json", as_json(release_config(source.checkpoint.config, config)))
-    inputs = plan.key_inputs(item)
-    data = manifest(
-        branch=item.branch,
-        repo=item.repo,
-        key=key_of(inputs),
-        key_inputs=inputs,
-        source={
-            "name": source.hub_id or source.short_name,
-            "commit": source.commit,
-            "made_of": source.origin,
-            "files": source.hashes,
-        },
-        calibration={
-            **plan.calibration,
-            "tokens_sha256": tokens.sha256,
-            "tokens": int(tokens.ids.size),
-            "bos": tokens.bos,
-        },
-        compute=compute,
-        versions=_versions(),
-        tensor_bytes=item.nbytes,
-        files=describe_files(folder),
-        ledger=ledger,
-    )
-    write_atomically(folder / MANIFEST_NAME, as_json(data))
-    write_atomically(folder / "README.md", render_card(plan, item.method).encode())
-    return data
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "numba")
-    return {
-        "quantize": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-    }
+    return one.diagonals

@@ -48,10 +48,16 @@ _OUTPUT_PROJECTIONS = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """Predicted cost of a build on this machine's CPU: seconds and peak bytes of memory."""
+    """Predicted cost of a build on this machine's CPU.
+
+    Attributes:
+        seconds: of the whole build. peak_bytes: of memory.
+        kept_bytes: of disk beside the branches, for the states that an interrupted build goes on from.
+    """
 
     seconds: float
     peak_bytes: int
+    kept_bytes: int = 0
 
 
 def estimate(
@@ -96,6 +102,7 @@ def estimate(
     return Estimate(
         seconds / rate + SETUP_SECONDS + quantizing,
         _peak(checkpoint, table, calibration, width, inputs, 1 + own),
+        2 * (1 + own) * tokens * width * COMPUTE_BYTES,
     )
 
 

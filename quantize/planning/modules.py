@@ -82,6 +82,10 @@ class ModuleTable:
         """Whether a tensor of the checkpoint belongs to a block."""
         return name.startswith(self.prefix) and name[len(self.prefix) :].partition(".")[0].isdigit()
 
+    def is_before(self, name: str, block: int) -> bool:
+        """Whether a tensor of a branch lies outside the blocks, or in one before ``block``."""
+        return not self.is_in_block(name) or int(name[len(self.prefix) :].partition(".")[0]) < block
+
     def beside_linears(self, checkpoint: Checkpoint, block: int) -> list[str]:
         """Names of a block's tensors that are not replaced: norms and the like."""
         inside = f"{self.prefix}{block}."

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ from quantize.source.cache import sha256_of_file
 WORK_FOLDER = ".quantize"
 """Inside dist: the lock and everything unfinished. Nothing else unfinished is ever visible in dist."""
 
+LOCK, UNFINISHED = "lock", "unfinished"
+"""Inside the work folder: what stays there. Builds that can be gone on with lie in ``unfinished``."""
+
+TEMPORARY = re.compile(r"\..+\.\d+\.tmp")  # what write_atomically leaves behind when it is killed
+
 
 @contextmanager
 def locked(dist: Path) -> Iterator[Path]:
-    """Hold the only build in ``dist``; yields its work folder, emptied of what a killed build left.
+    """Hold the only build in ``dist``; yields its work folder, emptied of what cannot be gone on with.
 
     Raises:
         BuildError: another build holds it, or the folder cannot be written.
@@ -27,7 +33,7 @@ def locked(dist: Path) -> Iterator[Path]:
     work = dist / WORK_FOLDER
     try:
         work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("a+")
+        lock = (work / LOCK).open("a+")
     except OSError as error:
         raise BuildError(f"{dist}: cannot be written: {error.strerror}") from None
     with lock:
@@ -88,12 +94,22 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _restore(dist: Path, work: Path) -> None:
-    """Bring back a branch whose replacement did not arrive, and remove everything unfinished."""
+    """Bring back a branch whose replacement did not arrive, and remove what no build can go on with."""
+    for depth in ("*/.*.tmp", "*/*/.*.tmp"):
+        for temporary in dist.glob(depth):
+            if TEMPORARY.fullmatch(temporary.name):
+                temporary.unlink(missing_ok=True)
     for old in (work / "replaced").glob("*/*"):
         target = dist / old.parent.name / old.name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(old, target)
     for leftover in work.iterdir():
+        if leftover.name in {LOCK, UNFINISHED}:
+            continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    with suppress(OSError):  # there is something in it, or it is not there
+        (work / UNFINISHED).rmdir()

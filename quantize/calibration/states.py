@@ -1,0 +1,141 @@
+"""Hidden states of all windows: in memory, in files where memory is short, or in both, to go on from.
+
+Plain reads and writes instead of a memory map: the pages of a shared map count as the process's own memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the states of a stream lie on disk: two files, taken in turn, so that one is always whole.
+
+    Attributes:
+        spilled: they lie there only; otherwise in memory too, and the files are what an interrupted build goes on from.
+    """
+
+    folder: Path
+    name: str
+    spilled: bool = False
+
+    def file(self, block: int) -> Path:
+        """The file of the states that enter ``block``."""
+        return self.folder / f"{self.name}.{block % 2}"
+
+
+class States:
+    """Hidden states, [samples, length, width], as they roll from block to block.
+
+    What is written becomes what is read at :meth:`turn`. States in memory are written in place, so a window is
+    written only after its last reading.
+
+    Args:
+        shape, dtype: of the states. place: where they lie on disk; None keeps them in memory alone.
+        block: go on with the states that enter this block, which lie at ``place``; None starts empty.
+
+    Raises:
+        OSError: the files cannot be written, or read again.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, place: Place | None = None, block: int | None = None
+    ) -> None:
+        self.shape, self.dtype, self.place = shape, dtype, place
+        self.block = -1 if block is None else block
+        self._held = None if place and place.spilled else torch.empty(shape, dtype=dtype)
+        if place and self._held is not None and block is not None:
+            _read(place.file(block), 0, self._held)
+
+    @property
+    def whole(self) -> torch.Tensor:
+        """All of them, where they are in memory."""
+        assert self._held is not None, "spilled states are never whole in memory"
+        return self._held
+
+    @whole.setter
+    def whole(self, states: torch.Tensor) -> None:
+        self._held = states
+
+    def read(self, windows: slice) -> torch.Tensor:
+        """The states of ``windows``; a view where they are in memory."""
+        if self._held is not None:
+            return self._held[windows]
+        assert self.place
+        first, last, _ = windows.indices(self.shape[0])
+        states = torch.empty(last - first, *self.shape[1:], dtype=self.dtype)
+        _read(self.place.file(self.block), first * self._window_bytes, states)
+        return states
+
+    def write(self, windows: slice, states: torch.Tensor) -> None:
+        """Note what the block makes of ``windows``."""
+        if self._held is not None:
+            self._held[windows] = states
+            return
+        assert self.place
+        with _opened(self.place.file(self.block + 1), os.O_WRONLY | os.O_CREAT) as file:
+            _write(file, windows.indices(self.shape[0])[0] * self._window_bytes, states.to("cpu", self.dtype))
+
+    def turn(self, flush: bool = True) -> None:
+        """Every window is written: read them from now on, and with ``flush`` see to it that they are on the disk."""
+        self.block += 1
+        if self.place and flush:
+            with _opened(self.place.file(self.block), os.O_WRONLY | os.O_CREAT) as file:
+                if self._held is not None:
+                    _write(file, 0, self._held)
+                os.fsync(file)
+
+    def copy(self, name: str) -> States:
+        """The same states, to be rolled on separately under another name."""
+        place = replace(self.place, name=name) if self.place else None
+        other = States(self.shape, self.dtype, place)
+        other.block = self.block - 1
+        for first in range(self.shape[0]):
+            window = slice(first, first + 1)
+            other.write(window, self.read(window))
+        other.turn()
+        return other
+
+    @property
+    def _window_bytes(self) -> int:
+        size = self.dtype.itemsize
+        for length in self.shape[1:]:
+            size *= length
+        return size
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    file = os.open(path, flags, 0o644)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _bytes(states: torch.Tensor) -> memoryview:
+    return memoryview(states.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write(file: int, offset: int, states: torch.Tensor) -> None:
+    view = _bytes(states)
+    while view:
+        written = os.pwrite(file, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _read(path: Path, offset: int, states: torch.Tensor) -> None:
+    view = _bytes(states)
+    with _opened(path, os.O_RDONLY) as file:
+        while view:
+            count = os.preadv(file, [view], offset)
+            if not count:
+                raise OSError(0, "it ends too early", str(path))
+            view, offset = view[count:], offset + count

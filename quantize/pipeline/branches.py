@@ -1,0 +1,160 @@
+"""The branches of a build: one streamed pass solves all that are stale, and each is put into place whole."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from quantize import __version__
+from quantize.calibration.forward import choose_device, choose_dtype
+from quantize.calibration.statistics import Timed
+from quantize.calibration.tokens import load_tokenizer, sample_tokens
+from quantize.formats.manifest import MANIFEST_NAME, manifest
+from quantize.pipeline.branch import Branch
+from quantize.pipeline.calibration_pass import CalibrationPass
+from quantize.pipeline.memory import return_large_buffers
+from quantize.pipeline.unfinished import State, open_unfinished
+from quantize.planning import Plan, PlannedVariant
+from quantize.planning.keys import key_of
+from quantize.release.card import render_card
+from quantize.release.config import as_json, loader_config, release_config
+from quantize.release.tree import copy_file, describe_files
+from quantize.source.cache import cache_folder, write_atomically
+from quantize.source.resolved import Notify
+from quantize.source.streamed import StreamedModel
+
+Diagonals = dict[str, tuple[np.ndarray, int]]
+
+
+class Pass:
+    """One pass for the branches ``todo``, begun or gone on with.
+
+    Args:
+        imatrix: gather an importance matrix too.
+        timed: a context manager factory that books time to a stage.
+    """
+
+    def __init__(
+        self, plan: Plan, todo: Sequence[PlannedVariant], imatrix: bool, device: str, timed: Timed, notify: Notify
+    ) -> None:
+        # compiled kernels belong into our cache, not beside the source, which may be read-only
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
+        return_large_buffers()
+        self.plan, self.todo, self.timed, self.notify = plan, todo, timed, notify
+        calibration = plan.recipe.calibration
+        self.device = choose_device(device)
+        shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]
+        self.dtype = choose_dtype(calibration.compute_dtype, self.device, shapes)
+        self.compute = {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
+        inputs = {
+            "versions": _versions(),
+            "compute": self.compute,
+            "source": plan.source.hashes,
+            "calibration": {**plan.calibration, "batch_tokens": calibration.batch_tokens},
+        }
+        keys = {item.label: key_of(plan.key_inputs(item)) for item in todo}
+        self.kept = open_unfinished(plan.dist, State(inputs, keys, imatrix, plan.table.blocks))
+        self.diagonals: Diagonals | None = self.kept.diagonals() if imatrix else None
+
+    def run(self, progress: bool | None) -> list[Branch]:
+        """Solve every branch to its end, in the folder of what is unfinished.
+
+        Raises:
+            QuantizeError: one of its kinds. The finished blocks are kept.
+        """
+        recipe, source, state = self.plan.recipe, self.plan.source, self.kept.state
+        with self.timed("tokens"):
+            self.tokens = sample_tokens(recipe.calibration, load_tokenizer(source, recipe.model.trust_remote_code))
+        if state.is_over:
+            self.notify("every block is solved already; putting into place")
+        else:
+            self.notify(
+                f"calibrating once on {self.tokens.ids.size} tokens for {self._what()} "
+                f"({self.compute['device']}, {self.compute['dtype']})"
+                + (f", going on after block {state.next_block} of {state.blocks}" if state.next_block else "")
+            )
+        with ExitStack() as stack:
+            branches = [stack.enter_context(self._branch(item)) for item in self.todo]
+            if not state.is_over:
+                with self.timed("load"):
+                    model = StreamedModel(
+                        source, self.plan.table.prefix, self.dtype, self.device, recipe.model.trust_remote_code
+                    )
+                CalibrationPass(
+                    self.plan, model, self.tokens, branches, self.diagonals, self.kept, self.timed, progress
+                ).run()
+            with self.timed("write"):
+                for branch in branches:
+                    branch.writer.finish()
+        return branches
+
+    def complete(self, branch: Branch) -> dict[str, Any]:
+        """Write everything of a branch beside its weights: configs, the source's files, manifest, card.
+
+        Returns:
+            The manifest.
+        """
+        plan, item, folder, source = self.plan, branch.item, branch.folder, self.plan.source
+        file, as_file, config = loader_config(plan.recipe, item)
+        for name in source.carried_over:
+            copy_file(source.folder / name, folder / name)
+        write_atomically(folder / file, as_json(as_file))
+        write_atomically(folder / "config.json", as_json(release_config(source.checkpoint.config, config)))
+        inputs = plan.key_inputs(item)
+        data = manifest(
+            branch=item.branch,
+            repo=item.repo,
+            key=key_of(inputs),
+            key_inputs=inputs,
+            source={
+                "name": source.hub_id or source.short_name,
+                "commit": source.commit,
+                "made_of": source.origin,
+                "files": source.hashes,
+            },
+            calibration={
+                **plan.calibration,
+                "tokens_sha256": self.tokens.sha256,
+                "tokens": int(self.tokens.ids.size),
+                "bos": self.tokens.bos,
+            },
+            compute=self.compute,
+            versions=_versions(),
+            tensor_bytes=item.nbytes,
+            files=describe_files(folder),
+            ledger=branch.ledger,
+        )
+        write_atomically(folder / MANIFEST_NAME, as_json(data))
+        write_atomically(folder / "README.md", render_card(plan, item.method).encode())
+        return data
+
+    def _branch(self, item: PlannedVariant) -> Branch:
+        done, folder = self.kept.state.next_block, self.kept.branch(item.label)
+        fail_on = tuple(self.plan.recipe.section(item.method).fail_on)
+        if not done:
+            return Branch(item, folder, fail_on)
+        for path in folder.rglob("*"):  # of an attempt to complete it
+            if path.is_file() and path.name not in item.layout.shards:
+                path.unlink()
+        tensors = (name for shard in item.layout.shards.values() for name in shard)
+        written = {name for name in tensors if self.plan.table.is_before(name, done)}
+        return Branch(item, folder, fail_on, self.kept.rows(item.label), written)
+
+    def _what(self) -> str:
+        parts = [f"{len(self.todo)} branch{'es' if len(self.todo) != 1 else ''}"] if self.todo else []
+        return " and ".join([*parts, *(["an importance matrix"] if self.diagonals is not None else [])])
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "numba")
+    return {
+        "quantize": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
