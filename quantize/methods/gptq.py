@@ -24,6 +24,7 @@ from quantize.methods.grid import Grid
 
 OUTER = 128  # columns between updates of the whole rest of W
 ROW_BUDGET = 192 * 2**20  # bytes of W (all variants) solved together
+GPU_ROW_BUDGET = 2**31  # on a GPU, which wants many rows at once
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def _solve_together(
 ) -> list[Solution]:
     """Solve variants of one factorization, a slice of rows at a time."""
     rows, columns = weight.shape
-    step = max(1, ROW_BUDGET // (len(variants) * columns * weight.element_size()))
+    budget = GPU_ROW_BUDGET if weight.device.type == "cuda" else ROW_BUDGET
+    step = max(1, budget // (len(variants) * columns * weight.element_size()))
     slices = [_solve_rows(weight[start : start + step], factor, variants, kernel) for start in range(0, rows, step)]
     if len(slices) == 1:
         return slices[0]

@@ -16,6 +16,7 @@ from quantize.calibration.forward import choose_device, choose_dtype
 from quantize.calibration.statistics import Timed
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.formats.manifest import MANIFEST_NAME, manifest
+from quantize.methods.columns import kernel_of
 from quantize.pipeline.branch import Branch
 from quantize.pipeline.calibration_pass import CalibrationPass
 from quantize.pipeline.memory import return_large_buffers
@@ -51,9 +52,13 @@ class Pass:
         self.device = choose_device(device)
         shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]
         self.dtype = choose_dtype(calibration.compute_dtype, self.device, shapes)
-        self.compute = {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
+        self.compute = {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "kernel": kernel_of(self.device),
+        }
         inputs = {
-            "versions": _versions(),
+            "versions": _versions(self.compute["kernel"]),
             "compute": self.compute,
             "source": plan.source.hashes,
             "calibration": {**plan.calibration, "batch_tokens": calibration.batch_tokens},
@@ -76,7 +81,7 @@ class Pass:
         else:
             self.notify(
                 f"calibrating once on {self.tokens.ids.size} tokens for {self._what()} "
-                f"({self.compute['device']}, {self.compute['dtype']})"
+                f"({self.compute['device']}, {self.compute['dtype']}, solver in {self.compute['kernel']})"
                 + (f", going on after block {state.next_block} of {state.blocks}" if state.next_block else "")
             )
         with ExitStack() as stack:
@@ -125,7 +130,7 @@ class Pass:
                 "bos": self.tokens.bos,
             },
             compute=self.compute,
-            versions=_versions(),
+            versions=_versions(self.compute["kernel"]),
             tensor_bytes=item.nbytes,
             files=describe_files(folder),
             ledger=branch.ledger,
@@ -151,8 +156,9 @@ class Pass:
         return " and ".join([*parts, *(["an importance matrix"] if self.diagonals is not None else [])])
 
 
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "numba")
+def _versions(kernel: str) -> dict[str, str]:
+    packages = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "numba"]
+    packages += ["triton"] if kernel == "triton" else []
     return {
         "quantize": __version__,
         "python": platform.python_version(),
