@@ -70,10 +70,14 @@ def test_an_error_in_the_background_is_that_of_its_block(tmp_path: Path) -> None
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     model, passed = watched(folder), []
-    with pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+
+    def walk() -> None:
         for index in range(len(model)):
             with model.block(index):
                 passed.append(index)
+
+    with pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        walk()
     assert passed == [0]
     assert all(parameter.is_meta for parameter in model.blocks.parameters())
 

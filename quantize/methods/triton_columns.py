@@ -152,7 +152,9 @@ def _round_columns(
     tl.store(spread + row, apart, inside)
 
 
-def fit_groups(weight: torch.Tensor, importance: torch.Tensor, grid: Grid, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_groups(
+    weight: torch.Tensor, importance: torch.Tensor, grid: Grid, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`quantize.methods.columns.fit_groups`, for float32."""
     rows, columns = weight.shape
     groups = columns // size
