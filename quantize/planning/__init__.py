@@ -149,6 +149,7 @@ class Plan:
             "blocks": self.table.blocks,
             "seconds": round(self.estimate.seconds, 1),
             "peak_bytes": self.estimate.peak_bytes,
+            "gpu_bytes": self.estimate.gpu_bytes,
             "variants": [
                 {
                     "method": item.method,

@@ -24,6 +24,9 @@ SETUP_SECONDS = 15.0
 PROCESS_BYTES = 700 * 2**20  # Python with torch, transformers and numba loaded
 SOLVE_BYTES = 3 * 192 * 2**20
 COMPUTE_BYTES = 4
+GPU_COMPUTE_BYTES = 2  # bfloat16
+GPU_CONTEXT_BYTES = 600 * 2**20  # CUDA itself and its libraries
+GPU_SOLVE_BYTES = 3 * 2**31
 
 CONVERT_SECONDS = 15.0
 COMPARED_PER_SECOND, DEQUANTIZED_PER_SECOND = 1.5e8, 6e7  # logits against the source's; weights read back
@@ -53,11 +56,13 @@ class Estimate:
     Attributes:
         seconds: of the whole build. peak_bytes: of memory.
         kept_bytes: of disk beside the branches, for the states that an interrupted build goes on from.
+        gpu_bytes: of a GPU's memory, where the build is run on one: it holds two blocks, as the next one comes early.
     """
 
     seconds: float
     peak_bytes: int
     kept_bytes: int = 0
+    gpu_bytes: int = 0
 
 
 def estimate(
@@ -103,6 +108,7 @@ def estimate(
         seconds / rate + SETUP_SECONDS + quantizing,
         _peak(checkpoint, table, calibration, width, inputs, 1 + own),
         2 * (1 + own) * tokens * width * COMPUTE_BYTES,
+        _gpu_peak(checkpoint, table, calibration, width, inputs, 1 + own),
     )
 
 
@@ -131,19 +137,44 @@ def _peak(
     inputs: list[tuple[int, int]],
     streams: int,
 ) -> int:
-    linears: dict[int, int] = defaultdict(int)
-    hessians: dict[int, int] = defaultdict(int)
-    for linear in table.linears:
-        linears[linear.block] += linear.in_features * linear.out_features * COMPUTE_BYTES
-    for block, size in inputs:
-        hessians[block] += size * size * 4 * (2 * streams - 1)  # the source's, and H and drift of each stream
-    largest = max(size for _, size in inputs)
-    inside = sum(spec.nbytes for name, spec in checkpoint.tensors.items() if name.startswith(table.prefix))
-    outside = (checkpoint.nbytes - inside) // 2 * COMPUTE_BYTES
+    weights, hessians, largest = _of_a_block(table, inputs, streams)
+    outside = _weights_outside(checkpoint, table)
     activations = streams * calibration.samples * calibration.sequence_length * width * COMPUTE_BYTES
     running = max(calibration.batch_tokens, calibration.sequence_length) * 12 * width * COMPUTE_BYTES
     working = max(running, 3 * largest * largest * 4 + SOLVE_BYTES)
-    return int(PROCESS_BYTES + outside + activations + max(linears.values()) + max(hessians.values()) + working)
+    return int(PROCESS_BYTES + (outside + weights) * COMPUTE_BYTES + activations + hessians + working)
+
+
+def _gpu_peak(
+    checkpoint: Checkpoint,
+    table: ModuleTable,
+    calibration: Calibration,
+    width: int,
+    inputs: list[tuple[int, int]],
+    streams: int,
+) -> int:
+    """Of the GPU alone: the activations of all windows stay in the machine's memory."""
+    weights, hessians, largest = _of_a_block(table, inputs, streams)
+    outside = _weights_outside(checkpoint, table)
+    running = max(calibration.batch_tokens, calibration.sequence_length) * 12 * width * GPU_COMPUTE_BYTES
+    working = max(running, 3 * largest * largest * 4 + GPU_SOLVE_BYTES)
+    return int(GPU_CONTEXT_BYTES + (outside + 2 * weights) * GPU_COMPUTE_BYTES + hessians + working)
+
+
+def _of_a_block(table: ModuleTable, inputs: list[tuple[int, int]], streams: int) -> tuple[int, int, int]:
+    """Most weights of a block's linears, most bytes of its statistics, and its widest input."""
+    linears: dict[int, int] = defaultdict(int)
+    hessians: dict[int, int] = defaultdict(int)
+    for linear in table.linears:
+        linears[linear.block] += linear.in_features * linear.out_features
+    for block, size in inputs:
+        hessians[block] += size * size * 4 * (2 * streams - 1)  # the source's, and H and drift of each stream
+    return max(linears.values()), max(hessians.values()), max(size for _, size in inputs)
+
+
+def _weights_outside(checkpoint: Checkpoint, table: ModuleTable) -> int:
+    inside = sum(spec.nbytes for name, spec in checkpoint.tensors.items() if name.startswith(table.prefix))
+    return (checkpoint.nbytes - inside) // 2
 
 
 def _distinct_inputs(table: ModuleTable) -> list[tuple[int, int]]:
