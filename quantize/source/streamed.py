@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from quantize.errors import SourceError
+from quantize.source.architecture import empty_model, match_names
 from quantize.source.prefetch import Prefetch
 from quantize.source.resolved import Source
 from quantize.source.tensor_file import DTYPES, TensorFile
@@ -72,8 +72,8 @@ class StreamedModel:
     ) -> None:
         self.source, self.compute_dtype, self.device = source, compute_dtype, device
         self._files: dict[str, TensorFile] = {}
-        self.model = _empty_model(source, compute_dtype, trust_remote_code)
-        self.names = _match_names(self.model, source)
+        self.model = empty_model(source, compute_dtype, trust_remote_code)
+        self.names = match_names(self.model, source)
         self.block_prefix, self.blocks = self._find_blocks(prefix)
         wanted = device.type == "cuda" if prefetch is None else prefetch
         self._ahead = Prefetch(self.read, device) if wanted else None
@@ -323,53 +323,6 @@ class StreamedModel:
 
 class _Stop(Exception):
     """Cuts a forward pass short."""
-
-
-def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    from accelerate import init_empty_weights
-
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise SourceError(_unsupported(source, error)) from None
-    # sdpa leaves out Gemma 2's soft-capping of attention scores; eager does what the model was trained with
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                **({"attn_implementation": "eager"} if capped else {}),
-            )
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise SourceError(_unsupported(source, error)) from None
-    return model.eval()
-
-
-def _unsupported(source: Source, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
-    kind = source.checkpoint.model_type
-    return f"{source.named}: transformers knows no causal language model '{kind}': {reason}"
-
-
-def _match_names(model: Any, source: Source) -> dict[str, str]:
-    """Model parameter name -> checkpoint tensor name, by transformers' own table of renamed tensors.
-
-    Only plain renamings count; a tensor that has to be split or merged on loading stays unmatched, and the
-    build then says which one is missing.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    renamings = [item for item in get_model_conversion_mapping(model) if type(item) is WeightRenaming]
-    state = model.state_dict()
-    names = {}
-    for stored in source.checkpoint.tensors:
-        name, _ = rename_source_key(stored, renamings, [], getattr(model, "base_model_prefix", None), state)
-        if name in state:
-            names[name] = stored
-    return names
 
 
 def _drop(module: nn.Module) -> None:
