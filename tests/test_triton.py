@@ -60,9 +60,14 @@ def test_compiled_kernel_rounds_every_operation_by_itself(tmp_path: Path) -> Non
 
 
 def test_each_device_has_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
     assert kernel_of(torch.device("cpu")) == "numba"
+    monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert kernel_of(torch.device("cuda")) == "torch"
+    assert kernel_of(cuda) == "torch"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert kernel_of(torch.device("cuda")) == "triton"
-    assert kernel_of(torch.device("cuda"), torch.float64) == "torch"
+    assert kernel_of(cuda) == "triton"
+    assert kernel_of(cuda, torch.float64) == "torch"
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert kernel_of(cuda) == "torch"

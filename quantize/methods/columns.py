@@ -9,6 +9,8 @@ where no kernel is. All do the same operations in the same order and give the sa
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,11 +22,15 @@ Kernel = Literal["numba", "triton", "torch"]
 
 
 def kernel_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernel:
-    """Who runs the inner loop on a device: its compiled kernel where there is one, else torch."""
+    """Who runs the inner loop on a device: its compiled kernel where there is one, else torch.
+
+    Triton compiles what launches a kernel with the system's C compiler.
+    """
     if device.type == "cpu":
         return "numba"
-    has_triton = device.type == "cuda" and dtype == torch.float32 and importlib.util.find_spec("triton") is not None
-    return "triton" if has_triton else "torch"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    found = compiler is not None and importlib.util.find_spec("triton") is not None
+    return "triton" if device.type == "cuda" and dtype == torch.float32 and found else "torch"
 
 
 def fit_groups(
