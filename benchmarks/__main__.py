@@ -31,6 +31,7 @@ NAMES = (
     "awq-peer",
     "quality",
     "eight",
+    "gpu",
 )
 FILE = click.Path(exists=True, dir_okay=False)
 
@@ -55,7 +56,7 @@ def main(
     length: int,
 ) -> None:
     """Measure the tables NAMES, or all of them; one whose text or model is not given is skipped, with a word."""
-    from benchmarks import archived, awq, curves, gguf, peers, quality, sequential
+    from benchmarks import archived, awq, curves, gguf, gpu, peers, quality, sequential
 
     demo = Task(DEMO, calibration or "", samples, length)
     small = Task({"source": str(Path(model or "").resolve())}, calibration or "", samples, length)
@@ -97,6 +98,8 @@ def main(
                 quality.compare(name, title, demo, EIGHT, evaluation or "", folder)
             elif name == "gguf":
                 gguf.compare(folder)
+            elif name == "gpu":
+                gpu.compare(EIGHT, folder)
             elif name == "variants":
                 curves.variants(demo, SIXTEEN, folder)
             elif name == "blocks":

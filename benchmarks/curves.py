@@ -61,7 +61,7 @@ the peak {peaks[-1] / peaks[0]:.2f}-fold.
 def _random(folder: Path, count: int) -> Built:
     model = _write_model(folder, count)
     text = folder / "text.txt"
-    text.write_text(_text(), encoding="utf-8")
+    text.write_text(text(), encoding="utf-8")
     task = Task({"source": str(model), "name": "Random"}, str(text), 16, 256)
     return task.build(folder, [Variant(4, 128, False), Variant(4, 32, True)], propagate="source")
 
@@ -74,7 +74,7 @@ def _write_model(folder: Path, count: int) -> Path:
     return write_model(folder / "model", dtype=torch.bfloat16, num_hidden_layers=count, **WIDE)
 
 
-def _text() -> str:
+def text() -> str:
     from pydoc_data.topics import topics
 
     return "\n".join(topics[key] for key in sorted(topics))

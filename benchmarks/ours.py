@@ -78,11 +78,13 @@ class Task:
         path.write_text(json.dumps(text), encoding="utf-8")
         return path
 
-    def build(self, folder: Path, variants: list[Variant], rounds: int = 1, **settings: Any) -> Built:
+    def build(
+        self, folder: Path, variants: list[Variant], rounds: int = 1, device: str = "cpu", **settings: Any
+    ) -> Built:
         """Build into ``folder``, in a fresh process; of ``rounds`` equal builds, the one of median wall time."""
         recipe = self.recipe(folder / "recipe.json", variants, **settings)
         dist = folder / "dist"
-        options = ("--dist", str(dist), "--device", "cpu", "--no-measure", "--json")
+        options = ("--dist", str(dist), "--device", device, "--no-measure", "--json")
         arguments = ("-m", "quantize", "build", str(recipe), *options)
         runs = []
         for _ in range(rounds):

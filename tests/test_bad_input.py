@@ -320,7 +320,7 @@ def indefinite(size: int, coupling: float) -> torch.Tensor:
 def test_solve_raises_the_damping_until_it_is_enough() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     wish = [GptqParameters(4, 32, damp_percent=0.1)]
-    good, bad = (solve(weight, indefinite(64, coupling), wish, compiled=False)[0] for coupling in (0.5, 1.5))
+    good, bad = (solve(weight, indefinite(64, coupling), wish, kernel="torch")[0] for coupling in (0.5, 1.5))
     assert (good.damp_raised, good.damp_percent) == (False, 0.1)
     assert (bad.damp_raised, bad.damp_percent) == (True, pytest.approx(1.0))
     assert float((bad.dequantize() - weight).abs().max()) < 0.5

@@ -138,6 +138,7 @@ def test_plan_tells_machines_the_exact_size_of_what_is_built(invoke: Command, ti
     assert planned["main"]["tensor_bytes"] == real
     assert planned["eight"]["tensor_bytes"] > real
     assert plan["seconds"] > 0 < plan["peak_bytes"]
+    assert plan["gpu_bytes"] > 0
 
 
 def test_check_is_2_while_a_selected_branch_is_left(invoke: Command, tiny_recipe: Path, dist: Path) -> None:

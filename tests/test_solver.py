@@ -152,8 +152,8 @@ def test_compiled_kernel_and_torch_give_equal_codes(dtype: torch.dtype) -> None:
         replace(asked, group_size=group_size)
         for asked, group_size in itertools.product(GRID[::12] + GRID[1::12] + GRID[5::12], (-1, 16, 32))
     ]
-    compiled = solve(weight, hessian, variants, compiled=True)
-    plain = solve(weight, hessian, variants, compiled=False)
+    compiled = solve(weight, hessian, variants, kernel="numba")
+    plain = solve(weight, hessian, variants, kernel="torch")
     assert all(map(equal, compiled, plain))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from quantize.calibration.states import Place, States
 from quantize.calibration.statistics import Collector, InputStatistics, Timed, untimed
 from quantize.errors import CalibrationError
+from quantize.source.accelerator import make_repeatable
 from quantize.source.cache import cache_folder, write_atomically
 from quantize.source.streamed import StreamedModel
 
@@ -158,14 +159,16 @@ def block_statistics(
 
 
 def choose_device(wish: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` as a device.
+    """``auto``, ``cpu`` or ``cuda`` as a device, whose results are then repeatable.
 
     Raises:
         CalibrationError: cuda asked for and not there.
     """
     if wish == "cuda" and not torch.cuda.is_available():
         raise CalibrationError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    return torch.device("cuda" if wish == "cuda" or (wish == "auto" and torch.cuda.is_available()) else "cpu")
+    device = torch.device("cuda" if wish == "cuda" or (wish == "auto" and torch.cuda.is_available()) else "cpu")
+    make_repeatable(device)
+    return device
 
 
 def choose_dtype(wish: str, device: torch.device, shapes: Sequence[tuple[int, int]]) -> torch.dtype:

@@ -74,6 +74,7 @@ def plan(
             click.echo(
                 f"to build: {left} of {len(planned.variants) + len(levels)}, "
                 f"about {duration(cost.seconds)} on this machine's CPU, peak memory about {gigabytes(cost.peak_bytes)}"
+                + (f" (of a GPU's, with --device cuda, {gigabytes(cost.gpu_bytes)})" if cost.gpu_bytes else "")
             )
         else:
             click.echo("nothing to build")

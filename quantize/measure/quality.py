@@ -136,7 +136,7 @@ def branch_logits(model: StreamedModel, ids: Sequence[int], weights: Weights) ->
     for index in range(len(model)):
         with model.block(index) as block, _worn(model, index, block, model.linears(block), weights):
             state.advance(index, block)
-    logits = model.logits(state.ids, state.hidden)[0].float()
+    logits = model.logits(state.ids, state.hidden.to(model.device))[0].float()
     model.load_outside()
     return logits
 

@@ -1,38 +1,61 @@
 """The inner loop of GPTQ: a run of columns rounded one by one, each error spread over the run's rest.
 
-Rows are independent of each other, so the compiled CPU kernel walks each row on its own: it fits the grid where
-a group begins, rounds, spreads, and sums errors, with no other pass over the data. The torch version takes one
-column of all rows at a time; it is the reference, and the path for other devices. Both do the same operations in
-the same order and give the same codes.
+Rows are independent of each other, so the compiled kernels walk each row on its own: they fit the grid where a
+group begins, round, spread, and sum errors, with no other pass over the data. There is one for the CPU (numba) and
+one for the GPU (Triton). The torch version takes one column of all rows at a time; it is the reference, and the path
+where no kernel is. All do the same operations in the same order and give the same codes.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from quantize.methods.grid import REACHES, Grid
 
+Kernel = Literal["numba", "triton", "torch"]
+
+
+def kernel_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernel:
+    """Who runs the inner loop on a device: its compiled kernel where there is one, else torch.
+
+    Triton compiles what launches a kernel with the system's C compiler.
+    """
+    if device.type == "cpu":
+        return "numba"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    found = compiler is not None and importlib.util.find_spec("triton") is not None
+    return "triton" if device.type == "cuda" and dtype == torch.float32 and found else "torch"
+
 
 def fit_groups(
-    weight: torch.Tensor, importance: torch.Tensor, grid: Grid, size: int, compiled: bool = True
+    weight: torch.Tensor, importance: torch.Tensor, grid: Grid, size: int, kernel: Kernel | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Grids of contiguous groups of ``size`` columns of a weight [N, K] as it is.
 
     Args:
         importance: what a squared error at each column costs, [K].
+        kernel: who computes them; None is the device's own.
 
     Returns:
         Scales and zeros, [K / size, N], in the weight's dtype.
     """
     rows, columns = weight.shape
-    if compiled and weight.device.type == "cpu":
-        from quantize.methods.kernel import fit_groups as kernel
+    kernel = kernel or kernel_of(weight.device, weight.dtype)
+    if kernel == "triton":
+        from quantize.methods.triton_columns import fit_groups as on_gpu
+
+        return on_gpu(weight, importance, grid, size)
+    if kernel == "numba":
+        from quantize.methods.kernel import fit_groups as on_cpu
 
         scales, zeros = (torch.empty(columns // size, rows, dtype=weight.dtype) for _ in range(2))
-        run: Any = kernel
+        run: Any = on_cpu
         reaches = torch.tensor(REACHES if grid.mse else REACHES[:1], dtype=weight.dtype)
         top = torch.tensor([grid.top], dtype=weight.dtype)
         tensors = (weight.contiguous(), importance, top, reaches, scales, zeros)
@@ -56,6 +79,8 @@ class Columns:
         grids: the grid of each variant.
         codes: [V, N, K] uint8, in natural order.
         squares: sum of squared errors e^2, [V, N] float64. spread: sum of (w - q)^2, [V, N] float64.
+        kernel: who runs the inner loop.
+        settings: what the GPU kernel has to know of the variants, put there once a solve.
     """
 
     original: torch.Tensor
@@ -71,21 +96,27 @@ class Columns:
     codes: torch.Tensor
     squares: torch.Tensor
     spread: torch.Tensor
+    kernel: Kernel
+    settings: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def round(self, first: int, last: int, compiled: bool) -> torch.Tensor:
+    def round(self, first: int, last: int) -> torch.Tensor:
         """Round columns ``first`` to ``last``; ``work`` changes inside that run only.
 
         Returns:
             The errors (w - q) / U[j, j], [V, N, last - first].
         """
         errors = torch.empty(*self.work.shape[:2], last - first, device=self.work.device, dtype=self.work.dtype)
-        if compiled and self.work.device.type == "cpu":
-            self._round_compiled(errors, first, last)
+        if self.kernel == "numba":
+            self._round_numba(errors, first, last)
+        elif self.kernel == "triton":
+            from quantize.methods.triton_columns import round_columns  # triton may not be there
+
+            round_columns(self, errors, first, last)
         else:
             self._round_torch(errors, first, last)
         return errors
 
-    def _round_compiled(self, errors: torch.Tensor, first: int, last: int) -> None:
+    def _round_numba(self, errors: torch.Tensor, first: int, last: int) -> None:
         tops = torch.tensor([grid.top for grid in self.grids], dtype=self.work.dtype)
         syms, searches = (torch.tensor([getattr(grid, name) for grid in self.grids]) for name in ("sym", "mse"))
         reaches = torch.tensor(REACHES, dtype=self.work.dtype)

@@ -18,12 +18,13 @@ from typing import Literal
 import torch
 
 from quantize.errors import SolveError
-from quantize.methods.columns import Columns, fit_groups
+from quantize.methods.columns import Columns, Kernel, fit_groups, kernel_of
 from quantize.methods.factor import Factor, activation_order, factorize, group_aware_order
 from quantize.methods.grid import Grid
 
 OUTER = 128  # columns between updates of the whole rest of W
 ROW_BUDGET = 192 * 2**20  # bytes of W, of all variants, that are worked on together
+GPU_ROW_BUDGET = 2**31  # on a GPU, which wants many rows at once
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def solve(
     hessian: torch.Tensor,
     variants: Sequence[GptqParameters],
     rtn_fallback: bool = False,
-    compiled: bool = True,
-    row_budget: int = ROW_BUDGET,
+    kernel: Kernel | None = None,
+    row_budget: int | None = None,
 ) -> list[Solution]:
     """Quantize ``weight`` [N, K] in every variant, from one ``hessian`` [K, K] in the same dtype.
 
@@ -102,13 +103,14 @@ def solve(
 
     Args:
         rtn_fallback: round to nearest where no damping makes H positive definite, instead of failing.
-        compiled: use the compiled CPU kernel.
-        row_budget: bytes of the weight, of all variants, that are worked on together.
+        kernel: who runs the inner loop; None is the device's own.
+        row_budget: bytes of the weight, of all variants, that are worked on together; None suits the device.
 
     Raises:
         SolveError: statistics not finite, or H not positive definite (and no fallback allowed).
     """
     solutions: dict[int, Solution] = {}
+    kernel = kernel or kernel_of(weight.device, weight.dtype)
     columns = weight.shape[1]
     if not bool(torch.isfinite(hessian.diagonal()).all()):
         raise SolveError("its input statistics are not finite")
@@ -124,7 +126,7 @@ def solve(
                 raise
             found = [round_to_nearest(weight, hessian, parameters) for parameters in asked]
         else:
-            found = _solve_together(weight, factor, asked, compiled, row_budget)
+            found = _solve_together(weight, factor, asked, kernel, row_budget)
         solutions.update(zip(members, found, strict=True))
     return [solutions[index] for index in range(len(variants))]
 
@@ -154,12 +156,17 @@ def round_to_nearest(weight: torch.Tensor, hessian: torch.Tensor, parameters: Gp
 
 
 def _solve_together(
-    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool, row_budget: int
+    weight: torch.Tensor,
+    factor: Factor,
+    variants: Sequence[GptqParameters],
+    kernel: Kernel,
+    row_budget: int | None,
 ) -> list[Solution]:
     """Solve variants of one factorization, a slice of rows at a time."""
     rows, columns = weight.shape
-    step = max(1, row_budget // (len(variants) * columns * weight.element_size()))
-    slices = [_solve_rows(weight[start : start + step], factor, variants, compiled) for start in range(0, rows, step)]
+    budget = row_budget or (GPU_ROW_BUDGET if weight.device.type == "cuda" else ROW_BUDGET)
+    step = max(1, budget // (len(variants) * columns * weight.element_size()))
+    slices = [_solve_rows(weight[start : start + step], factor, variants, kernel) for start in range(0, rows, step)]
     if len(slices) == 1:
         return slices[0]
     return [_joined([part[index] for part in slices]) for index in range(len(variants))]
@@ -178,16 +185,16 @@ def _joined(parts: Sequence[Solution]) -> Solution:
 
 
 def _solve_rows(
-    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool
+    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], kernel: Kernel
 ) -> list[Solution]:
     columns = weight.shape[1]
-    state, sizes = _prepare(weight, factor, variants, compiled)
+    state, sizes = _prepare(weight, factor, variants, kernel)
     # a group must not begin in one run and end in the next, where its later columns lack the run's errors
     run = max([OUTER, *(size for size in sizes if size < columns and size > OUTER and columns % OUTER)])
     flat = state.work.view(-1, columns)
     for first in range(0, columns, run):
         last = min(first + run, columns)
-        errors = state.round(first, last, compiled)
+        errors = state.round(first, last)
         if last < columns:
             flat[:, last:].addmm_(errors.view(len(flat), -1), factor.upper[first:last, last:], alpha=-1)
     found = []
@@ -211,7 +218,7 @@ def _solve_rows(
 
 
 def _prepare(
-    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], compiled: bool
+    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], kernel: Kernel
 ) -> tuple[Columns, list[int]]:
     """The state at the start of a solve, and each variant's group size."""
     rows, columns = weight.shape
@@ -235,6 +242,7 @@ def _prepare(
         codes=torch.empty(count, rows, columns, device=device, dtype=torch.uint8),
         squares=torch.zeros(count, rows, device=device, dtype=torch.float64),
         spread=torch.zeros(count, rows, device=device, dtype=torch.float64),
+        kernel=kernel,
     )
     in_place = torch.empty_like(importance)
     in_place[order] = importance
@@ -242,7 +250,7 @@ def _prepare(
         if variant.desc_act == "static":
             # groups and grids of the unsorted layout, fixed before the solve: g_idx stays trivial on disk
             state.groups[index] = order // size
-            fixed = fit_groups(weight, in_place, variant.grid, size, compiled)
+            fixed = fit_groups(weight, in_place, variant.grid, size, kernel)
             state.scales[index, : columns // size], state.zeros[index, : columns // size] = fixed
         else:
             # grids are fitted when the solve reaches a group; in group-aware order that is not the group's number

@@ -62,15 +62,17 @@ class Grid:
         return (torch.round(weights / scale) + zero).clamp_(0, self.top)
 
     def _between(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # divided by tensors: a GPU multiplies by the reciprocal of a plain number, which rounds otherwise
+        top, below = low.new_full((), self.top), low.new_full((), self.top - 1)
         if self.sym:
             reach = torch.maximum(-low, high)
-            scale = _as_half(2 * reach / self.top)
+            scale = _as_half(2 * reach / top)
             return scale, torch.full_like(scale, (self.top + 1) // 2)
-        scale = _as_half((high - low) / self.top)
+        scale = _as_half((high - low) / top)
         zero = torch.round(-low / scale).clamp(0, self.top)
         # nothing below zero: give up one code rather than write zero point 0
         positive = zero < 1
-        scale = torch.where(positive, _as_half(high / (self.top - 1)), scale)
+        scale = torch.where(positive, _as_half(high / below), scale)
         return scale, torch.where(positive, torch.ones_like(zero), zero)
 
 

@@ -17,6 +17,7 @@ from quantize.calibration.statistics import Timed
 from quantize.calibration.store import STATISTICS_VERSION, StatisticsStore
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.formats.manifest import MANIFEST_NAME, manifest
+from quantize.methods.columns import kernel_of
 from quantize.pipeline.branch import Branch
 from quantize.pipeline.calibration_pass import CalibrationPass
 from quantize.pipeline.memory import return_large_buffers
@@ -64,13 +65,14 @@ class Pass:
         self.compute: dict[str, Any] = {
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "kernel": kernel_of(self.device),
             # how sums are split up: other numbers give other last bits
             "batch_tokens": plan.memory.batch_tokens,
-            "row_budget": plan.memory.row_budget,
+            **({"row_budget": plan.memory.row_budget} if plan.memory.row_budget else {}),
         }
         self.store = self._statistics_store(keep_statistics)
         inputs = {
-            "versions": _versions(),
+            "versions": _versions(self.compute["kernel"]),
             "compute": self.compute,
             "source": plan.source.hashes,
             "calibration": plan.calibration,
@@ -97,7 +99,7 @@ class Pass:
             going_on = f", going on after block {state.next_block} of {state.blocks}" if state.next_block else ""
             self.notify(
                 f"{doing} on {self.tokens.ids.size} tokens for {self._what()} "
-                f"({self.compute['device']}, {self.compute['dtype']}){going_on}"
+                f"({self.compute['device']}, {self.compute['dtype']}, solver in {self.compute['kernel']}){going_on}"
             )
         with ExitStack() as stack:
             try:
@@ -148,7 +150,7 @@ class Pass:
                 "bos": self.tokens.bos,
             },
             compute=self.compute,
-            versions=_versions(),
+            versions=_versions(self.compute["kernel"]),
             tensor_bytes=item.nbytes,
             files=describe_files(folder),
             ledger=branch.ledger,
@@ -175,7 +177,7 @@ class Pass:
 
     def _statistics_store(self, keep: bool) -> StatisticsStore | None:
         """Where the source's statistics lie or shall lie; None where there are none, and none are wanted."""
-        versions = _versions()
+        versions = _versions(self.compute["kernel"])
         depends = {
             "version": STATISTICS_VERSION,
             "versions": {name: versions[name] for name in ("torch", "transformers", "tokenizers")},
@@ -191,8 +193,9 @@ class Pass:
         return " and ".join([*parts, *(["an importance matrix"] if self.diagonals is not None else [])])
 
 
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "numba")
+def _versions(kernel: str) -> dict[str, str]:
+    packages = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "numba"]
+    packages += ["triton"] if kernel == "triton" else []
     return {
         "quantize": __version__,
         "python": platform.python_version(),

@@ -21,7 +21,7 @@ from quantize.source.streamed import Linear, StreamedModel
 class GptqBlocks:
     """Solves blocks for GPTQ branches."""
 
-    def __init__(self, model: StreamedModel, section: Gptq, timed: Timed, row_budget: int) -> None:
+    def __init__(self, model: StreamedModel, section: Gptq, timed: Timed, row_budget: int | None) -> None:
         self.model, self.section, self.timed, self.row_budget = model, section, timed, row_budget
 
     def solve_shared(self, index: int, groups: list[InputStatistics], branches: Sequence[Branch]) -> None:

@@ -1,10 +1,11 @@
-"""Memory that was freed, given back to the system."""
+"""Memory that was freed, given back to the system, and to the GPU."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import os
+import sys
 
 MMAP_THRESHOLD = 8 << 20  # bytes; a tensor this large is a mapping of its own
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -32,6 +33,9 @@ def return_large_buffers() -> None:
 
 
 def give_back() -> None:
-    """Return freed heap pages to the system."""
+    """Return freed heap pages to the system, and freed buffers of a GPU to all sizes of tensors."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if libc := _libc():
         libc.malloc_trim(0)

@@ -164,6 +164,7 @@ class Plan:
             "blocks": self.table.blocks,
             "seconds": round(self.estimate.seconds, 1),
             "peak_bytes": self.estimate.peak_bytes,
+            "gpu_bytes": self.estimate.gpu_bytes,
             "memory": dict(self.memory.parts) if self.work or self.gathers_imatrix else {},
             "variants": [
                 {

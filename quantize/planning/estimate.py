@@ -38,11 +38,13 @@ class Estimate:
     Attributes:
         seconds: of the whole build. peak_bytes: of memory.
         kept_bytes: of disk beside the branches, for the states that an interrupted build goes on from.
+        gpu_bytes: of a GPU's memory, where the build is run on one: it holds two blocks, as the next one comes early.
     """
 
     seconds: float
     peak_bytes: int
     kept_bytes: int = 0
+    gpu_bytes: int = 0
 
 
 def estimate(
@@ -93,6 +95,7 @@ def estimate(
         seconds / rate + SETUP_SECONDS + quantizing,
         model.within(budget).peak_bytes,
         2 * model.streams * model.states_bytes,
+        model.gpu_bytes,
     )
 
 

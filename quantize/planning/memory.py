@@ -20,6 +20,9 @@ from quantize.source.checkpoint import Checkpoint
 
 PROCESS_BYTES = 620 * 2**20  # Python with torch, transformers and numba loaded
 COMPUTE_BYTES = 4
+GPU_COMPUTE_BYTES = 2  # bfloat16
+GPU_CONTEXT_BYTES = 600 * 2**20  # CUDA itself and its libraries
+GPU_SOLVE_BYTES = 3 * 2**31
 ROW_BUDGET, LEAST_ROW_BUDGET = 192 * 2**20, 24 * 2**20
 """Bytes of weights, of all variants, that are solved together."""
 
@@ -34,14 +37,14 @@ class Memory:
 
     Attributes:
         peak_bytes: predicted. parts: what the peak is made of, in bytes by name.
-        spilled: hidden states lie in files. row_budget: bytes of weights solved together.
+        spilled: hidden states lie in files. row_budget: bytes of weights solved together; None is the device's own.
         batch_tokens: tokens that run through a block together.
     """
 
     peak_bytes: int
     parts: Mapping[str, int]
     spilled: bool
-    row_budget: int
+    row_budget: int | None
     batch_tokens: int
 
 
@@ -66,8 +69,12 @@ class MemoryModel:
             PlanError: there is none; the message says what is needed.
         """
         window, wish = self.calibration.sequence_length, self.calibration.batch_tokens
-        ways = [(False, ROW_BUDGET, wish), (True, ROW_BUDGET, wish), (True, LEAST_ROW_BUDGET, wish)]
-        ways.append((True, LEAST_ROW_BUDGET, min(wish, window)))
+        ways: list[tuple[bool, int | None, int]] = [
+            (False, None, wish),
+            (True, None, wish),
+            (True, LEAST_ROW_BUDGET, wish),
+            (True, LEAST_ROW_BUDGET, min(wish, window)),
+        ]
         found = None
         for spilled, row_budget, batch_tokens in ways:
             found = self._need(spilled, row_budget, batch_tokens)
@@ -101,7 +108,25 @@ class MemoryModel:
     def _own(self) -> int:
         return sum(isinstance(variant, GptqVariant) and variant.propagate == "quantized" for variant in self.variants)
 
-    def _need(self, spilled: bool, row_budget: int, batch_tokens: int) -> Memory:
+    @property
+    def gpu_bytes(self) -> int:
+        """Of a GPU that the blocks run on, two of which lie there at a time. Hidden states stay in memory."""
+        linears, inputs = self._widest_block()
+        block = sum(one.in_features * one.out_features for one in linears) * GPU_COMPUTE_BYTES
+        statistics = sum(size * size for size, _ in inputs) * 4 * (1 + 2 * self._own)
+        widest = max(size for size, _ in inputs)
+        tokens = max(self.calibration.batch_tokens, self.calibration.sequence_length)
+        running = tokens * GPU_COMPUTE_BYTES * (3 * widest + 4 * self.width)
+        working = max(running, 3 * widest * widest * 4 + GPU_SOLVE_BYTES)
+        return GPU_CONTEXT_BYTES + self._outside * GPU_COMPUTE_BYTES + 2 * block + statistics + working
+
+    @property
+    def _outside(self) -> int:
+        """Weights outside the blocks."""
+        inside = sum(spec.nbytes for name, spec in self.checkpoint.tensors.items() if self.table.is_in_block(name))
+        return (self.checkpoint.nbytes - inside) // 2
+
+    def _need(self, spilled: bool, row_budget: int | None, batch_tokens: int) -> Memory:
         linears, inputs = self._widest_block()
         block = sum(one.in_features * one.out_features for one in linears) * COMPUTE_BYTES
         shared = len(self.variants) > self._own or self.imatrix
@@ -113,12 +138,10 @@ class MemoryModel:
         running = tokens * COMPUTE_BYTES * (3 * widest + 4 * self.width)
         if self._own:  # the source's rows of each input, which the streams' drift is measured from
             running += tokens * 4 * sum(size for size, _ in inputs)
-        inside = sum(spec.nbytes for name, spec in self.checkpoint.tensors.items() if self.table.is_in_block(name))
-        outside = (self.checkpoint.nbytes - inside) // 2 * COMPUTE_BYTES
         worn = 2 * block if self._own else 0
-        solving = max(self._solving(size, rows, row_budget, statistics) for size, rows in inputs) + worn
+        solving = max(self._solving(size, rows, row_budget or ROW_BUDGET, statistics) for size, rows in inputs) + worn
         moments: list[dict[str, int]] = [
-            {"embeddings": outside},
+            {"embeddings": self._outside * COMPUTE_BYTES},
             {"block": block, "statistics": statistics, "forward pass": running},
             {"block": block, "solver": solving},
         ]

@@ -9,18 +9,19 @@ blocks, with which masks and position embeddings, so no architecture needs code 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from quantize.errors import SourceError
+from quantize.source.architecture import empty_model, match_names
+from quantize.source.prefetch import Prefetch
 from quantize.source.resolved import Source
-from quantize.source.tensor_file import TensorFile
+from quantize.source.tensor_file import DTYPES, TensorFile
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -53,6 +54,7 @@ class StreamedModel:
         device: where blocks run; activations stay where the caller keeps them.
         trust_remote_code: run the model code of the repo.
         head: also read the output head, which only :meth:`logits` needs.
+        prefetch: read the next block while one is in use, for which its memory is needed too; None does so on a GPU.
 
     Raises:
         SourceError: an architecture that transformers does not know, or tensors that do not fit it.
@@ -66,12 +68,15 @@ class StreamedModel:
         device: torch.device,
         trust_remote_code: bool = False,
         head: bool = False,
+        prefetch: bool | None = None,
     ) -> None:
         self.source, self.compute_dtype, self.device = source, compute_dtype, device
         self._files: dict[str, TensorFile] = {}
-        self.model = _empty_model(source, compute_dtype, trust_remote_code)
-        self.names = _match_names(self.model, source)
+        self.model = empty_model(source, compute_dtype, trust_remote_code)
+        self.names = match_names(self.model, source)
         self.block_prefix, self.blocks = self._find_blocks(prefix)
+        wanted = device.type == "cuda" if prefetch is None else prefetch
+        self._ahead = Prefetch(self.read, device) if wanted else None
         self._head = head
         self.load_outside()
         self._returns_tuple: bool | None = None
@@ -102,13 +107,31 @@ class StreamedModel:
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """The block ``index`` with its weights in memory; they are dropped on leaving."""
+        ahead = self._ahead
+        with self._loaded(index, ahead.take(index) if ahead else {}) as module:
+            if ahead and index + 1 < len(self):
+                ahead.start(index + 1, self._stored_names(index + 1))
+            try:
+                yield module
+            except BaseException:
+                if ahead:
+                    ahead.drop()
+                raise
+
+    @contextlib.contextmanager
+    def _loaded(self, index: int, ready: Mapping[str, torch.Tensor]) -> Iterator[nn.Module]:
         module = self.blocks[index]
-        prefix = f"{self.block_prefix}{index}."
-        self._load(module, prefix)
+        self._load(module, f"{self.block_prefix}{index}.", ready)
         try:
             yield module
         finally:
             _drop(module)
+
+    def _stored_names(self, index: int) -> list[str]:
+        """Names in the checkpoint of what :meth:`_load` reads for a block."""
+        prefix, block = f"{self.block_prefix}{index}.", self.blocks[index]
+        own = [prefix + name for name, _ in [*block.named_parameters(), *block.named_buffers()]]
+        return [self.names[name] for name in own if name in self.names]
 
     def linears(self, block: nn.Module) -> list[Linear]:
         """The quantizable linears of a loaded block, in module order."""
@@ -131,6 +154,8 @@ class StreamedModel:
         if linear.weight.dtype == torch.float32:
             return linear.weight.contiguous()
         name = self.checkpoint_name(index, linear.local)
+        if DTYPES[self.source.checkpoint.tensors[f"{name}.weight"].dtype] == linear.weight.dtype:
+            return linear.weight.to(torch.float32).contiguous()
         stored = self.read(f"{name}.weight").to(self.device, torch.float32)
         return stored if stored.shape == linear.weight.shape else stored.t().contiguous()
 
@@ -176,7 +201,7 @@ class StreamedModel:
             seen.append(isinstance(output, tuple))
             raise _Stop
 
-        with self.block(0) as block:
+        with self._loaded(0, {}) as block:
             handle = block.register_forward_hook(stop)
             try:
                 with contextlib.suppress(_Stop):
@@ -268,15 +293,18 @@ class StreamedModel:
                 empty = torch.empty_like(parameter, device="meta")
                 self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
 
-    def _load(self, module: nn.Module, prefix: str) -> None:
+    def _load(self, module: nn.Module, prefix: str, ready: Mapping[str, torch.Tensor]) -> None:
+        def read(name: str) -> torch.Tensor:
+            return ready[name] if name in ready else self.read(name)
+
         for name, _ in list(module.named_parameters()):
             full = prefix + name
             if full not in self.names:
                 raise SourceError(f"{self.source.named}: the checkpoint lacks the tensor {full}")
-            self._assign(module, name, self.read(self.names[full]))
+            self._assign(module, name, read(self.names[full]))
         for name, buffer in list(module.named_buffers()):
             if prefix + name in self.names:
-                self._set_buffer(module, name, self.read(self.names[prefix + name]).to(self.device))
+                self._set_buffer(module, name, read(self.names[prefix + name]).to(self.device))
             elif buffer.device != self.device:
                 self._set_buffer(module, name, buffer.to(self.device))
 
@@ -303,53 +331,6 @@ class StreamedModel:
 
 class _Stop(Exception):
     """Cuts a forward pass short."""
-
-
-def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    from accelerate import init_empty_weights
-
-    try:
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise SourceError(_unsupported(source, error)) from None
-    # sdpa leaves out Gemma 2's soft-capping of attention scores; eager does what the model was trained with
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                **({"attn_implementation": "eager"} if capped else {}),
-            )
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise SourceError(_unsupported(source, error)) from None
-    return model.eval()
-
-
-def _unsupported(source: Source, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
-    kind = source.checkpoint.model_type
-    return f"{source.named}: transformers knows no causal language model '{kind}': {reason}"
-
-
-def _match_names(model: Any, source: Source) -> dict[str, str]:
-    """Model parameter name -> checkpoint tensor name, by transformers' own table of renamed tensors.
-
-    Only plain renamings count; a tensor that has to be split or merged on loading stays unmatched, and the
-    build then says which one is missing.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    renamings = [item for item in get_model_conversion_mapping(model) if type(item) is WeightRenaming]
-    state = model.state_dict()
-    names = {}
-    for stored in source.checkpoint.tensors:
-        name, _ = rename_source_key(stored, renamings, [], getattr(model, "base_model_prefix", None), state)
-        if name in state:
-            names[name] = stored
-    return names
 
 
 def _drop(module: nn.Module) -> None:

@@ -1,0 +1,188 @@
+"""The GPU kernel of :mod:`quantize.methods.columns`, in Triton; its grid is that of :mod:`quantize.methods.grid`.
+
+One program walks a run of columns for ROWS rows of one variant, as the compiled CPU kernel does; a launch takes all
+rows of all variants. Each lane has a row, and eight warps share the run's columns, which then fit the registers.
+
+Every operation is rounded by itself, as in the torch version: no fused multiply-add, IEEE division (Triton's ``/`` is
+an approximation for float32), ties to even. A search adds up its errors column by column, like the CPU kernel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from quantize.methods.grid import HALF_MAX, HALF_TINY, REACHES, Grid
+
+if TYPE_CHECKING:
+    from quantize.methods.columns import Columns
+
+ROWS = 32
+OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
+
+TINY, MOST = tl.constexpr(HALF_TINY), tl.constexpr(HALF_MAX)
+TRIED = tl.constexpr(len(REACHES))
+TRIALS = tl.constexpr(triton.next_power_of_2(len(REACHES)))
+MAGIC = tl.constexpr(1.5 * 2.0**23)  # float32 near it are whole numbers: adding it rounds, ties to even
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _code(value, scale, zero, top):
+    # clamped before it is rounded, as MAGIC wants small numbers: the bounds are whole, so the code is the same
+    return tl.minimum(tl.maximum(tl.div_rn(value, scale), -zero), top - zero) + MAGIC - MAGIC + zero
+
+
+@triton.jit
+def _half(value):
+    value = tl.where(value > 0, value, 1.0)
+    return tl.minimum(tl.maximum(value, TINY), MOST).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _between(low, high, top, sym):
+    whole = _half(tl.div_rn(2 * tl.maximum(-low, high), top))
+    span = _half(tl.div_rn(high - low, top))
+    zero = _code(-low, span, 0.0, top)
+    narrow = _half(tl.div_rn(high, top - 1))
+    scale = tl.where(sym, whole, tl.where(zero < 1, narrow, span))
+    return scale, tl.where(sym, (top + 1) * 0.5, tl.maximum(zero, 1.0))
+
+
+@triton.jit
+def _fit(rows, inside, importance, size, top, sym, mse, reaches):
+    """Grids of the groups whose ``size`` members begin at the pointers ``rows`` [ROWS]; the lanes ``inside`` exist."""
+    low = tl.zeros(inside.shape, tl.float32)
+    high = tl.zeros(inside.shape, tl.float32)
+    for member in range(size):
+        value = tl.load(rows + member, inside, 0.0)
+        low = tl.minimum(low, value)
+        high = tl.maximum(high, value)
+    number = tl.arange(0, TRIALS)
+    reach = tl.load(reaches + number, number < TRIED, 1.0)[:, None]
+    trial, origin = _between(low[None, :] * reach, high[None, :] * reach, top, sym)
+    error = tl.zeros_like(trial)
+    if mse:
+        for member in range(size):
+            value = tl.load(rows + member, inside, 0.0)[None, :]
+            code = _code(value, trial, origin, top)
+            apart = trial * (code - origin) - value
+            error += tl.load(importance + member) * (apart * apart)
+    wanted = (number < TRIED) & (mse | (number == 0))
+    # an error that is no number must not win
+    error = tl.where(wanted[:, None] & (error < INFINITY), error, INFINITY)
+    chosen = number[:, None] == tl.argmin(error, axis=0, tie_break_left=True)[None, :]
+    return tl.sum(tl.where(chosen, trial, 0.0), axis=0), tl.sum(tl.where(chosen, origin, 0.0), axis=0)
+
+
+@triton.jit
+def _fit_groups(weight, importance, reaches, scales, zeros, rows, columns, size, top, sym, mse, ROWS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(1)
+    inside = row < rows
+    scale, zero = _fit(
+        weight + row * columns + group * size, inside, importance + group * size, size, top, sym != 0, mse != 0, reaches
+    )
+    tl.store(scales + group * rows + row, scale, inside)
+    tl.store(zeros + group * rows + row, zero, inside)
+
+
+@triton.jit
+def _round_columns(
+    original, work, upper, order, groups, settings, scales, zeros, reaches, importance, codes, errors, squares, spread,
+    rows, columns, most, first, length, ROWS: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    variant = tl.program_id(1)
+    size, levels = tl.load(settings + 4 * variant), tl.load(settings + 4 * variant + 1)
+    sym, mse = tl.load(settings + 4 * variant + 2) != 0, tl.load(settings + 4 * variant + 3) != 0
+    top = levels.to(tl.float32)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    # the variant's own, from here on
+    skipped = variant.to(tl.int64) * rows
+    work += skipped * columns + first
+    codes += skipped * columns
+    errors += skipped * length
+    scales += skipped * most
+    zeros += skipped * most
+    groups += variant * columns + first
+    squares += skipped
+    spread += skipped
+    original += first
+    order += first
+    importance += first
+    upper += first.to(tl.int64) * (columns + 1)
+    square, apart = tl.load(squares + row, inside, 0.0), tl.load(spread + row, inside, 0.0)
+    place = tl.arange(0, LENGTH)
+    whole = (place < length)[:, None] & inside[None, :]
+    # what is left of the run's columns, and in the places of those already rounded their errors
+    block = tl.load(work + (row * columns)[None, :] + place[:, None], whole, 0.0)
+    for column in range(length):
+        grid = tl.load(groups + column).to(tl.int32) * rows + row
+        if (size > 0) & ((first + column) % tl.maximum(size, 1) == 0):
+            # a group may reach beyond the run, so it is fitted where it lies
+            tl.store(work + (row * columns)[None, :] + place[:, None], block, whole)
+            tl.debug_barrier()  # other threads read what this one wrote
+            fitted, origin = _fit(
+                work + column + row * columns, inside, importance + column, size, top, sym, mse, reaches
+            )
+            tl.store(scales + grid, fitted, inside)
+            tl.store(zeros + grid, origin, inside)
+            tl.debug_barrier()
+            block = tl.load(work + (row * columns)[None, :] + place[:, None], whole, 0.0)
+        scale, zero = tl.load(scales + grid, inside, 1.0), tl.load(zeros + grid, inside, 0.0)
+        current = (place == column)[:, None]
+        weight = tl.sum(tl.where(current, block, 0.0), axis=0)
+        code = _code(weight, scale, zero, top)
+        value = scale * (code - zero)
+        error = tl.div_rn(weight - value, tl.load(upper + column))
+        tl.store(codes + row * columns + tl.load(order + column), code.to(tl.uint8), inside)
+        wide = error.to(tl.float64)
+        square += wide * wide
+        away = (tl.load(original + row * columns + column, inside, 0.0) - value).to(tl.float64)
+        apart += away * away
+        factor = tl.load(upper + place, (place > column) & (place < length), 0.0)
+        block = tl.where(current, error[None, :], block - error[None, :] * factor[:, None])
+        upper += columns
+    tl.store(errors + (row * length)[None, :] + place[:, None], block, whole)
+    tl.store(squares + row, square, inside)
+    tl.store(spread + row, apart, inside)
+
+
+def fit_groups(
+    weight: torch.Tensor, importance: torch.Tensor, grid: Grid, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`quantize.methods.columns.fit_groups`, for float32."""
+    rows, columns = weight.shape
+    groups = columns // size
+    scales, zeros = (torch.empty(groups, rows, device=weight.device, dtype=weight.dtype) for _ in range(2))
+    reaches = torch.tensor(REACHES, device=weight.device, dtype=weight.dtype)
+    _fit_groups[(triton.cdiv(rows, ROWS), groups)](
+        weight.contiguous(), importance.contiguous(), reaches, scales, zeros,
+        rows, columns, size, float(grid.top), int(grid.sym), int(grid.mse), ROWS=ROWS, **OPTIONS,
+    )  # fmt: skip
+    return scales, zeros
+
+
+def settings_of(sizes: list[int], grids: list[Grid], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel has to know of the variants, [V, 4] int32, and the ranges that a search tries, float32."""
+    rows = [[size, grid.top, int(grid.sym), int(grid.mse)] for size, grid in zip(sizes, grids, strict=True)]
+    return torch.tensor(rows, device=device, dtype=torch.int32), torch.tensor(REACHES, device=device)
+
+
+def round_columns(state: Columns, errors: torch.Tensor, first: int, last: int) -> None:
+    """Round columns ``first`` to ``last`` of a float32 solve into ``errors`` [V, N, last - first], in one launch."""
+    variants, rows, columns = state.work.shape
+    if state.settings is None:
+        state.settings = settings_of(state.sizes.tolist(), state.grids, state.work.device)
+    settings, reaches = state.settings
+    length = last - first
+    sizes = {"ROWS": ROWS, "LENGTH": triton.next_power_of_2(length)}
+    _round_columns[(triton.cdiv(rows, ROWS), variants)](
+        state.original, state.work, state.upper, state.order, state.groups, settings, state.scales, state.zeros,
+        reaches, state.importance, state.codes, errors, state.squares, state.spread,
+        rows, columns, state.scales.shape[1], first, length, **sizes, **OPTIONS,
+    )  # fmt: skip

@@ -1,0 +1,63 @@
+"""An architecture as transformers builds it, without weights, and what its parameters are called in a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quantize.errors import SourceError
+from quantize.source.resolved import Source
+
+
+def empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The architecture of a source, its parameters on the meta device.
+
+    Raises:
+        SourceError: transformers does not know it.
+    """
+    from accelerate import init_empty_weights
+
+    try:
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise SourceError(_unsupported(source, error)) from None
+    # sdpa leaves out Gemma 2's soft-capping of attention scores; eager does what the model was trained with
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                **({"attn_implementation": "eager"} if capped else {}),
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise SourceError(_unsupported(source, error)) from None
+    return model.eval()
+
+
+def _unsupported(source: Source, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    kind = source.checkpoint.model_type
+    return f"{source.named}: transformers knows no causal language model '{kind}': {reason}"
+
+
+def match_names(model: Any, source: Source) -> dict[str, str]:
+    """Model parameter name -> checkpoint tensor name, by transformers' own table of renamed tensors.
+
+    Only plain renamings count; a tensor that has to be split or merged on loading stays unmatched, and the
+    build then says which one is missing.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [item for item in get_model_conversion_mapping(model) if type(item) is WeightRenaming]
+    state = model.state_dict()
+    names = {}
+    for stored in source.checkpoint.tensors:
+        name, _ = rename_source_key(stored, renamings, [], getattr(model, "base_model_prefix", None), state)
+        if name in state:
+            names[name] = stored
+    return names
