@@ -33,7 +33,7 @@ def find_in_package(name: str) -> Path:
     package, _, wanted = name.partition("/")
     try:
         files = metadata.files(package) or []
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, ValueError):  # ValueError: an empty name
         raise SourceError(
             f"package:{name}: the Python package {package} is not installed; "
             f"run `pip install --no-deps {package}` and try again"
