@@ -20,15 +20,16 @@ MOST_DIMENSIONS = 64
 
 @dataclass(frozen=True)
 class Header:
-    """Tensors of a file: what they are, and between which bytes of the file each lies."""
+    """Tensors of a file: what they are, and between which bytes of it each lies; ``start`` is the first of them."""
 
     tensors: Mapping[str, TensorSpec]
     places: Mapping[str, tuple[int, int]]
+    start: int
 
     @property
     def nbytes(self) -> int:
         """Length that the file must have."""
-        return max((end for _, end in self.places.values()), default=0)
+        return max((end for _, end in self.places.values()), default=self.start)
 
 
 def read_header(read: Callable[[int, int], bytes], file: str = "") -> Header:
@@ -50,12 +51,28 @@ def read_header(read: Callable[[int, int], bytes], file: str = "") -> Header:
     try:
         table = json.loads(text, object_pairs_hook=_unique)
         table.pop("__metadata__", None)
-        specs = {name: TensorSpec(str(entry["dtype"]), tuple(entry["shape"]), file) for name, entry in table.items()}
+        specs = {name: TensorSpec(entry["dtype"], tuple(entry["shape"]), file) for name, entry in table.items()}
         places = {name: tuple(entry["data_offsets"]) for name, entry in table.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("its header is damaged") from None
     _check_places(specs, places)
-    return Header(specs, {name: (8 + length + first, 8 + length + last) for name, (first, last) in places.items()})
+    start = 8 + length
+    return Header(specs, {name: (start + first, start + last) for name, (first, last) in places.items()}, start)
+
+
+def file_header(path: Path) -> Header:
+    """The header of a file on the disk.
+
+    Raises:
+        OSError: it cannot be read. ValueError: as :func:`read_header`.
+    """
+    with path.open("rb") as file:
+
+        def read(first: int, last: int) -> bytes:
+            file.seek(first)
+            return file.read(last - first)
+
+        return read_header(read, path.name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -68,7 +85,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_places(specs: Mapping[str, TensorSpec], places: Mapping[str, tuple[Any, ...]]) -> None:
     """Whole numbers; bytes that are as many as dtype and shape need, one tensor after the other without a gap."""
     for name, spec in specs.items():
-        if len(spec.shape) > MOST_DIMENSIONS or not all(map(_is_count, (*spec.shape, *places[name]))):
+        if (
+            not (name.isprintable() and isinstance(spec.dtype, str))
+            or len(spec.shape) > MOST_DIMENSIONS
+            or not all(map(_is_count, (*spec.shape, *places[name])))
+        ):
             raise ValueError("its header is damaged")
     end = 0
     for name, place in sorted(places.items(), key=lambda item: item[1]):

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from quantize.errors import SourceError
 from quantize.formats.manifest_schema import is_file_name
+from quantize.formats.safetensors_header import file_header
 from quantize.formats.tensors import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, TensorSpec
 
 MOST_JSON = 100_000_000
@@ -121,15 +120,13 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     if not os.path.isfile(path):  # opening a pipe would wait for ever
         raise SourceError(f"{path}: shard is missing; download the model again")
     try:
-        with safe_open(path, framework="np") as file:
-            table = {}
-            for key in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                view = file.get_slice(key)
-                table[key] = TensorSpec(view.get_dtype(), tuple(view.get_shape()), path.name)
-    except (SafetensorError, OSError) as error:
+        header, size = file_header(path), path.stat().st_size
+        if header.nbytes != size:
+            raise ValueError(f"it has {size:,} bytes, its header speaks of {header.nbytes:,}")
+    except (OSError, ValueError) as error:
         raise SourceError(f"{path}: is truncated or damaged ({_reason(error)}); download the model again") from None
-    check_dtypes(table, str(path))
-    return table
+    check_dtypes(header.tensors, str(path))
+    return dict(header.tensors)
 
 
 def check_dtypes(table: Mapping[str, TensorSpec], where: str) -> None:
@@ -206,4 +203,4 @@ def _check_index(folder: Path, tensors: Mapping[str, TensorSpec]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()).removeprefix("Error while deserializing header: ") or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__
