@@ -40,7 +40,7 @@ RECIPES = {
     "tag of a word": ("release: {owner: !!bool foo}", "is not a valid value for its tag bool"),
     "tag of a date": ("release: {owner: !!timestamp foo}", "is not a valid value for its tag timestamp"),
     "tag of nothing": ("release: {owner: !!int ''}", "is not a valid value for its tag int"),
-    "python tag": ("release: {owner: !!python/object/apply:os.abort []}", "could not determine a constructor"),
+    "python tag": ("release: {owner: !!python/name:os.abort ''}", "could not determine a constructor"),
     "huge number": (f"calibration: {{samples: {HEX}}}", "more than 64 bits"),
     "huge base 60": (f"calibration: {{samples: {'1:' * 3000}1}}", "more than 64 bits"),
     "huge base 60 float": (f"calibration: {{samples: {'1:' * 3000}1.5}}", "is not a valid value for its tag float"),
@@ -75,7 +75,8 @@ def test_a_hostile_recipe_is_one_sentence(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["gptq.variants.²=1", f"gptq.variants.{'9' * 5000}=1", "model.source" + ".a" * 3000 + "=1", "gptq.variants=" + "[" * 99],
+    ["gptq.variants.²=1", f"gptq.variants.{'9' * 5000}=1", "model.source" + ".a" * 3000 + "=1",
+     "gptq.variants=" + "[" * 99],
     ids=["digit that is no number", "huge index", "deep path", "deep value"],
 )  # fmt: skip
 def test_a_hostile_override_is_one_sentence(override: str, tmp_path: Path) -> None:
@@ -114,9 +115,10 @@ def test_a_recipe_with_foreign_bytes_loads_or_is_one_sentence(
     text = (RECIPE + "awq: {matrix: {group_size: [32, 64]}}\ncalibration: {dataset: pydoc, samples: 4}\n").encode()
     path.write_bytes(text[: place % len(text)] + data + text[place % len(text) :])
     try:
-        load_recipe(path)
+        message = load_recipe(path).name
     except RecipeError as error:
-        assert str(error).isprintable()
+        message = str(error)
+    assert message.isprintable()
 
 
 @given(name=st.text(max_size=40))
@@ -175,7 +177,7 @@ HEADERS = {
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_false_safetensors_header_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="it|its"):
+    with pytest.raises(ValueError, match=r"\w"):
         parsed(HEADERS[name])
     path = tmp_path / "model.safetensors"
     path.write_bytes(HEADERS[name])
