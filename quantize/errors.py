@@ -6,6 +6,11 @@ Everything that is not one of these is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """A text on one line, with what a terminal would act on spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class QuantizeError(Exception):
     """A mistake or a fault that the user can act on. ``str(error)`` is the whole message."""
 
@@ -13,7 +18,7 @@ class QuantizeError(Exception):
 
     def __init__(self, message: str) -> None:
         # names and values in it come from outside: it stays one line, and cannot steer the terminal
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
 
 
 class RecipeError(QuantizeError):

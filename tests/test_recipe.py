@@ -201,7 +201,7 @@ def test_a_missing_recipe_and_a_folder_are_named(tmp_path: Path) -> None:
     ("data", "message"),
     [
         (b"model: \xff\xfe\n", r"is not UTF-8 text \(byte 7\)"),
-        (b"#" * 1_000_001, "is larger than 1,000,000 bytes"),
+        (b"#" * 100_001, "is larger than 100,000 bytes"),
         (b"model: " + b"[" * 1500 + b"]" * 1500, "is nested too deeply"),
         (b"model: \x00\n", "is not valid YAML"),
         (b"calibration: {seed: " + b"9" * 5000 + b"}\n", "is not a valid value"),

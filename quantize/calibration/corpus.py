@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,13 @@ def identity(corpus: Corpus) -> dict[str, Any]:
     """What determines the text, for keys: content hashes where the text is local, names where it is remote.
 
     Raises:
-        CalibrationError: a file that does not exist.
+        CalibrationError: a file that does not exist, or cannot be read.
     """
     if corpus.file is not None:
-        return {"file_sha256": cached_sha256(_file(corpus.file)), "column": corpus.column}
+        try:
+            return {"file_sha256": cached_sha256(_file(corpus.file)), "column": corpus.column}
+        except OSError as error:
+            raise CalibrationError(f"{corpus.file}: cannot be read: {error.strerror}") from None
     if corpus.preset in CARRIED:
         return {"preset": corpus.preset, "sha256": hashlib.sha256(CARRIED[corpus.preset]().encode()).hexdigest()}
     return {"hub": dict(zip(("name", "config", "split", "column", "revision"), _hub_parts(corpus), strict=True))}
@@ -96,8 +100,8 @@ CARRIED = {"pydoc": _pydoc, "docstrings": _docstrings}
 
 
 def _file(name: str) -> Path:
-    path = Path(name).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(name))
+    if not os.path.isfile(path):
         raise CalibrationError(f"{name}: no such calibration file")
     return path
 
@@ -114,16 +118,22 @@ def _read_file(path: Path, column: str | None) -> str:
             return SEPARATOR.join(texts)
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _record(line: str, column: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{where}: is not JSON: {error}") from None
     value = record.get(column) if isinstance(record, dict) else None
     if not isinstance(value, str):
         raise CalibrationError(f"{where}: has no text in the column '{column}'; set `column:` to the right one")
+    try:
+        value.encode()  # JSON can spell half of a character, which no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise CalibrationError(f"{where}: holds half of a character (a lone surrogate): {error.reason}") from None
     return value
 
 

@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quantize.formats.manifest_schema import SCHEMA, problem
+
 MANIFEST_NAME = "quantize-manifest.json"
-SCHEMA = 1
+MOST_BYTES = 100_000_000
+"""Of a manifest that is read; thirty thousand modules take 6 MB."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,18 @@ def manifest(
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished branch, or None where there is none that can be read."""
+    path = folder / MANIFEST_NAME
     try:
-        data = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if not path.is_file() or path.stat().st_size > MOST_BYTES:
+            return None
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return data if isinstance(data, dict) and data.get("schema") == SCHEMA else None
+    return data if problem(data) is None else None
 
 
 def described_files(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every file that a manifest names, a branch's, a level's or the importance matrix, with its bytes and SHA-256."""
+    """Every file that a sound manifest names, a branch's, a level's or the importance matrix, by name."""
     parts = [data, data.get("imatrix") or {}, *(data.get("levels") or {}).values()]
     return {name: entry for part in parts for name, entry in (part.get("files") or {}).items()}
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from quantize.formats import awq, gptq
+from quantize.formats.manifest_schema import is_file_name
 from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME
 
 PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales")}
@@ -25,13 +26,20 @@ class BranchReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-        self.method = str(config["quant_method"])
+        config = _json(folder / "config.json").get("quantization_config")
+        if not isinstance(config, dict):
+            raise ValueError(f"{folder}: its config.json has no quantization_config")
+        self.method = str(config.get("quant_method"))
         if self.method not in PARTS:
             raise ValueError(f"{folder}: quant_method '{self.method}' is neither gptq nor awq")
+        if config.get("bits") not in (2, 3, 4, 8):
+            raise ValueError(f"{folder}: quantization_config.bits is none of 2, 3, 4 and 8")
         self.bits, self.checkpoint_format = int(config["bits"]), str(config.get("checkpoint_format", "gptq"))
         index = folder / INDEX_NAME
-        self._shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.is_file() else {}
+        self._shard_of: dict[str, str] = _json(index).get("weight_map") if index.is_file() else {}
+        shards = self._shard_of.values() if isinstance(self._shard_of, dict) else [""]
+        if not all(isinstance(name, str) and "/" not in name and is_file_name(name) for name in shards):
+            raise ValueError(f"{index}: its weight_map names something that is no file beside it")
 
     @cached_property
     def activation_scales(self) -> dict[str, torch.Tensor]:
@@ -46,8 +54,11 @@ class BranchReader:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor as stored."""
-        with safe_open(self.folder / self._shard_of.get(name, SINGLE_NAME), framework="pt") as file:
-            return file.get_tensor(name)
+        try:
+            with safe_open(self.folder / self._shard_of.get(name, SINGLE_NAME), framework="pt") as file:
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from None
 
     def weight(self, module: str) -> torch.Tensor:
         """The weight [out_features, in_features] float32 that a loader computes for a quantized linear."""
@@ -55,3 +66,13 @@ class BranchReader:
         if self.method == "awq":
             return awq.decode(tensors)
         return gptq.decode(tensors, self.bits, self.checkpoint_format)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        data = None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: is no JSON object")
+    return data

@@ -9,24 +9,27 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantize.formats.tensors import DTYPE_BYTES, TensorSpec
 
 MOST_HEADER = 100_000_000
 """Bytes; the library refuses longer headers too."""
+MOST_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
 class Header:
-    """Tensors of a file: what they are, and between which bytes of the file each lies."""
+    """Tensors of a file: what they are, and between which bytes of it each lies; ``start`` is the first of them."""
 
     tensors: Mapping[str, TensorSpec]
     places: Mapping[str, tuple[int, int]]
+    start: int
 
     @property
     def nbytes(self) -> int:
         """Length that the file must have."""
-        return max((end for _, end in self.places.values()), default=0)
+        return max((end for _, end in self.places.values()), default=self.start)
 
 
 def read_header(read: Callable[[int, int], bytes], file: str = "") -> Header:
@@ -46,16 +49,60 @@ def read_header(read: Callable[[int, int], bytes], file: str = "") -> Header:
     if len(text) < length:
         raise ValueError("it ends too early")
     try:
-        table = json.loads(text)
+        table = json.loads(text, object_pairs_hook=_unique)
         table.pop("__metadata__", None)
         specs = {name: TensorSpec(entry["dtype"], tuple(entry["shape"]), file) for name, entry in table.items()}
-        places = {
-            name: (8 + length + int(first), 8 + length + int(last))
-            for name, (first, last) in ((name, entry["data_offsets"]) for name, entry in table.items())
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
+        places = {name: tuple(entry["data_offsets"]) for name, entry in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("its header is damaged") from None
-    return Header(specs, places)
+    _check_places(specs, places)
+    start = 8 + length
+    return Header(specs, {name: (start + first, start + last) for name, (first, last) in places.items()}, start)
+
+
+def file_header(path: Path) -> Header:
+    """The header of a file on the disk.
+
+    Raises:
+        OSError: it cannot be read. ValueError: as :func:`read_header`.
+    """
+    with path.open("rb") as file:
+
+        def read(first: int, last: int) -> bytes:
+            file.seek(first)
+            return file.read(last - first)
+
+        return read_header(read, path.name)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a name is there twice")
+    return table
+
+
+def _check_places(specs: Mapping[str, TensorSpec], places: Mapping[str, tuple[Any, ...]]) -> None:
+    """Whole numbers; bytes that are as many as dtype and shape need, one tensor after the other without a gap."""
+    for name, spec in specs.items():
+        if (
+            not (name.isprintable() and isinstance(spec.dtype, str))
+            or len(spec.shape) > MOST_DIMENSIONS
+            or not all(map(_is_count, (*spec.shape, *places[name])))
+        ):
+            raise ValueError("its header is damaged")
+    end = 0
+    for name, place in sorted(places.items(), key=lambda item: item[1]):
+        spec = specs[name]
+        if len(place) != 2 or place[0] != end or place[1] < end:
+            raise ValueError(f"the bytes of its tensor {name[:100]} overlap others, or leave a gap")
+        if spec.dtype in DTYPE_BYTES and spec.nbytes != place[1] - end:
+            raise ValueError(f"its tensor {name[:100]} has another length than its shape")
+        end = place[1]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def write_hollow(path: Path, tensors: Mapping[str, TensorSpec]) -> None:

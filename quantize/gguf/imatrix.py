@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from quantize.errors import GgufError
+from quantize.formats.gguf_reader import open_gguf
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,20 @@ def read_importance(path: Path) -> Importance:
     Raises:
         GgufError: it is no importance matrix.
     """
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise GgufError(f"{path}: is no GGUF importance matrix: {error}") from None
+        return _read(path)
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        raise GgufError(f"{path}: is no GGUF importance matrix: {error}; make one with llama-imatrix") from None
+
+
+def _read(path: Path) -> Importance:
+    reader = open_gguf(path)
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
     for tensor in reader.tensors:
         name, _, what = tensor.name.rpartition(".")
+        if what in {"in_sum2", "counts"} and tensor.tensor_type.name != "F32":
+            raise ValueError(f"{tensor.name} is {tensor.tensor_type.name}, not F32")
         if what == "in_sum2":
             sums[name] = np.array(tensor.data, dtype=np.float32).reshape(-1)
         elif what == "counts":
@@ -89,9 +94,9 @@ def read_importance(path: Path) -> Importance:
         raise GgufError(
             f"{path}: is no importance matrix in GGUF (tensors .in_sum2 and .counts); make one with llama-imatrix"
         )
-    bad = [name for name, values in sums.items() if not np.isfinite(values).all()]
+    bad = [name for name, values in sums.items() if counts[name] < 0 or not np.isfinite(values).all()]
     if bad:
-        raise GgufError(f"{path}: {bad[0]} holds NaN or infinity; make the importance matrix again")
+        raise GgufError(f"{path}: {bad[0]} holds NaN, infinity or a negative count; make the importance matrix again")
 
     def number(key: str) -> int:
         field = reader.fields.get(key)

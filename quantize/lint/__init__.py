@@ -8,6 +8,7 @@ from typing import Any
 
 from quantize.errors import QuantizeError
 from quantize.formats.manifest import MANIFEST_NAME, described_files
+from quantize.formats.manifest_schema import problem
 from quantize.lint.card import base_model, check_card, check_inherited, check_tokenizer
 from quantize.lint.configs import check_configs, method_of
 from quantize.lint.files import RepoFiles, open_target
@@ -94,8 +95,14 @@ def _check(files: RepoFiles, kind: str) -> Iterator[Finding]:
 
 def _check_manifest(files: RepoFiles) -> Iterator[Finding]:
     """Sizes against our own manifest, where there is one."""
-    for name, entry in described_files(files.json(MANIFEST_NAME) or {}).items():
-        wanted, real = entry.get("bytes"), files.sizes.get(name)
+    if MANIFEST_NAME not in files.sizes:
+        return
+    data = files.json(MANIFEST_NAME)
+    if data is None or (wrong := problem(data)) is not None:
+        yield error("manifest", MANIFEST_NAME, f"cannot be gone by ({wrong if data else 'it is no JSON object'})")
+        return
+    for name, entry in described_files(data).items():
+        wanted, real = entry["bytes"], files.sizes.get(name)
         if real is None:
             yield error("manifest", name, f"is named by {MANIFEST_NAME}, but is not here")
         elif real != wanted:

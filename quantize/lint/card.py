@@ -14,7 +14,7 @@ from quantize.release.source_card import front_matter
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 CHATTY = re.compile(r"(?i)(?:^|[-_./])(chat|instruct|it|assistant|sft|dpo|rlhf)(?:$|[-_.\d])")
-SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)\s*$")
+SIZE = re.compile(r"^\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(KB|MB|GB|TB)\s*$")
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 RELATIVE_LINK = re.compile(r"\]\((?!https?:|mailto:|#|/)([^)\s#?]+)")
 SIZE_TOLERANCE = 0.02

@@ -77,7 +77,7 @@ def _check_own_file(files: RepoFiles, method: str, settings: dict[str, Any]) -> 
 def _check_kernels(files: RepoFiles, method: str, settings: dict[str, Any]) -> Iterator[Finding]:
     bits, group_size = settings.get("bits"), settings.get("group_size")
     place = "config.json:quantization_config"
-    if not isinstance(bits, int) or not isinstance(group_size, int):
+    if not isinstance(bits, int) or not isinstance(group_size, int) or group_size == 0:
         yield error("config-incomplete", place, "names no whole number for bits and group_size")
         return
     if method == "awq" and str(settings.get("version", "gemm")).lower() != "gemm":
@@ -124,7 +124,7 @@ def _check_names(files: RepoFiles) -> Iterator[Finding]:
         yield warning("dtypes-disagree", "config.json:dtype", f"is {new}, torch_dtype is {old}")
     parameters = config.get("rope_parameters")
     theta = parameters.get("rope_theta") if isinstance(parameters, dict) else None
-    if theta not in {None, DEFAULT_THETA} and config.get("rope_theta") is None:
+    if theta not in (None, DEFAULT_THETA) and config.get("rope_theta") is None:
         yield warning(
             "rope-theta", "config.json:rope_theta",
             f"is missing (rope_parameters has {theta}); transformers 4 then takes its default, and the model rambles",

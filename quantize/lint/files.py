@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from functools import cached_property, partial
@@ -12,6 +13,7 @@ from typing import Any
 from quantize.errors import SourceError
 from quantize.formats.safetensors_header import Header, read_header
 from quantize.formats.tensors import DTYPE_BYTES
+from quantize.recipe.schema import REPO_NAME
 from quantize.release.hub import Hub
 
 MOST_TEXT = 64_000_000
@@ -142,11 +144,11 @@ def open_target(target: str, endpoint: str | None, *, local: bool = True) -> lis
     Raises:
         SourceError: there is no such folder, repo or branch. PushError: the hub refuses, or cannot be reached.
     """
-    path = Path(target).expanduser()
-    if local and path.is_dir():
+    path = Path(os.path.expanduser(target))
+    if local and os.path.isdir(path):
         return _local(path.resolve())
     match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", target)
-    if not match or ".." in target or target.startswith((".", "/")):
+    if not match or not all(map(REPO_NAME.fullmatch, match[1].split("/"))):
         raise SourceError(f"{target}: no such directory, and no hub id; give a folder, owner/name or owner/name@branch")
     hub, (repo, branch) = Hub(endpoint), match.groups()
     heads = hub.heads(repo)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from quantize.errors import printable
+
+MOST_SHOWN = 500
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
@@ -24,6 +27,11 @@ class Finding:
     check: str
     place: str
     message: str
+
+    def __post_init__(self) -> None:
+        # names and values come from somebody's repo: each stays on its line and of a bearable length
+        object.__setattr__(self, "place", printable(self.place)[:MOST_SHOWN])
+        object.__setattr__(self, "message", printable(self.message)[:MOST_SHOWN])
 
     def as_data(self) -> dict[str, Any]:
         """The finding for machines."""

@@ -82,7 +82,7 @@ def _check_modules(
         yield error("nothing-quantized", "*.qweight", f"config.json says {method}, but no tensor is quantized")
         return
     bits, group_size = settings.get("bits"), settings.get("group_size")
-    if not isinstance(bits, int) or not isinstance(group_size, int) or not 1 <= bits <= 8:
+    if not isinstance(bits, int) or not isinstance(group_size, int) or not 1 <= bits <= 8 or group_size == 0:
         return  # said of the config already
     for number, module in enumerate(modules):
         missing = [part for part in PARTS[method] if f"{module}.{part}" not in tensors]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from quantize.errors import GgufError
+from quantize.formats.gguf_reader import open_gguf
 
 ReadSource = Callable[[str], torch.Tensor]
 
@@ -38,11 +39,9 @@ class GgufFile:
     """A GGUF, whole or in parts; its tensors dequantized one at a time."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        from gguf import GGUFReader
-
         try:
-            readers = [GGUFReader(path) for path in paths]
-        except (ValueError, OSError, IndexError) as error:
+            readers = [open_gguf(path) for path in paths]
+        except (ValueError, OSError) as error:
             raise GgufError(f"{paths[0]}: cannot be read: {error}") from None
         self.path = paths[0]
         self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +184,7 @@ def _imatrix(
         return None, {}
     if isinstance(section.imatrix, str):
         path = Path(section.imatrix)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise GgufError(f"{section.imatrix}: no such importance matrix; set gguf.imatrix to true to make one")
         from quantize.gguf.imatrix import read_importance
 

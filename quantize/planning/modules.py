@@ -31,7 +31,7 @@ SCALED_ACTIVATIONS = {
 """Architectures for which AWQ loaders divide the output of an activation by ``<activation>.scales``: the activation's
 name, and the linear before it, whose outputs the scales are as many as."""
 
-_NUMBERED = re.compile(r"^(?P<prefix>.*?)(?P<index>\d+)\.(?P<rest>.+)$")
+_NUMBERED = re.compile(r"^(?P<prefix>.*?)(?P<index>[0-9]{1,6})\.(?P<rest>.+)$")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ModuleTable:
 
     def is_in_block(self, name: str) -> bool:
         """Whether a tensor of the checkpoint belongs to a block."""
-        return name.startswith(self.prefix) and name[len(self.prefix) :].partition(".")[0].isdigit()
+        return name.startswith(self.prefix) and name[len(self.prefix) :].partition(".")[0].isdecimal()
 
     def beside_linears(self, checkpoint: Checkpoint, block: int) -> list[str]:
         """Names of a block's tensors that are not replaced: norms and the like."""
@@ -112,7 +112,7 @@ def find_linears(checkpoint: Checkpoint) -> ModuleTable:
         if not name.startswith(prefix):
             continue
         index, _, rest = name[len(prefix) :].partition(".")
-        if not index.isdigit():
+        if not index.isdecimal():
             continue
         if len(spec.shape) > 2 and spec.shape[-2] > 1 and _is_weight(rest, spec):
             raise PlanError(_unknown(checkpoint, f"{name} is {list(spec.shape)}: fused experts are not supported yet"))

@@ -26,6 +26,7 @@ from quantize.recipe.schema import Recipe
 from quantize.recipe.shipped import find_shipped
 
 MOST_VARIANTS = 256  # a matrix of long lists multiplies quickly
+MOST_PARENTS = 16
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,12 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def _find(path: str) -> Path:
-    file = Path(path)
-    if file.is_file():
-        return file
+    if os.path.isfile(path):  # unlike pathlib's, it takes a name of any length
+        return Path(path)
     shipped = find_shipped(path)
     if shipped is not None:
         return shipped
-    if file.is_dir():
+    if os.path.isdir(path):
         raise RecipeError(f"{path}: is a directory; name a recipe file in it")
     raise RecipeError(f"{path}: no such recipe file; `quantize recipes` lists the shipped ones")
 
@@ -99,12 +99,14 @@ def _read_extended(file: Path, chain: tuple[Path, ...]) -> Located:
     if not isinstance(parent, str):
         raise tree.error(("extends",), "must be the path or the name of one recipe")
     target = file.parent / parent
-    found = target if target.is_file() else find_shipped(parent)
+    found = target if os.path.isfile(target) else find_shipped(parent)
     if found is None:
         raise tree.error(("extends",), f"no recipe file '{parent}' beside this one, and none shipped")
     chain = (*chain, file.resolve())
     if found.resolve() in chain:
         raise tree.error(("extends",), f"'{parent}' extends this recipe in turn; a recipe cannot extend itself")
+    if len(chain) > MOST_PARENTS:
+        raise tree.error(("extends",), f"is the last of more than {MOST_PARENTS} recipes that extend each other")
     return merge(_read_extended(found, chain), tree)
 
 
@@ -116,9 +118,9 @@ def _resolve_paths(located: Located) -> None:
         if not value:
             return value
         base = Path.cwd() if origin.startswith("--set") else Path(origin).parent
-        local = base / Path(value).expanduser()
+        local = os.path.join(base, os.path.expanduser(value))
         explicit = value.startswith(("/", "./", "../", "~")) or value in {".", ".."}
-        return os.path.abspath(local) if explicit or local.exists() else value
+        return os.path.abspath(local) if explicit or os.path.exists(local) else value
 
     data = located.data
     model = data.get("model")
@@ -244,6 +246,10 @@ def _expand(located: Located, recipe: Recipe, method: Method) -> tuple[list[Vari
     section, kind = recipe.section(method), VARIANTS[method]
     defaults = {name: getattr(section, name) for name in kind.model_fields if name != "branch"}
     found: list[tuple[Variant, tuple[Key, ...]]] = []
+    if len(section.variants) > MOST_VARIANTS:
+        raise located.error(
+            (method, "variants"), f"has {len(section.variants):,}; a release has at most {MOST_VARIANTS}"
+        )
     for index, asked in enumerate(section.variants):
         given = {name: getattr(asked, name) for name in asked.model_fields_set}
         found.append((kind(**{**defaults, **given}), (method, "variants", index)))

@@ -19,8 +19,11 @@ from quantize.errors import RecipeError
 Key = str | int
 KeyPath = tuple[Key, ...]
 
-MAX_RECIPE_BYTES = 1_000_000
-MAX_NODES = 50_000  # aliases can blow a small file up; a real recipe has a few hundred
+MAX_RECIPE_BYTES = 100_000
+MAX_NODES = 10_000  # aliases can blow a small file up; a real recipe has a few hundred
+MAX_DEPTH = 16  # a real recipe has five levels
+MAX_BITS = 64  # of a whole number; Python refuses to print much larger ones
+SHOWN = 200  # characters of an override that a message repeats
 
 
 @dataclass(frozen=True)
@@ -125,18 +128,28 @@ class _Reader:
             raise RecipeError(f"{place}: expands to more than {MAX_NODES:,} values, which no recipe does")
         if id(node) in self.open:
             raise RecipeError(f"{place}: an alias refers to itself")
+        if len(path) > MAX_DEPTH:
+            raise RecipeError(f"{place}: is nested too deeply to be a recipe")
         self.open.add(id(node))
         try:
             if isinstance(node, yaml.MappingNode):
                 return self._mapping(node, path)
             if isinstance(node, yaml.SequenceNode):
                 return [self.read(item, (*path, index)) for index, item in enumerate(node.value)]
-            try:
-                return self.loader.construct_object(node)
-            except ValueError as error:
-                raise RecipeError(f"{place}: is not a valid value: {error}") from None
+            return self._scalar(node, place)
         finally:
             self.open.discard(id(node))
+
+    def _scalar(self, node: yaml.Node, place: Place) -> Any:
+        try:
+            value = self.loader.construct_object(node)
+        except ValueError as error:
+            raise RecipeError(f"{place}: is not a valid value: {error}") from None
+        except (LookupError, AttributeError, ArithmeticError):  # an explicit tag on what it does not fit
+            raise RecipeError(f"{place}: is not a valid value for its tag {node.tag.rpartition(':')[2]}") from None
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise RecipeError(f"{place}: is not a valid value: it is a number of more than {MAX_BITS} bits")
+        return _text(value, place) if isinstance(value, str) else value
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -144,7 +157,7 @@ class _Reader:
             place = Place(self.origin, key_node.start_mark.line + 1)
             if not isinstance(key_node, yaml.ScalarNode):
                 raise RecipeError(f"{place}: a key must be a plain word")
-            key: str = key_node.value
+            key = _text(key_node.value, place)
             if key in result:
                 raise RecipeError(f"{place}: {dotted((*path, key))}: is given twice; keep one of the two")
             self.places[(*path, key)] = place
@@ -156,26 +169,25 @@ def merge(base: Located, over: Located) -> Located:
     """``over`` laid on ``base``: mappings merge key by key, anything else (lists too) is replaced."""
     places: dict[KeyPath, Place] = {(): over.places.get((), Place("recipe"))}
 
-    def copy(tree: Located, path: KeyPath) -> None:
-        for key, place in tree.places.items():
-            if key[: len(path)] == path:
-                places[key] = place
+    def taken(tree: Located, value: Any, path: KeyPath) -> Any:
+        if path in tree.places:
+            places[path] = tree.places[path]
+        for key, child in value.items() if isinstance(value, dict) else enumerate(_items(value)):
+            taken(tree, child, (*path, key))
+        return value
 
     def lay(low: Any, high: Any, path: KeyPath) -> Any:
         if not (isinstance(low, dict) and isinstance(high, dict)):
-            copy(over, path)
-            return high
+            return taken(over, high, path)
         if path in over.places:
             places[path] = over.places[path]
         result = {}
         for key in [*low, *(k for k in high if k not in low)]:
             child = (*path, key)
             if key not in high:
-                copy(base, child)
-                result[key] = low[key]
+                result[key] = taken(base, low[key], child)
             elif key not in low:
-                copy(over, child)
-                result[key] = high[key]
+                result[key] = taken(over, high[key], child)
             else:
                 result[key] = lay(low[key], high[key], child)
         return result
@@ -189,11 +201,13 @@ def set_value(tree: Located, assignment: str) -> None:
     Raises:
         RecipeError: no ``=``, a list index that does not exist, or a value that is not YAML.
     """
-    origin = f"--set {assignment}"
+    origin = f"--set {assignment if len(assignment) <= SHOWN else assignment[:SHOWN] + '…'}"
     name, equals, text = assignment.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):
         raise RecipeError(f"{origin}: must have the form key.path=value, such as gptq.damp_percent=0.01")
+    if len(parts) > MAX_DEPTH:
+        raise RecipeError(f"{origin}: is nested too deeply to be a recipe")
     value = parse_located(f"value: {text}", origin).data["value"]
     here: Any = tree.data
     path: KeyPath = ()
@@ -201,7 +215,7 @@ def set_value(tree: Located, assignment: str) -> None:
         last = depth == len(parts) - 1
         key: Key
         if isinstance(here, list):
-            if not part.isdigit() or int(part) >= len(here):
+            if part not in map(str, range(len(here))):
                 raise RecipeError(f"{origin}: {dotted(path)} has entries 0 to {len(here) - 1}, not '{part}'")
             key = int(part)
         elif isinstance(here, dict):
@@ -218,6 +232,17 @@ def set_value(tree: Located, assignment: str) -> None:
     for known in [known for known in tree.places if known[: len(path)] == path]:
         del tree.places[known]
     tree.places[path] = Place(origin)
+
+
+def _text(value: str, place: Place) -> str:
+    """The text itself, unless half of a surrogate pair is in it (``"\\ud800"``): no file and no name can hold that."""
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise RecipeError(f"{place}: is not a valid value: it holds half of a character (a lone surrogate)")
+    return value
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _kind(value: Any) -> str:

@@ -199,7 +199,7 @@ class Gguf(Strict):
         for pattern, kind in value.items():
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
             if kind.upper() not in TENSOR_TYPES:
                 near = difflib.get_close_matches(kind.upper(), TENSOR_TYPES, n=1, cutoff=0.5)

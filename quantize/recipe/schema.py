@@ -8,12 +8,24 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from quantize.recipe.methods import METHODS, Awq, Gguf, Gptq, Method, Size, Strict, Variant
 from quantize.recipe.presets import PRESETS
 
-REPO_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+REPO_NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
+"""One half of a hub id, as the hub and its client take it."""
+MOST_NAME = 200
+
+
+def _line(value: str) -> str:
+    if not value.isprintable() or len(value) > MOST_NAME:
+        raise ValueError(f"must be one line of at most {MOST_NAME} characters")
+    return value
+
+
+Line = Annotated[str, AfterValidator(_line)]
+"""A name that cards show in headings, tables and links."""
 
 
 class Model(Strict):
@@ -24,10 +36,10 @@ class Model(Strict):
     revision: str = "main"
     base_model: str | None = None
     """Hub id that the card names as the original; by default the source, if that is one."""
-    name: str | None = None
-    creator: str | None = None
+    name: Line | None = None
+    creator: Line | None = None
     prompt_template: str | None = None
-    license: str | None = None
+    license: Line | None = None
     trust_remote_code: bool = False
 
     @field_validator("base_model")
@@ -42,7 +54,7 @@ class Release(Strict):
     """Who publishes, under which names, in shards of which size."""
 
     owner: str = "local"
-    quantized_by: str | None = None
+    quantized_by: Line | None = None
     repo: str = "{owner}/{model}-{METHOD}"
     max_shard_size: Size = 5_000_000_000
     templates: str | None = None
@@ -54,7 +66,7 @@ class Release(Strict):
     @field_validator("owner")
     @classmethod
     def _owner(cls, value: str) -> str:
-        if not REPO_NAME.fullmatch(value) or ".." in value:
+        if not REPO_NAME.fullmatch(value):
             raise ValueError("must be a hub name: letters, digits, '.', '_' and '-'")
         return value
 
@@ -82,7 +94,7 @@ def repo_id(template: str, owner: str, model: str, method: str) -> str:
         raise KeyError(template)
     name = template.format(owner=owner, model=model, METHOD=method.upper(), method=method.lower())
     parts = name.split("/")
-    if len(parts) > 2 or ".." in name or not all(REPO_NAME.fullmatch(part) for part in parts):
+    if len(parts) > 2 or not all(REPO_NAME.fullmatch(part) for part in parts):
         raise RepoNameError(f"gives '{name}', which is no hub repo name of the form owner/name")
     return name
 

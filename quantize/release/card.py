@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from quantize import __version__
 from quantize.calibration.corpus import title, url
@@ -100,7 +102,6 @@ def refresh_cards(plan: Plan) -> list[Path]:
 
 def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], **more: Any) -> str:
     from huggingface_hub import ModelCardData
-    from jinja2 import TemplateError
 
     recipe, source = plan.recipe, plan.source
     folder = source.checkpoint.folder or source.small_files
@@ -148,6 +149,7 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
                 licence_files=licence_files(source),
                 prompt_template=template,
                 prompt_python=prompt_as_python(template),
+                fence=_fence(template or ""),
                 rows=rows,
                 quality=summary(measured(plan)),
                 loads=any(row["loads"] != "-" for row in rows),
@@ -159,8 +161,11 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
                 **more,
             )
         )
-    except TemplateError as error:
-        raise RecipeError(f"release.templates: {method}.md.j2 cannot be rendered: {error}") from None
+    except Exception as error:  # a template of the publisher's own raises what it likes
+        if not recipe.release.templates:
+            raise
+        reason = str(error) or type(error).__name__
+        raise RecipeError(f"release.templates: {method}.md.j2 cannot be rendered: {reason}") from None
 
 
 def _environment(own: str | None) -> Any:
@@ -189,7 +194,10 @@ def _partial(file: str | None) -> str | None:
 
 def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:
     calibration, variant, known = plan.recipe.calibration, item.variant, plan.finished(item)
-    datasets = [f"[{title(corpus)}]({url(corpus)})" if url(corpus) else title(corpus) for corpus in calibration.dataset]
+    datasets = [
+        f"[{_cell(title(corpus))}]({quote(str(url(corpus)), ':/?=&')})" if url(corpus) else _cell(title(corpus))
+        for corpus in calibration.dataset
+    ]
     row = {
         "branch": item.branch,
         "link": f"{HUB}/{item.repo}/tree/{item.branch}",
@@ -210,6 +218,16 @@ def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:
             "description": _gptq_description(variant),
         }
     return row | {"zero_point": "Yes" if variant.zero_point else "No", "description": _awq_description(variant)}
+
+
+def _fence(text: str) -> str:
+    """Backticks that no line of the text can close."""
+    return "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", text))])
+
+
+def _cell(text: str) -> str:
+    """A text that stays inside its cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _group(group_size: int) -> str:

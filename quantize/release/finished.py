@@ -50,12 +50,19 @@ def finished_folders(plan: Plan) -> dict[Path, tuple[str, str]]:
 
 
 def files_of(folder: Path) -> dict[str, LocalFile]:
-    """The files of a branch's folder by their names in the repo; hidden ones are no part of it."""
-    return {
-        path.relative_to(folder).as_posix(): LocalFile(path, path.stat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    }
+    """The files of a branch's folder by their names in the repo; hidden ones are no part of it.
+
+    Raises:
+        ReleaseError: one is a link to somewhere else, whose content is not the branch's to give away.
+    """
+    found, inside = {}, folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            if not path.resolve().is_relative_to(inside):
+                raise ReleaseError(f"{path}: is a link out of its branch; put the file itself there, or remove it")
+            found[name.as_posix()] = LocalFile(path, path.stat().st_size)
+    return found
 
 
 def commit_message(plan: Plan, branch: str) -> str:

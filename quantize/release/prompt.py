@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+from quantize.release.source_card import is_text, read_start
+
 PLACE = "{prompt}"
+SECONDS = 30
+"""On the clock; the child's own limit is on the processor's time."""
+MOST_TEMPLATE, MOST_SETTINGS = 1_000_000, 20_000_000
+"""Bytes of a chat template, and of a ``tokenizer_config.json``, that are read."""
 
 
 def prompt_template(folder: Path | None) -> str | None:
     """The chat template of a tokenizer rendered for one user message, with ``{prompt}`` in its place; None without one.
 
-    The template is somebody else's code: it runs in Jinja's sandbox, and one that fails counts as none.
+    The template is somebody else's code: it runs in Jinja's sandbox and in a process with limits on its time and
+    memory (``worker_prompt.py``), and one that fails counts as none.
     """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     settings = _read_json(folder / "tokenizer_config.json") if folder else {}
     source = settings.get("chat_template")
     if folder and (folder / "chat_template.jinja").is_file():
-        source = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+        source = read_start(folder / "chat_template.jinja", MOST_TEMPLATE)
     if isinstance(source, list):  # several, by name
-        source = next((item.get("template") for item in source if item.get("name") == "default"), None)
-    if not isinstance(source, str):
+        named = [item for item in source if isinstance(item, dict) and item.get("name") == "default"]
+        source = named[0].get("template") if named else None
+    if not isinstance(source, str) or len(source) >= MOST_TEMPLATE:
         return None
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda pattern: ""
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
     tokens = {name: _token(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    command = [sys.executable, "-P", str(Path(__file__).with_name("worker_prompt.py"))]
+    wish = json.dumps({"template": source, "place": PLACE, "tokens": tokens})
     try:
-        text = environment.from_string(source).render(
-            messages=[{"role": "user", "content": PLACE}], add_generation_prompt=True, **tokens
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError):
+        done = subprocess.run(command, input=wish, capture_output=True, text=True, timeout=SECONDS)
+        text = json.loads(done.stdout) if done.returncode == 0 else None
+    except (subprocess.TimeoutExpired, ValueError):
         return None
-    return text if PLACE in text and len(text) < 4000 else None
+    return text if is_text(text) else None
 
 
 def prompt_as_python(template: str | None) -> str:
@@ -56,13 +58,9 @@ def _token(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _refuse(message: str) -> None:
-    raise ValueError(message)
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = json.loads(read_start(path, MOST_SETTINGS))
+    except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantize.errors import PushError
-from quantize.formats.manifest import MANIFEST_NAME, read_manifest
+from quantize.formats.manifest import MANIFEST_NAME, described_files, read_manifest
 from quantize.planning import Plan
 from quantize.release.config import as_json
 from quantize.release.hub import Hub
@@ -55,7 +55,13 @@ def orphans_in_dist(plan: Plan) -> list[Orphan]:
     found = []
     for parent in sorted({folder.parent for folder in known}):
         for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
-            if folder not in known and folder.is_dir() and read_manifest(folder) is not None:
+            # a link is not ours to follow
+            if (
+                folder not in known
+                and folder.is_dir()
+                and not folder.is_symlink()
+                and read_manifest(folder) is not None
+            ):
                 nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
                 found.append(Orphan("dist", parent.name, folder.name, nbytes))
     if plan.gguf:
@@ -122,10 +128,10 @@ def _remove_level(plan: Plan, orphan: Orphan) -> None:
     data = read_manifest(folder) or {}
     entry = data["levels"].pop(orphan.level)
     write_atomically(folder / MANIFEST_NAME, as_json(data))
-    for name in _names(entry):
+    for name in sorted({*_names(entry)} - {*described_files(data), MANIFEST_NAME}):
         (folder / name).unlink(missing_ok=True)
 
 
 def _names(entry: dict[str, Any]) -> list[str]:
-    """A level's files; names that would lead out of the folder are none."""
-    return [name for name in entry.get("files", {}) if Path(name).name == name]
+    """A level's files, which lie beside its manifest and are GGUF."""
+    return [name for name in entry.get("files", {}) if Path(name).name == name and name.endswith(".gguf")]

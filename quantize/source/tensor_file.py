@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from quantize.formats.safetensors_header import read_header
+from quantize.formats.safetensors_header import file_header
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -30,14 +30,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-
-            def read(first: int, last: int) -> bytes:
-                file.seek(first)
-                return file.read(last - first)
-
-            self._header = read_header(read, path.name)
+        self.path, self._header = path, file_header(path)
 
     def __contains__(self, name: str) -> bool:
         return name in self._header.tensors

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from quantize.errors import printable
+
+MOST_SHOWN = 1000
 Outcome = Literal["ok", "failed", "skipped"]
 
 
@@ -20,6 +23,9 @@ class Check:
     name: str
     outcome: Outcome
     detail: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "detail", printable(self.detail)[:MOST_SHOWN])
 
     def as_data(self) -> dict[str, Any]:
         """The check for machines."""

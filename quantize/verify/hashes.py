@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quantize.formats.manifest import MANIFEST_NAME, described_files
+from quantize.formats.manifest_schema import problem
 from quantize.lint.files import HubFiles, LocalFiles, RepoFiles
 from quantize.source.cache import sha256_of_file
 from quantize.verify.checks import Check
@@ -10,9 +11,12 @@ from quantize.verify.checks import Check
 
 def check_hashes(files: RepoFiles) -> Check:
     """Files that the manifest names, one by one; others are counted."""
-    manifest = files.json(MANIFEST_NAME)
-    if manifest is None:
+    if MANIFEST_NAME not in files.sizes:
         return Check("hashes", "skipped", f"there is no {MANIFEST_NAME}, so nobody knows what the files should be")
+    manifest = files.json(MANIFEST_NAME)
+    if manifest is None or (wrong_at := problem(manifest)) is not None:
+        reason = wrong_at if manifest is not None else "it is no JSON object"
+        return Check("hashes", "failed", f"{MANIFEST_NAME} cannot be gone by ({reason})")
     entries = described_files(manifest)
     wrong, unread = [], 0
     for name, entry in sorted(entries.items()):

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from quantize.errors import QuantizeError
 from quantize.source.resolved import Source
 from quantize.verify.checks import Check
 
@@ -69,7 +70,9 @@ def _check(name: str, worker: str, target: Path, logits: Any) -> Check:
     command = [sys.executable, str(Path(__file__).with_name(worker)), str(target), PROMPT, str(TOKENS)]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=TIMEOUT
+        )
     except subprocess.TimeoutExpired:
         return Check(name, "failed", f"gave no answer in {TIMEOUT // 60} minutes")
     if done.returncode:
@@ -79,7 +82,11 @@ def _check(name: str, worker: str, target: Path, logits: Any) -> Check:
     ids, start, text = answer["ids"], answer["prompt"], " ".join(answer["text"].split())
     if logits is None:
         return Check(name, "ok", f"loads, and writes '{text}'")
-    return _compared(name, logits(ids), ids, start, text)
+    try:
+        expected = logits(ids)
+    except (QuantizeError, OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
+        return Check(name, "failed", f"loads, but its own tensors cannot be run: {error}")
+    return _compared(name, expected, ids, start, text)
 
 
 def _compared(name: str, logits: Any, ids: list[int], start: int, text: str) -> Check:

@@ -38,7 +38,7 @@ def check_tensors(folder: Path, source: Source | None) -> Check:
         try:
             values = reader.weight(module) if is_packed else reader.tensor(name).float()
             problem, share = _compare(values, original.tensor(name).float(), name, folds)
-        except (OSError, KeyError, ValueError, RuntimeError) as error:
+        except (OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
             wrong.append(f"{name} cannot be read ({error})")
             continue
         limit = MOST_ERROR[reader.bits] if is_packed else 0.0

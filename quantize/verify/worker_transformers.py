@@ -12,9 +12,11 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, prompt, count = sys.argv[1:]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map=device)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float16, device_map=device, trust_remote_code=False, use_safetensors=True
+    )
     if not any(name.endswith("qweight") for name, _ in [*model.named_buffers(), *model.named_parameters()]):
         raise SystemExit("loaded, but not as a quantized model")
     ids = tokenizer(prompt, return_tensors="pt").to(device)
