@@ -19,6 +19,7 @@ from quantize.cli.measure import measure
 from quantize.cli.plan import plan
 from quantize.cli.prune import prune
 from quantize.cli.push import diff, push
+from quantize.cli.rebuild import rebuild
 from quantize.cli.recipes import recipes
 from quantize.cli.report import report
 from quantize.cli.status import status
@@ -45,7 +46,7 @@ def quantize() -> None:
 
 COMMANDS = (
     recipes, validate, plan, build, measure, report, verify, card, push, diff, git, prune, lint, explain, status,
-    matrix, clean, gc,
+    matrix, rebuild, clean, gc,
 )  # fmt: skip
 for command in COMMANDS:
     quantize.add_command(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -33,8 +34,13 @@ def prompt_template(folder: Path | None) -> str | None:
     if not isinstance(source, str) or len(source) >= MOST_TEMPLATE:
         return None
     tokens = {name: _token(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return _rendered(json.dumps({"template": source, "place": PLACE, "tokens": tokens}))
+
+
+@functools.lru_cache
+def _rendered(wish: str) -> str | None:
+    """What the child makes of a template. Every card of a release asks for the same one."""
     command = [sys.executable, "-P", str(Path(__file__).with_name("worker_prompt.py"))]
-    wish = json.dumps({"template": source, "place": PLACE, "tokens": tokens})
     try:
         done = subprocess.run(command, input=wish, capture_output=True, text=True, timeout=SECONDS)
         text = json.loads(done.stdout) if done.returncode == 0 else None

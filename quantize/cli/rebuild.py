@@ -1,0 +1,67 @@
+"""``quantize rebuild``: repeat a release from its manifests."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from quantize.cli.options import json_option, print_json, quiet_libraries, say, table
+
+DIFFERS = 1
+
+
+@click.command()
+@click.argument("manifest", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--source", help="The model, where the manifest names no hub id: a directory, .gguf file or package:NAME."
+)
+@click.option(
+    "--text", "texts", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A calibration text file, which the manifest knows by its hash; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--into", type=click.Path(file_okay=False, path_type=Path),
+    help="Build there and leave it; the default is a temporary folder.",
+)  # fmt: skip
+@click.option("--trust-remote-code", is_flag=True, help="Run model code of the source's repo.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@json_option
+def rebuild(
+    manifest: Path,
+    source: str | None,
+    texts: tuple[Path, ...],
+    into: Path | None,
+    trust_remote_code: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Build again what MANIFEST says, and compare every file's hash. Exit code 1 if one differs.
+
+    MANIFEST is a quantize-manifest.json, or a folder: all manifests below it are built from one calibration pass.
+    """
+    quiet_libraries()
+    from quantize.pipeline.rebuild import rebuild as repeat
+
+    found = repeat(manifest, into, source, texts, trust_remote_code=trust_remote_code, device=device, notify=say)
+    if as_json:
+        print_json([asdict(one) | {"same": one.is_same} for one in found])
+    else:
+        rows = [["branch", "result", "equal", "differing", "missing"]]
+        rows += [
+            [
+                one.label,
+                "same bytes" if one.is_same else "differs",
+                str(len(one.equal)),
+                ", ".join(one.differing) or "-",
+                ", ".join(one.missing) or "-",
+            ]
+            for one in found
+        ]
+        click.echo(table(rows, right=frozenset({2})))
+        for line in dict.fromkeys(line for one in found for line in one.changed):
+            click.echo(f"note   {line}")
+    if not all(one.is_same for one in found):
+        sys.exit(DIFFERS)
