@@ -36,10 +36,12 @@ class BranchReader:
             raise ValueError(f"{folder}: quantization_config.bits is none of 2, 3, 4 and 8")
         self.bits, self.checkpoint_format = int(config["bits"]), str(config.get("checkpoint_format", "gptq"))
         index = folder / INDEX_NAME
-        self._shard_of: dict[str, str] = _json(index).get("weight_map") if index.is_file() else {}
-        shards = self._shard_of.values() if isinstance(self._shard_of, dict) else [""]
-        if not all(isinstance(name, str) and "/" not in name and is_file_name(name) for name in shards):
+        shards = _json(index).get("weight_map") if index.is_file() else {}
+        if not isinstance(shards, dict) or not all(
+            isinstance(name, str) and "/" not in name and is_file_name(name) for name in shards.values()
+        ):
             raise ValueError(f"{index}: its weight_map names something that is no file beside it")
+        self._shard_of: dict[str, str] = shards
 
     @cached_property
     def activation_scales(self) -> dict[str, torch.Tensor]:

@@ -239,10 +239,11 @@ def plan_recipe(
             state, why = _state(folder, lambda m=method, v=variant: _key_inputs(recipe, source, identity, m, v))
             planned.append(PlannedVariant(method, repo, variant, layout, folder, state, why))
     gguf = plan_levels(recipe, source, identity, repos["gguf"], Path(dist), notify) if recipe.gguf else None
-    for folder in {item.folder for item in (*planned, *(gguf.levels if gguf else ()))}:
+    everything: list[PlannedVariant | PlannedLevel] = [*planned, *(gguf.levels if gguf else ())]
+    for folder in {item.folder for item in everything}:
         if not folder.resolve().is_relative_to(Path(dist).resolve()):
             raise PlanError(f"{folder}: is a link that leads out of {dist}; put the folder itself there, or remove it")
-    selected = _select([*planned, *(gguf.levels if gguf else ())], only)
+    selected = _select(everything, only)
     return Plan(loaded, source, table, repos, Path(dist), tuple(planned), gguf, selected, budget)
 
 

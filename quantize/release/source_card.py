@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 HUB = "https://huggingface.co"
 MOST_TEXT = 200_000  # characters of an original card that are appended
@@ -58,7 +58,7 @@ def read_start(path: Path, most: int) -> str:
         return ""
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     """Whether it is a string that a file can hold: YAML and JSON can spell halves of characters."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
