@@ -56,7 +56,7 @@ def main(
     length: int,
 ) -> None:
     """Measure the tables NAMES, or all of them; one whose text or model is not given is skipped, with a word."""
-    from benchmarks import archived, awq, curves, gguf, gpu, peers, quality, sequential
+    from benchmarks import archived, awq, curves, gguf, gpu, memory, peers, quality, sequential
 
     demo = Task(DEMO, calibration or "", samples, length)
     small = Task({"source": str(Path(model or "").resolve())}, calibration or "", samples, length)
@@ -66,6 +66,7 @@ def main(
         "sequential": (calibration, evaluation, model),
         "variants": (calibration,),
         "archived": (calibration,),
+        "memory": (calibration,),
         "awq": (calibration, evaluation),
         "awq-peer": (calibration, evaluation),
         "quality": (calibration, evaluation),
@@ -102,6 +103,10 @@ def main(
                 gpu.compare(EIGHT, folder)
             elif name == "variants":
                 curves.variants(demo, SIXTEEN, folder)
+            elif name == "memory":
+                memory.planned(demo, small if model else None, folder)
+            elif name == "seven":
+                memory.seven(folder)
             elif name == "blocks":
                 curves.blocks(folder)
             elif name == "limit":

@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.child import run
 from benchmarks.document import machine, replace_section, table
 from benchmarks.ours import Built, Task, Variant, stages_table
+from benchmarks.random_model import text
 
 ROUNDS = 3
 COUNTS = (1, 2, 4, 8, 16)
@@ -60,9 +61,9 @@ the peak {peaks[-1] / peaks[0]:.2f}-fold.
 
 def _random(folder: Path, count: int) -> Built:
     model = _write_model(folder, count)
-    text = folder / "text.txt"
-    text.write_text(text(), encoding="utf-8")
-    task = Task({"source": str(model), "name": "Random"}, str(text), 16, 256)
+    corpus = folder / "text.txt"
+    corpus.write_text(text(), encoding="utf-8")
+    task = Task({"source": str(model), "name": "Random"}, str(corpus), 16, 256)
     return task.build(folder, [Variant(4, 128, False), Variant(4, 32, True)], propagate="source")
 
 
@@ -72,12 +73,6 @@ def _write_model(folder: Path, count: int) -> Path:
     from tests.tiny import write_model
 
     return write_model(folder / "model", dtype=torch.bfloat16, num_hidden_layers=count, **WIDE)
-
-
-def text() -> str:
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[key] for key in sorted(topics))
 
 
 def limit(folder: Path) -> None:

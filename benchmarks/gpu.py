@@ -12,18 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.child import run
-from benchmarks.curves import text
 from benchmarks.document import machine, replace_section, table
 from benchmarks.ours import DAMP, Built, Task, Variant, stages_table
 from benchmarks.peers import prepare
+from benchmarks.random_model import SHAPE, text, write_model
 
-SHAPE: dict[str, Any] = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-}
 SAMPLES, LENGTH = 128, 2048
 
 
@@ -36,7 +29,7 @@ def compare(variants: list[Variant], folder: Path, shape: dict[str, Any] = SHAPE
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu: skipped, torch sees no CUDA device here", flush=True)
         return
-    model = write_model(folder / "model", shape, device)
+    model = write_model(folder / "model", shape, LENGTH, device)
     corpus = folder / "text.txt"
     corpus.write_text("\n".join([text()] * 4), encoding="utf-8")
     task = Task({"source": str(model), "name": "Random"}, str(corpus), SAMPLES, LENGTH)
@@ -67,39 +60,6 @@ One weight of {shape["hidden_size"]} x {shape["hidden_size"]}, all branches, the
 {_kernels(variants, shape["hidden_size"], device)}
 """,
     )
-
-
-def write_model(folder: Path, shape: dict[str, Any], device: str) -> Path:
-    """A random Llama, a file for each block, never whole in memory."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from tests.tiny import VOCABULARY, tokenizer
-
-    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "tie_word_embeddings": False, **shape}
-    config = AutoConfig.for_model("llama", bos_token_id=1, eos_token_id=2, **sizes)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    config.architectures, config.dtype = [type(empty).__name__], "bfloat16"
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    files: dict[str, list[str]] = {}
-    for name in empty.state_dict():
-        part = name.split(".")[2] if name.startswith("model.layers.") else "outside"
-        files.setdefault(f"model-{part}.safetensors", []).append(name)
-    random = torch.Generator(device).manual_seed(0)
-    for file, names in files.items():
-        tensors = {}
-        for name in names:
-            like = empty.state_dict()[name]
-            drawn = torch.randn(like.shape, generator=random, device=device, dtype=torch.float32) * 0.02
-            tensors[name] = (drawn if like.dim() > 1 else torch.ones_like(drawn)).to(torch.bfloat16).cpu()
-        save_file(tensors, folder / file, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
 
 
 def _same(first: Built, second: Built) -> str:

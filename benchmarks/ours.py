@@ -79,12 +79,22 @@ class Task:
         return path
 
     def build(
-        self, folder: Path, variants: list[Variant], rounds: int = 1, device: str = "cpu", **settings: Any
+        self,
+        folder: Path,
+        variants: list[Variant],
+        rounds: int = 1,
+        device: str = "cpu",
+        more: tuple[str, ...] = (),
+        **settings: Any,
     ) -> Built:
-        """Build into ``folder``, in a fresh process; of ``rounds`` equal builds, the one of median wall time."""
+        """Build into ``folder``, in a fresh process; of ``rounds`` equal builds, the one of median wall time.
+
+        Args:
+            more: further options of the command.
+        """
         recipe = self.recipe(folder / "recipe.json", variants, **settings)
         dist = folder / "dist"
-        options = ("--dist", str(dist), "--device", device, "--no-measure", "--json")
+        options = ("--dist", str(dist), "--device", device, "--no-measure", "--json", *more)
         arguments = ("-m", "quantize", "build", str(recipe), *options)
         runs = []
         for _ in range(rounds):
