@@ -164,12 +164,12 @@ def _build(
         f"({compute['device']}, {compute['dtype']})"
     )
     with ExitStack() as stack:
-        branches = [
-            stack.enter_context(
-                Branch(item, work / "building" / item.label, fail_on=tuple(recipe.section(item.method).fail_on))
-            )
-            for item in todo
-        ]
+        branches = []
+        for item in todo:
+            section = recipe.section(item.method)
+            building = work / "building" / item.label
+            branch = Branch(item, building, tuple(section.fail_on), section.min_expert_tokens)
+            branches.append(stack.enter_context(branch))
         CalibrationPass(plan, model, tokens, branches, diagonals, result.timed, progress).run()
         with result.timed("write"):
             for branch in branches:
@@ -198,7 +198,7 @@ def _complete(
 ) -> dict[str, Any]:
     """Everything in a branch's folder beside its weights: configs, the source's files, manifest, card."""
     source = plan.source
-    file, as_file, config = loader_config(plan.recipe, item)
+    file, as_file, config = loader_config(plan.recipe, item, plan.table)
     for name in source.carried_over:
         copy_file(source.folder / name, folder / name)
     write_atomically(folder / file, as_json(as_file))

@@ -75,21 +75,21 @@ def estimate(
     tokens = calibration.samples * calibration.sequence_length
     width = int(checkpoint.text_config.get("hidden_size") or checkpoint.text_config.get("n_embd") or 0)
     inputs = _distinct_inputs(table)
-    forward = 2 * tokens * sum(linear.in_features * linear.out_features for linear in table.linears)
+    forward = 2 * tokens * sum(linear.share * linear.in_features * linear.out_features for linear in table.linears)
     forward += 4 * tokens * calibration.sequence_length * width * table.blocks
-    statistics = 2 * tokens * sum(size * size for _, size in inputs)
+    statistics = 2 * tokens * sum(share * size * size for _, size, share in inputs)
     trailing = sum(linear.out_features * linear.in_features**2 for linear in table.linears)
     solve = sum(trailing * (MSE_FACTOR if variant.mse else 1) for variant in variants)
     gptq = [variant for variant in variants if isinstance(variant, GptqVariant)]
     awq = len(variants) - len(gptq)  # each has scales, and so a Hessian and a factor of its own
     factors = len({(variant.damp_percent, bool(variant.desc_act)) for variant in gptq}) + awq
-    solve += awq * AWQ_SEARCH * trailing + factors * sum(size**3 for _, size in inputs)
+    solve += awq * AWQ_SEARCH * trailing + factors * sum(size**3 for _, size, _ in inputs)
     rate = _operations_per_second()
     own = sum(variant.propagate == "quantized" for variant in gptq)
     passes = int(own < len(variants) or imatrix) + own
     forwards = 1 + 2 * own
-    solve += 2 * own * sum(size**3 for _, size in inputs)
-    drifts = own * 2 * tokens * sum(size * size for _, size in inputs)
+    solve += 2 * own * sum(size**3 for _, size, _ in inputs)
+    drifts = own * statistics
     seconds = (
         forwards * forward / SHARE_FORWARD + (passes * statistics + drifts) / SHARE_STATISTICS + solve / SHARE_SOLVE
     )
@@ -105,7 +105,8 @@ def measuring_seconds(checkpoint: Checkpoint, table: ModuleTable, samples: int, 
     width = int(config.get("hidden_size") or config.get("n_embd") or 0)
     vocabulary = int(config.get("vocab_size") or 0)
     weights = sum(linear.in_features * linear.out_features for linear in table.linears)
-    forward = 2 * tokens * weights + 4 * tokens * length * width * table.blocks
+    used = sum(linear.share * linear.in_features * linear.out_features for linear in table.linears)
+    forward = 2 * tokens * used + 4 * tokens * length * width * table.blocks
     operations = (forward + 2 * tokens * vocabulary * width) / SHARE_FORWARD
     seconds = operations / _operations_per_second() + tokens * vocabulary / COMPARED_PER_SECOND
     return SETUP_SECONDS + (branches + 2) * seconds + branches * weights / DEQUANTIZED_PER_SECOND
@@ -121,16 +122,16 @@ def _peak(
     table: ModuleTable,
     calibration: Calibration,
     width: int,
-    inputs: list[tuple[int, int]],
+    inputs: list[tuple[int, int, float]],
     streams: int,
 ) -> int:
     linears: dict[int, int] = defaultdict(int)
     hessians: dict[int, int] = defaultdict(int)
     for linear in table.linears:
         linears[linear.block] += linear.in_features * linear.out_features * COMPUTE_BYTES
-    for block, size in inputs:
+    for block, size, _ in inputs:
         hessians[block] += size * size * 4 * (2 * streams - 1)  # the source's, and H and drift of each stream
-    largest = max(size for _, size in inputs)
+    largest = max(size for _, size, _ in inputs)
     inside = sum(spec.nbytes for name, spec in checkpoint.tensors.items() if name.startswith(table.prefix))
     outside = (checkpoint.nbytes - inside) // 2 * COMPUTE_BYTES
     activations = streams * calibration.samples * calibration.sequence_length * width * COMPUTE_BYTES
@@ -139,13 +140,14 @@ def _peak(
     return int(PROCESS_BYTES + outside + activations + max(linears.values()) + max(hessians.values()) + working)
 
 
-def _distinct_inputs(table: ModuleTable) -> list[tuple[int, int]]:
-    """(block, in_features) of each distinct input: linears of one parent share one, output projections do not."""
+def _distinct_inputs(table: ModuleTable) -> list[tuple[int, int, float]]:
+    """(block, in_features, share of the tokens) of each distinct input: linears of one parent share one, output
+    projections do not."""
     found = {}
     for linear in table.linears:
         parent, _, leaf = linear.local.rpartition(".")
         own = leaf if leaf in _OUTPUT_PROJECTIONS else ""
-        found[(linear.block, parent, own, linear.in_features)] = (linear.block, linear.in_features)
+        found[(linear.block, parent, own, linear.in_features)] = (linear.block, linear.in_features, linear.share)
     return list(found.values())
 
 

@@ -9,7 +9,7 @@ blocks, with which masks and position embeddings, so no architecture needs code 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from quantize.errors import SourceError
+from quantize.source.experts import Expert, split_experts
 from quantize.source.resolved import Source
+from quantize.source.routing import find_routers
 from quantize.source.tensor_file import TensorFile
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -27,10 +29,15 @@ BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of a loaded block. ``weight`` is [out_features, in_features] whatever the module stores."""
+    """A linear of a loaded block. ``weight`` is [out_features, in_features] whatever the module stores.
+
+    Attributes:
+        local: its name in the block. expert: the expert that it is part of, which only some tokens reach.
+    """
 
     local: str
     module: nn.Module
+    expert: Expert | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -70,8 +77,10 @@ class StreamedModel:
         self.source, self.compute_dtype, self.device = source, compute_dtype, device
         self._files: dict[str, TensorFile] = {}
         self.model = _empty_model(source, compute_dtype, trust_remote_code)
+        split_experts(self.model, source.checkpoint.tensors)
         self.names = _match_names(self.model, source)
         self.block_prefix, self.blocks = self._find_blocks(prefix)
+        self._routers = self._local_names(find_routers(source.checkpoint.tensors))
         self._head = head
         self.load_outside()
         self._returns_tuple: bool | None = None
@@ -111,10 +120,14 @@ class StreamedModel:
             _drop(module)
 
     def linears(self, block: nn.Module) -> list[Linear]:
-        """The quantizable linears of a loaded block, in module order."""
-        return [
-            Linear(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)
-        ]
+        """The quantizable linears of a loaded block, in module order. Routers are none."""
+        modules = dict(block.named_modules())
+        found = []
+        for name, module in modules.items():
+            if isinstance(module, nn.Linear | Conv1D) and name not in self._routers:
+                owner = modules[name.rpartition(".")[0]]
+                found.append(Linear(name, module, owner if isinstance(owner, Expert) else None))
+        return found
 
     def checkpoint_name(self, index: int, local: str) -> str:
         """The name that a module of block ``index`` has in the checkpoint."""
@@ -123,8 +136,14 @@ class StreamedModel:
     def checkpoint_prefix(self, index: int) -> str:
         """What the names of block ``index`` begin with in the checkpoint, as in ``model.layers.0.``"""
         inside = f"{self.block_prefix}{index}."
-        name = next(name for name in self.names if name.startswith(inside))
+        kept = (name for name in self.names if name.startswith(inside))
+        name = next(name for name in kept if self.names[name].endswith(name.removeprefix(inside)))  # not renamed
         return self.names[name].removesuffix(name.removeprefix(inside))
+
+    def _local_names(self, tensors: Collection[str]) -> frozenset[str]:
+        """Names inside their block of the modules whose weights are these tensors of the checkpoint."""
+        inside = [name.removeprefix(self.block_prefix) for name, stored in self.names.items() if stored in tensors]
+        return frozenset(name.partition(".")[2].removesuffix(".weight") for name in inside)
 
     def stored_weight(self, index: int, linear: Linear) -> torch.Tensor:
         """The weight [N, K] in float32, exact even where the forward pass runs in less."""
