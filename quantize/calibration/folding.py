@@ -7,7 +7,8 @@ as it was when scaled by random numbers is right, whatever changes it is not.
 
 Experts are tried one by one, outside their block, as the tokens of a trial may reach none of them. Their up_proj takes
 the scale of their down_proj. The norm before them takes none: it feeds the router too, which stays in full width, and
-experts whose tokens, and so whose scales, differ.
+other experts, whose tokens and scales differ. In a trial of another linear the router's choices are kept, as rounding
+could turn one of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from quantize.calibration.statistics import InputStatistics
+from quantize.source.experts import pinned_routing
 from quantize.source.streamed import Linear, StreamedModel
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
@@ -61,7 +63,7 @@ def find_folds(
         block: loaded, and the same after as before. hidden: what enters it, [batch, length, width].
         activation: name of the module whose output loaders divide by scales of its own, where they do.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), pinned_routing(block):
         seen: dict[str, torch.Tensor] = {}
         before = _modules_before(model, index, block, groups, hidden, activation, seen)
         expected = model.run(index, block, hidden)

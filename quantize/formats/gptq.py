@@ -90,7 +90,6 @@ def quantize_config(
         "true_sequential": False,
         "model_name_or_path": None,
         "model_file_base_name": "model",
-        "is_marlin_format": False,
         "quant_method": "gptq",
         "method": "gptq",
         "checkpoint_format": checkpoint_format,

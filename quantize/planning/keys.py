@@ -10,7 +10,7 @@ from typing import Any
 from quantize.recipe.methods import Awq, Gptq, Method, Variant
 from quantize.recipe.schema import Release
 
-SOLVER_VERSION = 2
+SOLVER_VERSION = 3
 """Raised when the same source, tokens and parameters give other bytes: finished variants are then stale."""
 LISTS = frozenset({"variants", "matrix"})
 JUDGEMENTS = frozenset({"fail_on", "min_expert_tokens"})

@@ -160,16 +160,6 @@ def plan_levels(
     return dataclasses.replace(blank, levels=levels)
 
 
-def imatrix_entries(header: Header, linears: Sequence[str]) -> dict[str, str]:
-    """For each GGUF weight that a quantized linear became, that linear's name in the checkpoint."""
-    found = {}
-    for name in linears:
-        for new_name in header.became.get(f"{name}.weight", []):
-            if new_name.endswith(".weight"):
-                found[new_name] = name
-    return found
-
-
 def _uses_imatrix(level: str) -> bool:
     return level not in {"F32", "F16", "BF16"}
 

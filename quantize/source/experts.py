@@ -8,8 +8,9 @@ transformers' own table of conversions; no architecture is known by name.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -68,6 +69,24 @@ class Experts(nn.ModuleList):
         return output
 
 
+@contextlib.contextmanager
+def pinned_routing(block: nn.Module) -> Iterator[None]:
+    """While inside, every run of a block sends its tokens where the first run sent them, with the same weights.
+
+    For comparing runs that ought to be equal: rounding alone can turn a close choice of the router.
+    """
+    chosen: dict[nn.Module, tuple[torch.Tensor, ...]] = {}
+
+    def pin(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return arguments[0], *chosen.setdefault(module, arguments[1:])
+
+    with contextlib.ExitStack() as stack:
+        for module in block.modules():
+            if isinstance(module, Experts):
+                stack.callback(module.register_forward_pre_hook(pin).remove)
+        yield
+
+
 def split_experts(model: Any, stored: Iterable[str]) -> None:
     """Replace every module of stacked experts, on the meta device, by :class:`Experts`.
 
@@ -107,7 +126,9 @@ def split_experts(model: Any, stored: Iterable[str]) -> None:
             found[owner][parameter][order[pattern]] = expert[2].removesuffix(".weight")
     for owner, parameters in found.items():
         stacked = model.get_submodule(owner)
-        if experts := _split(stacked, {name: [leaf for _, leaf in sorted(p.items())] for name, p in parameters.items()}):
+        if experts := _split(
+            stacked, {name: [leaf for _, leaf in sorted(p.items())] for name, p in parameters.items()}
+        ):
             model.set_submodule(owner, experts)
 
 
