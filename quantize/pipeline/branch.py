@@ -92,7 +92,8 @@ class Branch:
         self.ledger.append(entry)
 
     def _fewest_tokens(self, solution: Solution) -> int:
-        return solution.codes.shape[1] if self.min_expert_tokens == "in_features" else self.min_expert_tokens
+        """Of an expert's linear; one that saw none is starved whatever was asked for."""
+        return solution.codes.shape[1] if self.min_expert_tokens == "in_features" else max(1, self.min_expert_tokens)
 
 
 def energy_of(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -130,8 +130,8 @@ def find_linears(checkpoint: Checkpoint) -> ModuleTable:
             raise PlanError(
                 _unknown(
                     checkpoint,
-                    f"{name} is {list(spec.shape)}: its experts are stored as one tensor; only checkpoints with linears "
-                    "of their own for each expert are read (as of Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE)",
+                    f"{name} is {list(spec.shape)}: experts stacked in one tensor are not read, only experts with "
+                    "linears of their own (as those of Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE)",
                 )
             )
         if len(spec.shape) == 2 and rest.endswith(".weight") and name not in routers:

@@ -108,27 +108,24 @@ def split_experts(model: Any, stored: Iterable[str]) -> None:
     mapping = get_model_conversion_mapping(model)
     renamings = [item for item in mapping if type(item) is WeightRenaming]
     converters = [item for item in mapping if type(item) is WeightConverter]
-    kinds = {
-        pattern: [type(step) for step in item.operations] for item in converters for pattern in item.source_patterns
+    stacking = {
+        pattern: place
+        for item in converters
+        if [type(step) for step in item.operations] in ([MergeModulelist], [MergeModulelist, Concatenate])
+        for place, pattern in enumerate(item.source_patterns)
     }
-    order = {pattern: place for item in converters for place, pattern in enumerate(item.source_patterns)}
     state = model.state_dict()
     found: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
     for tensor in stored:
         expert = expert_of(tensor)
-        if expert is None:
-            continue
-        name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
-        if pattern is None or name not in state or state[name].dim() != 3:
-            continue
-        if kinds[pattern] in ([MergeModulelist], [MergeModulelist, Concatenate]):
-            owner, _, parameter = name.rpartition(".")
-            found[owner][parameter][order[pattern]] = expert[2].removesuffix(".weight")
+        if expert is not None:
+            name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
+            if pattern in stacking and name in state:
+                owner, _, parameter = name.rpartition(".")
+                found[owner][parameter][stacking[pattern]] = expert[2].removesuffix(".weight")
     for owner, parameters in found.items():
-        stacked = model.get_submodule(owner)
-        if experts := _split(
-            stacked, {name: [leaf for _, leaf in sorted(p.items())] for name, p in parameters.items()}
-        ):
+        leaves = {parameter: [leaf for _, leaf in sorted(parts.items())] for parameter, parts in parameters.items()}
+        if experts := _split(model.get_submodule(owner), leaves):
             model.set_submodule(owner, experts)
 
 
@@ -142,7 +139,8 @@ def _split(stacked: nn.Module, leaves: dict[str, list[str]]) -> Experts | None:
         return None
     count, twice, width = shapes["gate_up_proj"]
     inner, (outer,) = leaves["gate_up_proj"], leaves["down_proj"]
-    dtype, gate = next(stacked.parameters()).dtype, stacked._apply_gate
+    dtype = next(stacked.parameters()).dtype
+    gate: Any = stacked._apply_gate
 
     def linear(inputs: int, outputs: int) -> nn.Linear:
         return nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype)

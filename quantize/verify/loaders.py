@@ -39,10 +39,12 @@ def check_gptq_or_awq(folder: Path) -> list[Check]:
 
     checks = []
     kind, renamed = _experts(folder)
-    first = (_named("transformers", "gptqmodel"), ("transformers", "gptqmodel", "optimum"), "worker_transformers.py")
-    if kind:
-        first = (_named("gptqmodel"), ("gptqmodel",), "worker_gptqmodel.py")
-    for name, packages, worker in (first, (_named("vllm"), ("vllm",), "worker_vllm.py")):
+    for name, packages, worker in (
+        (_named("gptqmodel"), ("gptqmodel",), "worker_gptqmodel.py")
+        if kind
+        else (_named("transformers", "gptqmodel"), ("transformers", "gptqmodel", "optimum"), "worker_transformers.py"),
+        (_named("vllm"), ("vllm",), "worker_vllm.py"),
+    ):
         if renamed and worker == "worker_gptqmodel.py":
             checks.append(Check(name, "skipped", f"it knows the experts of {kind} by other names than their authors'"))
             continue
