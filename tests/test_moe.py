@@ -320,7 +320,7 @@ def test_min_expert_tokens_decides_what_is_starved(
     if starved is None:
         starved = sum(".experts." in row["module"] and row["tokens"] < inputs[row["module"]] for row in ledger)
     assert len(result.oddities[item.label]["starved_expert"]) == starved
-    again = write_recipe(tmp_path / "r.yaml", mixture, "  min_expert_tokens: 7\n  group_size: 32\n", **SETTINGS)
+    again = write_recipe(tmp_path / "r.yaml", mixture, body.format(7), **SETTINGS)
     (item,) = quantize.plan(quantize.load_recipe(again), dist=tmp_path / "dist").variants
     assert item.state == "fresh"  # it changes no weight
 
