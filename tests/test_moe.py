@@ -310,9 +310,8 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_min_expert_tokens_decides_what_is_starved(
     mixture: Path, tmp_path: Path, fewest: str, starved: int | None
 ) -> None:
-    recipe = write_recipe(
-        tmp_path / "r.yaml", mixture, f"  min_expert_tokens: {fewest}\n  group_size: 32\n", **SETTINGS
-    )
+    body = "  min_expert_tokens: {}\n  group_size: 32\n"
+    recipe = write_recipe(tmp_path / "r.yaml", mixture, body.format(fewest), **SETTINGS)
     result = quantize.build(quantize.load_recipe(recipe), dist=tmp_path / "dist", device="cpu")
     (item,) = result.plan.variants
     ledger = json.loads((item.folder / "quantize-manifest.json").read_text())["ledger"]
