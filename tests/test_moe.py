@@ -154,7 +154,7 @@ def test_an_expert_that_later_batches_reach_is_found_then(tmp_path: Path) -> Non
 def test_drift_is_of_the_tokens_that_both_models_send_to_an_expert(tmp_path: Path) -> None:
     folder, ids = write_model(tmp_path / "tiny", "qwen3_moe"), token_ids()
     model = streamed(folder)
-    source = Activations(model, ids.numpy(), 2)
+    source = Activations(model, ids.numpy(), 5)
     stream = source.copy()
     stream.hidden += 0.3 * source.hidden.std() * torch.randn(stream.hidden.shape, generator=torch.manual_seed(0))
     both = []
@@ -256,8 +256,9 @@ def test_experts_that_no_token_reached_are_rounded_to_nearest_and_recorded(built
         assert (row["outcome"], row["tokens"], row["dead_columns"]) == ("starved_expert", 0, 0)
         sym, bits = label != "awq/main", 3 if label == "gptq/own" else 4
         nearest = round_to_nearest(weight, torch.eye(weight.shape[1]), GptqParameters(bits, 32, sym=sym))
-        assert near(reader.weight(module), nearest.dequantize(), 1e-6)
-    assert built.result.oddities[label]["starved_expert"][: len(silent)]
+        differing = (reader.weight(module) - nearest.dequantize()).abs() > 1e-6
+        assert float(differing.float().mean()) < 0.01  # where two ranges of a group are equally good
+    assert set(silent) <= set(built.result.oddities[label]["starved_expert"])
 
 
 @pytest.mark.parametrize("label", LABELS)

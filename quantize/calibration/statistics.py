@@ -66,7 +66,7 @@ class InputStatistics:
     def finish(self) -> None:
         """Mirror the lower panels, so that ``hessian`` is whole."""
         if not self.tokens:
-            self.hessian.fill_diagonal_(1.0)
+            self.hessian.diagonal().fill_(1.0)
         for first, last in _panels(self.hessian.shape[0]):
             self.hessian[:first, first:last].copy_(self.hessian[first:last, :first].t())
 
