@@ -311,7 +311,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_min_expert_tokens_decides_what_is_starved(
     mixture: Path, tmp_path: Path, fewest: str, starved: int | None
 ) -> None:
-    body = "  min_expert_tokens: {}\n  group_size: 32\n"
+    body = "  min_expert_tokens: {}\n  variants: [{{group_size: 32}}]\n"
     recipe = write_recipe(tmp_path / "r.yaml", mixture, body.format(fewest), **SETTINGS)
     result = quantize.build(quantize.load_recipe(recipe), dist=tmp_path / "dist", device="cpu")
     (item,) = result.plan.variants
@@ -327,7 +327,7 @@ def test_min_expert_tokens_decides_what_is_starved(
 
 @pytest.mark.parametrize("section", ["gptq", "awq"])
 def test_a_starved_expert_fails_where_the_recipe_says_so(mixture: Path, tmp_path: Path, section: str) -> None:
-    body = "  group_size: 32\n" + ("awq:\n  group_size: 32\n" if section == "awq" else "")
+    body = "  variants: [{group_size: 32}]\n" + ("awq:\n  variants: [{group_size: 32}]\n" if section == "awq" else "")
     recipe = write_recipe(tmp_path / "r.yaml", mixture, body + "  fail_on: [starved_expert]\n", **SETTINGS)
     with pytest.raises(SolveError, match=rf"experts\.\d\.\w+: starved_expert \(\d+ tokens\), which {section}\.fail_on"):
         quantize.build(quantize.load_recipe(recipe), dist=tmp_path / "dist", device="cpu")
@@ -336,7 +336,10 @@ def test_a_starved_expert_fails_where_the_recipe_says_so(mixture: Path, tmp_path
 
 def test_build_status_and_measure_speak_of_experts(mixture: Path, tmp_path: Path, invoke: Command) -> None:
     recipe = write_recipe(
-        tmp_path / "r.yaml", mixture, "  group_size: 32\nmeasure: {samples: 2, sequence_length: 64}\n", **SETTINGS
+        tmp_path / "r.yaml",
+        mixture,
+        "  variants: [{group_size: 32}]\nmeasure: {samples: 2, sequence_length: 64}\n",
+        **SETTINGS,
     )
     done = invoke("build", recipe, "--dist", tmp_path / "dist", "--device", "cpu")
     assert done.returncode == 0, done.stderr
@@ -352,7 +355,9 @@ def test_build_status_and_measure_speak_of_experts(mixture: Path, tmp_path: Path
 def test_a_bad_min_expert_tokens_is_one_sentence(
     mixture: Path, tmp_path: Path, invoke: Command, value: str
 ) -> None:  # fmt: skip
-    recipe = write_recipe(tmp_path / "r.yaml", mixture, f"  min_expert_tokens: {value}\n")
+    recipe = write_recipe(
+        tmp_path / "r.yaml", mixture, f"  min_expert_tokens: {value}\n  variants: [{{group_size: 32}}]\n"
+    )
     done = invoke("validate", recipe)
     assert done.returncode == 2
     assert "must be a number of tokens, or in_features" in done.stderr
@@ -368,7 +373,7 @@ def test_experts_stacked_in_one_tensor_are_refused(mixture: Path, tmp_path: Path
     owner = "model.layers.0.mlp.experts"
     tensors[f"{owner}.down_proj"] = torch.stack([tensors.pop(f"{owner}.{n}.down_proj.weight") for n in range(6)])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    done = invoke("plan", write_recipe(tmp_path / "r.yaml", folder, "  group_size: 32\n"))
+    done = invoke("plan", write_recipe(tmp_path / "r.yaml", folder, "  variants: [{group_size: 32}]\n"))
     assert done.returncode == 2
     assert f"{owner}.down_proj is [6, 128, 64]: experts stacked in one tensor are not read" in done.stderr
 
