@@ -39,6 +39,7 @@ BODY = """\
 awq:
   variants: [{group_size: 32}]
 """
+ONE = "  variants: [{group_size: 32}]\n"
 SETTINGS = {"samples": 4, "compute_dtype": "float32"}
 
 
@@ -311,8 +312,8 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_min_expert_tokens_decides_what_is_starved(
     mixture: Path, tmp_path: Path, fewest: str, starved: int | None
 ) -> None:
-    body = "  min_expert_tokens: {}\n  variants: [{{group_size: 32}}]\n"
-    recipe = write_recipe(tmp_path / "r.yaml", mixture, body.format(fewest), **SETTINGS)
+    body = "  min_expert_tokens: {}\n"
+    recipe = write_recipe(tmp_path / "r.yaml", mixture, body.format(fewest) + ONE, **SETTINGS)
     result = quantize.build(quantize.load_recipe(recipe), dist=tmp_path / "dist", device="cpu")
     (item,) = result.plan.variants
     ledger = json.loads((item.folder / "quantize-manifest.json").read_text())["ledger"]
@@ -320,14 +321,14 @@ def test_min_expert_tokens_decides_what_is_starved(
     if starved is None:
         starved = sum(".experts." in row["module"] and row["tokens"] < inputs[row["module"]] for row in ledger)
     assert len(result.oddities[item.label]["starved_expert"]) == starved
-    again = write_recipe(tmp_path / "r.yaml", mixture, body.format(7), **SETTINGS)
+    again = write_recipe(tmp_path / "r.yaml", mixture, body.format(7) + ONE, **SETTINGS)
     (item,) = quantize.plan(quantize.load_recipe(again), dist=tmp_path / "dist").variants
     assert item.state == "fresh"  # it changes no weight
 
 
 @pytest.mark.parametrize("section", ["gptq", "awq"])
 def test_a_starved_expert_fails_where_the_recipe_says_so(mixture: Path, tmp_path: Path, section: str) -> None:
-    body = "  variants: [{group_size: 32}]\n" + ("awq:\n  variants: [{group_size: 32}]\n" if section == "awq" else "")
+    body = ONE + ("awq:\n" + ONE if section == "awq" else "")
     recipe = write_recipe(tmp_path / "r.yaml", mixture, body + "  fail_on: [starved_expert]\n", **SETTINGS)
     with pytest.raises(SolveError, match=rf"experts\.\d\.\w+: starved_expert \(\d+ tokens\), which {section}\.fail_on"):
         quantize.build(quantize.load_recipe(recipe), dist=tmp_path / "dist", device="cpu")
@@ -338,7 +339,7 @@ def test_build_status_and_measure_speak_of_experts(mixture: Path, tmp_path: Path
     recipe = write_recipe(
         tmp_path / "r.yaml",
         mixture,
-        "  variants: [{group_size: 32}]\nmeasure: {samples: 2, sequence_length: 64}\n",
+        ONE + "measure: {samples: 2, sequence_length: 64}\n",
         **SETTINGS,
     )
     done = invoke("build", recipe, "--dist", tmp_path / "dist", "--device", "cpu")
@@ -355,9 +356,7 @@ def test_build_status_and_measure_speak_of_experts(mixture: Path, tmp_path: Path
 def test_a_bad_min_expert_tokens_is_one_sentence(
     mixture: Path, tmp_path: Path, invoke: Command, value: str
 ) -> None:  # fmt: skip
-    recipe = write_recipe(
-        tmp_path / "r.yaml", mixture, f"  min_expert_tokens: {value}\n  variants: [{{group_size: 32}}]\n"
-    )
+    recipe = write_recipe(tmp_path / "r.yaml", mixture, f"  min_expert_tokens: {value}\n{ONE}")
     done = invoke("validate", recipe)
     assert done.returncode == 2
     assert "must be a number of tokens, or in_features" in done.stderr
@@ -373,7 +372,7 @@ def test_experts_stacked_in_one_tensor_are_refused(mixture: Path, tmp_path: Path
     owner = "model.layers.0.mlp.experts"
     tensors[f"{owner}.down_proj"] = torch.stack([tensors.pop(f"{owner}.{n}.down_proj.weight") for n in range(6)])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    done = invoke("plan", write_recipe(tmp_path / "r.yaml", folder, "  variants: [{group_size: 32}]\n"))
+    done = invoke("plan", write_recipe(tmp_path / "r.yaml", folder, ONE))
     assert done.returncode == 2
     assert f"{owner}.down_proj is [6, 128, 64]: experts stacked in one tensor are not read" in done.stderr
 
