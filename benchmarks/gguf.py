@@ -130,7 +130,7 @@ def _imatrix(bin_folder: Path, plan: quantize.planning.Plan, folder: Path) -> st
     subprocess.run(command, check=True, capture_output=True)
     ours, theirs = read_importance(plan.gguf.folder / str(plan.gguf.imatrix_file)), read_importance(out)
     assert ours.sums.keys() <= theirs.sums.keys()
-    apart = [np.abs(ours.sums[name] / theirs.sums[name] - 1) for name in ours.sums]
+    apart = [np.abs(ours.sums[name] / theirs.sums[name] - 1).reshape(-1) for name in ours.sums]
     everything = np.concatenate(apart)
     return f"median {np.median(everything):.1e}, largest {everything.max():.1e} relative."
 

@@ -224,7 +224,7 @@ def test_the_importance_matrix_is_the_sum_of_squares(built: Built, small: Path) 
     assert (importance.dataset, importance.chunks, importance.chunk_size) == ("pydoc", 4, 64)
     for name, expected in sums.items():
         assert importance.counts[f"{name}.weight"] == 256
-        found = torch.from_numpy(importance.sums[f"{name}.weight"]).double()
+        (found,) = torch.from_numpy(importance.sums[f"{name}.weight"]).double()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
 

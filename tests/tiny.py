@@ -32,6 +32,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 6},
+    "qwen2_moe": {"num_experts": 6, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+    "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 64, "head_dim": 32, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 6, "pad_token_id": 0},
+}
+"""Mixtures of experts, of which two see each token."""
+
+
 def write_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float16, **changes: Any) -> Path:
     """A randomly initialised model of three blocks, saved with its tokenizer; always the same weights."""
     common = {
@@ -45,12 +54,15 @@ def write_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = 
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    config = AutoConfig.for_model(architecture, **{**common, **ARCHITECTURES.get(architecture, {}), **changes})
+    if architecture in MIXTURES:
+        common |= {"num_experts_per_tok": 2, "decoder_sparse_step": 1, "intermediate_size": 96}
+    own = ARCHITECTURES.get(architecture) or MIXTURES.get(architecture, {})
+    config = AutoConfig.for_model(architecture, **{**common, **own, **changes})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() in (2, 3):  # three: stacked experts
                 parameter.normal_(0, 0.06)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.02)

@@ -4,12 +4,17 @@ A norm whose output is the input scales it away in its weight. So does a linear 
 channel by channel: v_proj through the attention into o_proj, up_proj through the product with the gate into
 down_proj, fc1 through a ReLU into fc2. No architecture needs a table of its own: whatever keeps the block's output
 as it was when scaled by random numbers is right, whatever changes it is not.
+
+Experts are tried one by one, outside their block, as the tokens of a trial may reach none of them. Their up_proj takes
+the scale of their down_proj. The norm before them takes none: it feeds the router too, which stays in full width, and
+other experts, whose tokens and scales differ. In a trial of another linear the router's choices are kept, as rounding
+could turn one of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +22,12 @@ import torch
 from torch import nn
 
 from quantize.calibration.statistics import InputStatistics
+from quantize.source.experts import pinned_routing
 from quantize.source.streamed import Linear, StreamedModel
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
 """Of the block's change to its input; a wrong fold changes it by a third or more."""
+TRIAL_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -56,22 +63,47 @@ def find_folds(
         block: loaded, and the same after as before. hidden: what enters it, [batch, length, width].
         activation: name of the module whose output loaders divide by scales of its own, where they do.
     """
-    with torch.inference_mode():
+    with torch.inference_mode(), pinned_routing(block):
         seen: dict[str, torch.Tensor] = {}
         before = _modules_before(model, index, block, groups, hidden, activation, seen)
         expected = model.run(index, block, hidden)
+        change = float((expected - hidden).float().norm())
+
+        def run_block() -> torch.Tensor:
+            return model.run(index, block, hidden)
+
         found: dict[str, Fold | None] = {}
         for group in groups:
             leader = group.linears[0].local
+            if group.linears[0].expert is not None:
+                found[leader] = _expert_fold(model, block, group)
+                continue
             producer = before.get(leader)
             if producer is not None and producer.rpartition(".")[2] == activation:
                 found[leader] = Fold(producer, torch.arange(group.linears[0].weight.shape[1]), False, activation=True)
                 continue
             candidates = [*_norm_folds(block, producer), *_linear_folds(model, block, group)]
             found[leader] = next(
-                (fold for fold in candidates if _holds(model, index, block, group, fold, hidden, expected)), None
+                (fold for fold in candidates if _holds(block, group, fold, run_block, expected, change)), None
             )
     return found
+
+
+def _expert_fold(model: StreamedModel, block: nn.Module, group: InputStatistics) -> Fold | None:
+    """What of its own takes the scale of an expert's input; tried on random rows."""
+    expert = group.linears[0].expert
+    assert expert is not None
+    if group.linears[0].module is not expert.outer:
+        return None  # the router and other experts read this input too
+    mates = [linear for linear in model.linears(block) if linear.expert is expert and linear.module is not expert.outer]
+    weight = mates[0].weight
+    drawn = torch.randn(TRIAL_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    rows = drawn.to(weight.device, weight.dtype)
+    expected = expert(rows)
+    straight = torch.arange(group.linears[0].weight.shape[1])
+    folds = (Fold(mate.local, straight, norm=False) for mate in mates if mate.weight.shape[0] == len(straight))
+    change = float(expected.float().norm())
+    return next((fold for fold in folds if _holds(block, group, fold, lambda: expert(rows), expected, change)), None)
 
 
 def _modules_before(
@@ -141,7 +173,7 @@ def _linear_folds(model: StreamedModel, block: nn.Module, group: InputStatistics
     fewer = 1 if getattr(config, "multi_query", False) else int(getattr(config, "num_key_value_heads", 0) or heads)
     straight = torch.arange(columns)
     for linear in model.linears(block):
-        if linear.local in own:
+        if linear.local in own or linear.expert is not None:  # the outputs of experts are summed: no one alone feeds
             continue
         outputs = linear.weight.shape[0]
         if outputs >= columns:  # all of them, or the last of a fused projection
@@ -154,22 +186,25 @@ def _linear_folds(model: StreamedModel, block: nn.Module, group: InputStatistics
 
 
 def _holds(
-    model: StreamedModel,
-    index: int,
     block: nn.Module,
     group: InputStatistics,
     fold: Fold,
-    hidden: torch.Tensor,
+    run: Callable[[], torch.Tensor],
     expected: torch.Tensor,
+    change: float,
 ) -> bool:
-    """Whether the block's output stays when the producer divides by random scales and the linears multiply."""
+    """Whether an output stays when the producer divides by random scales and the linears multiply.
+
+    Args:
+        run: computes the output. expected: what it was. change: the norm that a difference is held against.
+    """
     producer = block.get_submodule(fold.producer)
     outputs = _outputs(producer) if fold.norm else Linear(fold.producer, producer).weight.shape[0]
     drawn = torch.rand(outputs, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).exp_()
     untouched = torch.ones(outputs, dtype=torch.bool)
     untouched[fold.rows] = False
     drawn[untouched] = 1
-    scale = drawn.to(device=hidden.device, dtype=torch.float32)
+    scale = drawn.to(device=expected.device, dtype=torch.float32)
     touched = [producer, *(linear.module for linear in group.linears)]
     kept = [parameter for module in touched for parameter in module.parameters(recurse=False)]
     saved = [parameter.clone() for parameter in kept]
@@ -178,11 +213,10 @@ def _holds(
         columns = scale[fold.rows.to(scale.device)]
         for linear in group.linears:
             linear.set_weight(linear.weight.float() * columns)
-        result = model.run(index, block, hidden)
+        result = run()
     finally:
         for parameter, values in zip(kept, saved, strict=True):
             parameter.copy_(values)
-    change = (expected - hidden).float().norm()
     return bool((result - expected).float().norm() <= TOLERANCE[expected.dtype] * change)
 
 

@@ -136,7 +136,7 @@ def block_statistics(
         The source's statistics (empty ones without ``gather``), and those of each stream.
 
     Raises:
-        CalibrationError: a linear that no token reached, or a bad output.
+        CalibrationError: a linear that no token reached (an expert's may be), or a bad output.
     """
     linears = source.model.linears(block)
     watch = Collector(linears, timed, gather=gather, record=bool(streams))
@@ -151,8 +151,7 @@ def block_statistics(
             source.put(window, output)
         source.turn(index)
         for collector in (watch, *collectors):
-            for group in collector.groups:
-                group.finish()
+            collector.finish()
     if unread := watch.unread():
         raise CalibrationError(f"{source.model.block_prefix}{index}.{unread[0]}: no calibration token reached it")
     return watch.groups, [collector.groups for collector in collectors]

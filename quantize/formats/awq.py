@@ -67,24 +67,29 @@ def decode(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return scale * (codes.float() - zero)
 
 
-def quant_config(*, group_size: int, zero_point: bool) -> dict[str, Any]:
-    """``quant_config.json``, in AutoAWQ's own names."""
+def quant_config(*, group_size: int, zero_point: bool, left_out: list[str] | None = None) -> dict[str, Any]:
+    """``quant_config.json``, in AutoAWQ's own names.
+
+    Args:
+        left_out: whole names of the linears of blocks that are not quantized. Loaders also match a part of a name, so
+            that ``gate`` alone would leave out ``gate_proj``.
+    """
     return {
         "zero_point": zero_point,
         "q_group_size": group_size,
         "w_bit": BITS,
         "version": "GEMM",
-        "modules_to_not_convert": None,
+        "modules_to_not_convert": left_out,
     }
 
 
-def quantization_config(*, group_size: int, zero_point: bool) -> dict[str, Any]:
-    """``quantization_config`` of ``config.json``, as transformers, vLLM and TGI read it."""
+def quantization_config(*, group_size: int, zero_point: bool, left_out: list[str] | None = None) -> dict[str, Any]:
+    """``quantization_config`` of ``config.json``, as transformers, vLLM and TGI read it; arguments as above."""
     return {
         "quant_method": "awq",
         "bits": BITS,
         "group_size": group_size,
         "zero_point": zero_point,
         "version": "gemm",
-        "modules_to_not_convert": None,
+        "modules_to_not_convert": left_out,
     }

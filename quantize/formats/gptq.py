@@ -65,13 +65,19 @@ def quantize_config(
     damp_percent: float,
     checkpoint_format: str,
     version: str,
+    modules: list[str] | None = None,
 ) -> dict[str, Any]:
     """``quantize_config.json``, and the same object as ``quantization_config`` in ``config.json``.
 
     The union of what AutoGPTQ, GPTQModel, transformers, vLLM, TGI and ExLlama read. Static act-order is no
     act-order to a loader: its groups lie in the natural order.
+
+    Args:
+        modules: ends of the names of the quantized linears, where a block has linears that are not.
     """
     dynamic = desc_act is True
+    # optimum takes a linear whose name ends so, vLLM one whose name holds it
+    selected = {"modules_in_block_to_quantize": [modules]} if modules else {}
     return {
         "bits": bits,
         "group_size": group_size,
@@ -84,12 +90,12 @@ def quantize_config(
         "true_sequential": False,
         "model_name_or_path": None,
         "model_file_base_name": "model",
-        "is_marlin_format": False,
         "quant_method": "gptq",
         "method": "gptq",
         "checkpoint_format": checkpoint_format,
         "format": checkpoint_format,
         "pack_dtype": "int32",
+        **selected,
         "meta": {
             "quantizer": [f"quantize:{version}"],
             "damp_percent": damp_percent,

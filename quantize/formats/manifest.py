@@ -19,8 +19,9 @@ class LedgerEntry:
     """One quantized module.
 
     Attributes:
-        outcome: ``solved``, ``damp_raised``, ``rtn_fallback``, or ``unscaled`` (AWQ, where no operation before the
-            linear can take a scale).
+        outcome: ``solved``, ``damp_raised``, ``rtn_fallback``, ``starved_expert`` (an expert that saw fewer tokens than
+            the recipe asks for; one that saw none is rounded to nearest), or ``unscaled`` (AWQ, where no operation
+            before the linear can take a scale).
         damp_percent: the damping that was used.
         dead_columns: input channels that were zero in every calibration token.
         relative_error: tr((W-Q) H (W-Q)^T) / tr(W H W^T).

@@ -1,7 +1,8 @@
 """The importance matrix, as llama.cpp keeps it: sums of squares of each input channel, and token counts.
 
 Format: GGUF of ``general.type`` ``imatrix``, as llama-imatrix writes it: for each weight the tensors
-``<name>.in_sum2`` float32 [K] and ``<name>.counts`` float32 [1]. The sums are the diagonal of H = X^T X.
+``<name>.in_sum2`` float32 [M, K] and ``<name>.counts`` float32 [M, 1], with M = 1, or as many as there are experts in
+the weight. The sums are the diagonal of H = X^T X.
 """
 
 from __future__ import annotations
@@ -22,22 +23,23 @@ class Importance:
     """Sums of squares and counts by GGUF tensor name.
 
     Attributes:
-        sums: float32 [K] each. counts: tokens.
+        sums: float32 [M, K] each. counts: tokens, integers [M].
         dataset: what the text is called. chunks, chunk_size: windows and their tokens.
     """
 
     sums: Mapping[str, np.ndarray]
-    counts: Mapping[str, int]
+    counts: Mapping[str, np.ndarray]
     dataset: str
     chunks: int
     chunk_size: int
 
     def means(self) -> dict[str, np.ndarray]:
-        """Mean squares, float32 [K]: what the quantizer takes. A weight that no token reached gets ones."""
-        return {
-            name: sums / np.float32(self.counts[name]) if self.counts[name] else np.ones_like(sums)
-            for name, sums in self.sums.items()
-        }
+        """Mean squares, float32 [M * K]: what the quantizer takes. A matrix that no token reached gets ones."""
+        found = {}
+        for name, sums in self.sums.items():
+            counts = self.counts[name][:, None].astype(np.float32)
+            found[name] = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1)).reshape(-1)
+        return found
 
 
 def write_importance(path: Path, importance: Importance) -> None:
@@ -53,8 +55,8 @@ def write_importance(path: Path, importance: Importance) -> None:
         writer.add_uint32("imatrix.chunk_count", importance.chunks)
         writer.add_uint32("imatrix.chunk_size", importance.chunk_size)
         for name in sorted(importance.sums):
-            writer.add_tensor(f"{name}.in_sum2", importance.sums[name].astype(np.float32).reshape(1, -1))
-            writer.add_tensor(f"{name}.counts", np.array([[importance.counts[name]]], dtype=np.float32))
+            writer.add_tensor(f"{name}.in_sum2", importance.sums[name].astype(np.float32))
+            writer.add_tensor(f"{name}.counts", importance.counts[name].astype(np.float32)[:, None])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -81,16 +83,16 @@ def read_importance(path: Path) -> Importance:
 def _read(path: Path) -> Importance:
     reader = open_gguf(path)
     sums: dict[str, np.ndarray] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, np.ndarray] = {}
     for tensor in reader.tensors:
         name, _, what = tensor.name.rpartition(".")
         if what in {"in_sum2", "counts"} and tensor.tensor_type.name != "F32":
             raise ValueError(f"{tensor.name} is {tensor.tensor_type.name}, not F32")
         if what == "in_sum2":
-            sums[name] = np.array(tensor.data, dtype=np.float32).reshape(-1)
+            sums[name] = np.array(tensor.data, dtype=np.float32).reshape(-1, int(tensor.shape[0]))
         elif what == "counts":
-            counts[name] = int(np.max(tensor.data))
-    if not sums or sums.keys() != counts.keys():
+            counts[name] = np.array(tensor.data).reshape(-1).astype(np.int64)
+    if not sums or {name: len(rows) for name, rows in sums.items()} != {name: len(c) for name, c in counts.items()}:
         raise GgufError(
             f"{path}: is no importance matrix in GGUF (tensors .in_sum2 and .counts); make one with llama-imatrix"
         )

@@ -8,7 +8,7 @@ turns one into the other is found by comparing their values, once, for all level
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,22 @@ import torch
 
 from quantize.errors import GgufError
 from quantize.formats.gguf_reader import open_gguf
+from quantize.gguf.stacks import find_stacks
+from quantize.source.routing import expert_of
 
 ReadSource = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What turns a converted tensor back: rows in another order (None: as they are), a shift, a transposition."""
+    """What turns a converted tensor back: rows in another order (None: as they are), a shift, a transposition.
+
+    Attributes:
+        expert: which matrix of a stack of experts it is.
+    """
 
     name: str
+    expert: int | None = None
     rows: np.ndarray | None = None
     shift: float = 0.0
     transposed: bool = False
@@ -54,15 +61,21 @@ class GgufFile:
         kind = self._tensors[name].tensor_type.name if name in self._tensors else ""
         return {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
 
-    def tensor(self, name: str) -> np.ndarray:
-        """float32 values in the row-major order of torch. Raises GgufError where the file has no such tensor."""
+    def tensor(self, name: str, expert: int | None = None) -> np.ndarray:
+        """float32 values in the row-major order of torch; of one ``expert`` of a stack alone.
+
+        Raises:
+            GgufError: the file has no such tensor.
+        """
         from gguf.quants import dequantize
 
         if name not in self._tensors:
             raise GgufError(f"{self.path}: holds no tensor {name}")
         tensor = self._tensors[name]
-        shape = tuple(int(length) for length in reversed(tensor.shape))
-        return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(shape)
+        shape, data = tuple(int(length) for length in reversed(tensor.shape)), tensor.data
+        if expert is not None:
+            shape, data = shape[1:], data[expert]
+        return dequantize(data, tensor.tensor_type).astype(np.float32, copy=False).reshape(shape)
 
 
 class Alignment:
@@ -76,6 +89,7 @@ class Alignment:
 
     def __init__(self, conversion: Path, became: Mapping[str, list[str]], read: ReadSource) -> None:
         self._conversion, self._became, self._read = GgufFile([conversion]), became, read
+        self._stacks = find_stacks(became)
         self._known: dict[str, Turn] = {}
 
     def turn(self, name: str) -> Turn | None:
@@ -84,15 +98,28 @@ class Alignment:
         Raises:
             GgufError: the converter did something to it that is not known here.
         """
-        if name not in self._became:
+        expert = expert_of(name)
+        if name not in self._became and expert is None:
             return None
         if name not in self._known:
-            targets = self._became[name]
-            if len(targets) != 1:
-                raise GgufError(f"{name} was split into {', '.join(targets)}, which cannot be put together again")
-            wanted = self._read(name).to(self._conversion.dtype(targets[0])).float().numpy()
-            self._known[name] = _find_turn(name, targets[0], wanted, self._conversion.tensor(targets[0]))
+            target, number = self._target(name)
+            wanted = self._read(name).to(self._conversion.dtype(target)).float().numpy()
+            turn = _find_turn(name, target, wanted, self._conversion.tensor(target, number))
+            self._known[name] = replace(turn, expert=number)
         return self._known[name]
+
+    def _target(self, name: str) -> tuple[str, int | None]:
+        """The converted tensor that a checkpoint's went into, and which matrix of it."""
+        if expert := expert_of(name):
+            mixture, number, rest = expert
+            stack = self._stacks.get((mixture, rest.removesuffix(".weight")))
+            if stack is None:
+                raise GgufError(f"{name}: the converter stacked the experts in a way that is not known here")
+            return stack, number
+        targets = self._became[name]
+        if len(targets) != 1:
+            raise GgufError(f"{name} was split into {', '.join(targets)}, which cannot be put together again")
+        return targets[0], None
 
     def source(self, name: str) -> torch.Tensor:
         return self._read(name)
@@ -115,7 +142,7 @@ class LevelReader:
         turn = self._alignment.turn(name)
         if turn is None:
             return self._alignment.source(name)
-        return torch.from_numpy(np.ascontiguousarray(turn.back(self._file.tensor(turn.name))))
+        return torch.from_numpy(np.ascontiguousarray(turn.back(self._file.tensor(turn.name, turn.expert))))
 
 
 def _find_turn(name: str, target: str, wanted: np.ndarray, found: np.ndarray) -> Turn:
@@ -123,7 +150,7 @@ def _find_turn(name: str, target: str, wanted: np.ndarray, found: np.ndarray) ->
         # the vocabulary is padded in the file
         rows = np.arange(wanted.shape[0])
         if _same(found[rows], wanted):
-            return Turn(target, rows)
+            return Turn(target, rows=rows)
     if found.size == wanted.size:
         found = found.reshape(wanted.shape) if wanted.ndim == 1 else found
         if found.shape == wanted.shape:
@@ -133,13 +160,13 @@ def _find_turn(name: str, target: str, wanted: np.ndarray, found: np.ndarray) ->
                 return Turn(target, shift=1.0)
             rows_found = _rows(found, wanted)
             if rows_found is not None:
-                return Turn(target, rows_found)
+                return Turn(target, rows=rows_found)
         if found.shape == wanted.T.shape:
             if _same(found.T, wanted):
                 return Turn(target, transposed=True)
             rows_found = _rows(found, wanted.T)
             if rows_found is not None:
-                return Turn(target, rows_found, transposed=True)
+                return Turn(target, rows=rows_found, transposed=True)
     raise GgufError(f"{name}: the converter made {target} of it in a way that cannot be turned back")
 
 

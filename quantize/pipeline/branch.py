@@ -14,6 +14,8 @@ from quantize.formats.manifest import LedgerEntry
 from quantize.formats.safetensors_writer import ShardWriter
 from quantize.methods.gptq import Solution
 from quantize.planning import PlannedVariant
+from quantize.recipe.methods import ExpertTokens
+from quantize.source.routing import expert_of
 
 
 @dataclass
@@ -22,12 +24,14 @@ class Branch:
 
     Attributes:
         fail_on: outcomes that the recipe makes errors.
+        min_expert_tokens: fewest tokens that an expert's linear is to see.
         ledger: rows so far. missing: tensors that an interrupted build has not written yet; None of a new one.
     """
 
     item: PlannedVariant
     folder: Path
     fail_on: tuple[str, ...] = ()
+    min_expert_tokens: ExpertTokens = "in_features"
     ledger: list[LedgerEntry] = field(default_factory=list)
     missing: Collection[str] | None = None
 
@@ -64,12 +68,16 @@ class Branch:
         Raises:
             SolveError: an outcome that the recipe makes an error.
         """
-        unscaled = scale_ratio is not None and scale_folded_into is None
-        outcome = "rtn_fallback" if solution.fallback else "damp_raised" if solution.damp_raised else "solved"
+        happened = {
+            "starved_expert": expert_of(module) is not None and tokens < self._fewest_tokens(solution),
+            "rtn_fallback": solution.fallback is not None,
+            "damp_raised": solution.damp_raised,
+            "unscaled": scale_ratio is not None and scale_folded_into is None,
+        }
         whole = float(energy[rows].sum())
         entry = LedgerEntry(
             module=module,
-            outcome=outcome if outcome != "solved" or not unscaled else "unscaled",
+            outcome=next((outcome for outcome, is_so in happened.items() if is_so), "solved"),
             damp_percent=float(f"{solution.damp_percent:.6g}"),
             dead_columns=solution.dead_columns,
             relative_error=float(f"{float(solution.row_error[rows].sum()) / whole:.6g}") if whole > 0 else 0.0,
@@ -78,9 +86,16 @@ class Branch:
             scale_folded_into=scale_folded_into,
         )
         for fatal in self.fail_on:
-            if entry.outcome == fatal or (fatal == "dead_columns" and entry.dead_columns):
-                raise SolveError(f"{module}: {fatal}, which {self.item.method}.fail_on of the recipe makes an error")
+            if happened.get(fatal) or (fatal == "dead_columns" and entry.dead_columns):
+                seen = f" ({tokens} tokens)" if fatal == "starved_expert" else ""
+                raise SolveError(
+                    f"{module}: {fatal}{seen}, which {self.item.method}.fail_on of the recipe makes an error"
+                )
         self.ledger.append(entry)
+
+    def _fewest_tokens(self, solution: Solution) -> int:
+        """Of an expert's linear; one that saw none is starved whatever was asked for."""
+        return solution.codes.shape[1] if self.min_expert_tokens == "in_features" else max(1, self.min_expert_tokens)
 
 
 def energy_of(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

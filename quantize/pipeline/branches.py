@@ -126,7 +126,7 @@ class Pass:
             The manifest.
         """
         plan, item, folder, source = self.plan, branch.item, branch.folder, self.plan.source
-        file, as_file, config = loader_config(plan.recipe, item)
+        file, as_file, config = loader_config(plan.recipe, item, plan.table)
         for name in source.carried_over:
             copy_file(source.folder / name, folder / name)
         write_atomically(folder / file, as_json(as_file))
@@ -161,13 +161,14 @@ class Pass:
 
     def _branch(self, item: PlannedVariant) -> Branch:
         folder = self.kept.branch(item.label)
-        fail_on = tuple(self.plan.recipe.section(item.method).fail_on)
+        section = self.plan.recipe.section(item.method)
+        settings = (tuple(section.fail_on), section.min_expert_tokens)
         if not self.kept.state.next_block:
-            return Branch(item, folder, fail_on)
+            return Branch(item, folder, *settings)
         for path in folder.rglob("*"):  # of an attempt to complete it
             if path.is_file() and path.name not in item.layout.shards:
                 path.unlink()
-        return Branch(item, folder, fail_on, self.kept.rows(item.label), self.kept.state.missing[item.label])
+        return Branch(item, folder, *settings, self.kept.rows(item.label), self.kept.state.missing[item.label])
 
     @property
     def _needs_no_forward(self) -> bool:

@@ -160,7 +160,7 @@ class CalibrationPass:
     ) -> None:
         if self.diagonals is not None:
             for group in shared:
-                diagonal = group.hessian.diagonal().cpu().numpy().copy()
+                diagonal = group.hessian.diagonal().cpu().numpy() * np.float32(group.tokens > 0)
                 for linear in group.linears:
                     self.diagonals[self.model.checkpoint_name(index, linear.local)] = diagonal, group.tokens
         if awq and self.awq:

@@ -22,10 +22,11 @@ from quantize.gguf.check import check_conversion
 from quantize.gguf.imatrix import Importance, read_importance, write_importance
 from quantize.gguf.quantize import failure, request, start
 from quantize.gguf.split import split_file
+from quantize.gguf.stacks import targets_of
 from quantize.gguf.toolchain import VERSION
 from quantize.planning import Plan
 from quantize.planning.keys import key_of
-from quantize.planning.levels import LevelPlan, PlannedLevel, imatrix_entries
+from quantize.planning.levels import LevelPlan, PlannedLevel
 from quantize.release.card import licence_files
 from quantize.release.config import as_json
 from quantize.release.tree import copy_file, sync_folder
@@ -121,12 +122,12 @@ def _importance(levels: LevelPlan, header: Any, diagonals: Diagonals | None, not
         copy_file(given, temporary)
         os.replace(temporary, place)
     elif diagonals is not None:
-        entries = imatrix_entries(header, list(diagonals))
+        entries = targets_of(diagonals, header.became)
         chunks = int(levels.imatrix_inputs["chunks"])
         tokens = max((count for _, count in diagonals.values()), default=0)
         importance = Importance(
-            {new: diagonals[old][0] for new, old in entries.items()},
-            {new: diagonals[old][1] for new, old in entries.items()},
+            {new: np.stack([diagonals[name][0] for name in old]) for new, old in entries.items()},
+            {new: np.array([diagonals[name][1] for name in old]) for new, old in entries.items()},
             str(levels.imatrix_inputs["dataset"]),
             chunks,
             tokens // max(chunks, 1),

@@ -73,21 +73,21 @@ def estimate(
     tokens = calibration.samples * calibration.sequence_length
     model = MemoryModel(checkpoint, table, calibration, variants, imatrix)
     inputs = distinct_inputs(table)
-    forward = 2 * tokens * sum(linear.in_features * linear.out_features for linear in table.linears)
+    forward = 2 * tokens * sum(linear.share * linear.in_features * linear.out_features for linear in table.linears)
     forward += 4 * tokens * calibration.sequence_length * model.width * table.blocks
-    statistics = 2 * tokens * sum(size * size for _, size in inputs)
+    statistics = 2 * tokens * sum(share * size * size for _, size, share in inputs)
     trailing = sum(linear.out_features * linear.in_features**2 for linear in table.linears)
     solve = sum(trailing * (MSE_FACTOR if variant.mse else 1) for variant in variants)
     gptq = [variant for variant in variants if isinstance(variant, GptqVariant)]
     awq = len(variants) - len(gptq)  # each has scales, and so a Hessian and a factor of its own
     factors = len({(variant.damp_percent, bool(variant.desc_act)) for variant in gptq}) + awq
-    solve += awq * AWQ_SEARCH * trailing + factors * sum(size**3 for _, size in inputs)
+    solve += awq * AWQ_SEARCH * trailing + factors * sum(size**3 for _, size, _ in inputs)
     rate = _operations_per_second()
     own = sum(variant.propagate == "quantized" for variant in gptq)
     passes = int(own < len(variants) or imatrix) + own
     forwards = 1 + 2 * own
-    solve += 2 * own * sum(size**3 for _, size in inputs)
-    drifts = own * 2 * tokens * sum(size * size for _, size in inputs)
+    solve += 2 * own * sum(size**3 for _, size, _ in inputs)
+    drifts = own * statistics
     seconds = (
         forwards * forward / SHARE_FORWARD + (passes * statistics + drifts) / SHARE_STATISTICS + solve / SHARE_SOLVE
     )
@@ -105,7 +105,8 @@ def measuring_seconds(checkpoint: Checkpoint, table: ModuleTable, samples: int, 
     width = int(config.get("hidden_size") or config.get("n_embd") or 0)
     vocabulary = int(config.get("vocab_size") or 0)
     weights = sum(linear.in_features * linear.out_features for linear in table.linears)
-    forward = 2 * tokens * weights + 4 * tokens * length * width * table.blocks
+    used = sum(linear.share * linear.in_features * linear.out_features for linear in table.linears)
+    forward = 2 * tokens * used + 4 * tokens * length * width * table.blocks
     operations = (forward + 2 * tokens * vocabulary * width) / SHARE_FORWARD
     seconds = operations / _operations_per_second() + tokens * vocabulary / COMPARED_PER_SECOND
     return SETUP_SECONDS + (branches + 2) * seconds + branches * weights / DEQUANTIZED_PER_SECOND

@@ -10,8 +10,11 @@ from typing import Any
 from quantize.recipe.methods import Awq, Gptq, Method, Variant
 from quantize.recipe.schema import Release
 
-SOLVER_VERSION = 2
+SOLVER_VERSION = 3
 """Raised when the same source, tokens and parameters give other bytes: finished variants are then stale."""
+LISTS = frozenset({"variants", "matrix"})
+JUDGEMENTS = frozenset({"fail_on", "min_expert_tokens"})
+"""Keys of a method's section that change no byte of the weights: what counts as odd, and what of it as an error."""
 
 
 def key_inputs(
@@ -23,7 +26,7 @@ def key_inputs(
     release: Release,
 ) -> dict[str, Any]:
     """All that determines the bytes of a branch's weights and configs, as plain data."""
-    as_a_whole = set(type(section).model_fields) - set(type(variant).model_fields) - {"variants", "matrix", "fail_on"}
+    as_a_whole = set(type(section).model_fields) - set(type(variant).model_fields) - LISTS - JUDGEMENTS
     return {
         "solver": SOLVER_VERSION,
         "source": dict(hashes),

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -159,16 +159,6 @@ def plan_levels(
         _planned(blank, level, outcomes.get(level), bool(inputs) and _uses_imatrix(level)) for level in section.levels
     )
     return dataclasses.replace(blank, levels=levels)
-
-
-def imatrix_entries(header: Header, linears: Sequence[str]) -> dict[str, str]:
-    """For each GGUF weight that a quantized linear became, that linear's name in the checkpoint."""
-    found = {}
-    for name in linears:
-        for new_name in header.became.get(f"{name}.weight", []):
-            if new_name.endswith(".weight"):
-                found[new_name] = name
-    return found
 
 
 def _uses_imatrix(level: str) -> bool:

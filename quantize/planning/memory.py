@@ -171,10 +171,15 @@ class MemoryModel:
         return widest, [(size, count) for (_, _, size), count in rows.items()]
 
 
-def distinct_inputs(table: ModuleTable) -> list[tuple[int, int]]:
-    """(block, in_features) of each distinct input: linears of one parent share one, output projections do not."""
-    found = {(linear.block, *_input_of(linear)): (linear.block, linear.in_features) for linear in table.linears}
-    return list(found.values())
+def distinct_inputs(table: ModuleTable) -> list[tuple[int, int, float]]:
+    """(block, in_features, share of the tokens) of each distinct input: linears of one parent share one, output
+    projections do not."""
+    return list(
+        {
+            (linear.block, *_input_of(linear)): (linear.block, linear.in_features, linear.share)
+            for linear in table.linears
+        }.values()
+    )
 
 
 def _input_of(linear: LinearSpec) -> tuple[str, str, int]:

@@ -1,8 +1,9 @@
 """Which tensors of a checkpoint are the weights of quantizable linears: from names and shapes alone.
 
 A decoder's blocks are the longest numbered run of modules that carries two-dimensional weights
-(``model.layers.0 ...``). Every two-dimensional ``.weight`` inside a block is a linear: norms have one
-dimension, embeddings lie outside. The build checks this against the real modules before it starts.
+(``model.layers.0 ...``). Every two-dimensional ``.weight`` inside a block is a linear, except the routers of experts
+(``source/routing.py``): norms have one dimension, embeddings lie outside. The build checks this against the real
+modules before it starts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import cached_property
 from quantize.errors import PlanError
 from quantize.formats.tensors import TensorSpec
 from quantize.source.checkpoint import Checkpoint
+from quantize.source.routing import expert_of, find_routers
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Architectures whose linears are transformers' ``Conv1D``: weights stored [in_features, out_features]."""
@@ -44,6 +46,7 @@ class LinearSpec:
         in_features, out_features: K and N.
         bias: dtype of its bias, or None.
         weight: the stored weight tensor.
+        share: of all tokens, those that reach it: less than 1 for an expert's.
     """
 
     name: str
@@ -53,15 +56,17 @@ class LinearSpec:
     out_features: int
     bias: str | None
     weight: TensorSpec
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
 class ModuleTable:
-    """All linears of all blocks, in block order and file order."""
+    """All linears of all blocks, in block order and file order; routers of experts, which stay as they are."""
 
     prefix: str
     blocks: int
     linears: tuple[LinearSpec, ...]
+    routers: tuple[str, ...] = ()
 
     @cached_property
     def quantized_tensors(self) -> frozenset[str]:
@@ -77,6 +82,12 @@ class ModuleTable:
             for linear in self.linears
             if before and linear.name.rpartition(".")[2] == before
         }
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """Names of the linears inside a block, in file order; an expert's by its last part, as in ``up_proj``."""
+        names = (expert_of(linear.local) for linear in self.linears)
+        return list(dict.fromkeys(e[2] if e else linear.local for e, linear in zip(names, self.linears, strict=True)))
 
     def is_in_block(self, name: str) -> bool:
         """Whether a tensor of the checkpoint belongs to a block."""
@@ -108,6 +119,7 @@ def find_linears(checkpoint: Checkpoint) -> ModuleTable:
             _unknown(checkpoint, f"its config says {count} blocks, its tensors {len(runs[prefix])} of '{prefix}N'")
         )
     linears = []
+    routers, share = find_routers(checkpoint.tensors), _expert_share(checkpoint)
     for name, spec in checkpoint.tensors.items():
         if not name.startswith(prefix):
             continue
@@ -115,14 +127,29 @@ def find_linears(checkpoint: Checkpoint) -> ModuleTable:
         if not index.isdecimal():
             continue
         if len(spec.shape) > 2 and spec.shape[-2] > 1 and _is_weight(rest, spec):
-            raise PlanError(_unknown(checkpoint, f"{name} is {list(spec.shape)}: fused experts are not supported yet"))
-        if len(spec.shape) == 2 and rest.endswith(".weight"):
-            linears.append(_linear(checkpoint, name, int(index), rest, spec))
+            raise PlanError(
+                _unknown(
+                    checkpoint,
+                    f"{name} is {list(spec.shape)}: experts stacked in one tensor are not read, only experts with "
+                    "linears of their own (as those of Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE)",
+                )
+            )
+        if len(spec.shape) == 2 and rest.endswith(".weight") and name not in routers:
+            linears.append(_linear(checkpoint, name, int(index), rest, spec, share))
     linears.sort(key=lambda linear: linear.block)  # stable: file order within a block
-    return ModuleTable(prefix, len(runs[prefix]), tuple(linears))
+    left = tuple(name.removesuffix(".weight") for name in checkpoint.tensors if name in routers)
+    return ModuleTable(prefix, len(runs[prefix]), tuple(linears), left)
 
 
-def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, spec: TensorSpec) -> LinearSpec:
+def _expert_share(checkpoint: Checkpoint) -> float:
+    """Of all tokens, how many an expert gets on average."""
+    config = checkpoint.text_config
+    count = max((found[1] + 1 for name in checkpoint.tensors if (found := expert_of(name))), default=1)
+    chosen = config.get("num_experts_per_tok")
+    return min(1.0, chosen / count) if isinstance(chosen, int) and chosen > 0 else 1.0
+
+
+def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, spec: TensorSpec, share: float) -> LinearSpec:
     out_features, in_features = spec.shape
     if checkpoint.model_type in CONV1D_TYPES:
         in_features, out_features = spec.shape
@@ -136,6 +163,7 @@ def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, spec: Tens
         out_features,
         bias.dtype if bias else None,
         spec,
+        share if expert_of(rest) else 1.0,
     )
 
 

@@ -39,7 +39,18 @@ def _desc_act(value: Any) -> Any:
 
 DescAct = Annotated[bool | Literal["static"], BeforeValidator(_desc_act)]
 Propagate = Literal["auto", "source", "quantized"]
-Outcome = Literal["damp_raised", "dead_columns", "rtn_fallback"]
+Outcome = Literal["damp_raised", "dead_columns", "rtn_fallback", "starved_expert"]
+
+
+def _expert_tokens(value: Any) -> Any:
+    if value != "in_features" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError(f"must be a number of tokens, or in_features, not {value!r}")
+    return value
+
+
+ExpertTokens = Annotated[int | Literal["in_features"], BeforeValidator(_expert_tokens)]
+"""Fewest tokens that an expert's linear is to see. With fewer than it has inputs, its Hessian is singular: what the
+damping says then stands for the directions that no token had."""
 
 
 def _known_group_size(value: int, known: tuple[int, ...]) -> int:
@@ -122,6 +133,7 @@ class Gptq(GptqParameters):
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     zero_bias: bool = False
     rtn_fallback: bool = False
+    min_expert_tokens: ExpertTokens = "in_features"
     fail_on: list[Outcome] = []
 
 
@@ -163,6 +175,7 @@ class Awq(AwqParameters):
     matrix: AwqMatrix | None = None
     version: Literal["gemm"] = "gemm"
     rtn_fallback: bool = False
+    min_expert_tokens: ExpertTokens = "in_features"
     fail_on: list[Outcome | Literal["unscaled"]] = []
 
 

