@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.child import run
 from benchmarks.document import machine, replace_section, table
-from benchmarks.ours import Task, Variant, stages_table
+from benchmarks.ours import Built, Task, Variant, stages_table
 from benchmarks.peers import WINDOWS, figures, measure, prepare
 from quantize.formats.reader import BranchReader
 from quantize.measure.quality import Weights
@@ -54,11 +54,7 @@ def compare(name: str, title: str, task: Task, eight: list[Variant], evaluation:
         theirs = run("-m", "benchmarks.peer_gptqmodel_awq", *arguments, cwd=folder)
         print(f"{name}: gptqmodel {theirs.seconds:.0f} s", flush=True)
     one = [{"group_size": GROUP_SIZE, "branch": "awq"}]
-    builds = {
-        "eight GPTQ branches": task.build(folder / "without", eight),
-        "and one AWQ branch": task.build(folder / "with", eight, awq=one),
-        "one AWQ branch alone": task.build(folder / "alone", [], awq=one),
-    }
+    alone = task.build(folder / "alone", [], awq=one)
     asked = [{"group_size": GROUP_SIZE, "branch": f"b{n}", **setting} for n, setting in enumerate(OURS.values())]
     every = task.build(folder / "every", [], awq=asked)
     readers: dict[str, Weights] = {label: BranchReader(every.awq / f"b{n}") for n, label in enumerate(OURS)}
@@ -66,10 +62,8 @@ def compare(name: str, title: str, task: Task, eight: list[Variant], evaluation:
     if theirs:
         readers["gptqmodel"] = BranchReader(folder / "peer")
     rows = measure(folder / "prepare.json", readers, evaluation, task.length)
-    without, with_awq, alone = builds.values()
     seconds = {"ours": f"{alone.process.seconds:.0f}", "gptqmodel": f"{theirs.seconds:.0f}" if theirs else ""}
     body = [[label, figures(rows[label]), seconds.get(label, "")] for label in readers]
-    added = with_awq.process.seconds / without.process.seconds - 1
     by_whom = ", gptqmodel in bfloat16 with its torch backend (it has no other here)" if theirs else ""
     replace_section(
         name,
@@ -82,8 +76,17 @@ def compare(name: str, title: str, task: Task, eight: list[Variant], evaluation:
 
 {table(["run", "quality", "seconds"], body)}
 
-Adding the AWQ branch to the recipe of eight GPTQ branches takes {added:.0%} more time:
-
-{stages_table(list(builds.items()), "build")}
+{"" if peer else _added(task, eight, one, alone, folder)}
 """,
     )
+
+
+def _added(task: Task, eight: list[Variant], one: list[dict[str, Any]], alone: Built, folder: Path) -> str:
+    """What an AWQ branch adds to the set of eight."""
+    without = task.build(folder / "without", eight)
+    added = task.build(folder / "with", eight, awq=one)
+    builds = [("eight GPTQ branches", without), ("and one AWQ branch", added), ("one AWQ branch alone", alone)]
+    return f"""Adding the AWQ branch to the recipe of eight GPTQ branches takes
+{added.process.seconds / without.process.seconds - 1:.0%} more time:
+
+{stages_table(builds, "build")}"""
