@@ -227,7 +227,7 @@ def test_experts_are_packed_under_their_names_and_routers_stay(built: Built, lab
     assert all(torch.equal(tensors[name], source[name]) for name in routers)
     planned = next(item.nbytes for item in built.result.plan.variants if item.label == label)
     assert planned == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    assert check_tensors(built.folder(label), built.result.plan.source).status == "ok"
+    assert check_tensors(built.folder(label), built.result.plan.source).outcome == "ok"
 
 
 def test_configs_say_what_is_not_quantized(built: Built) -> None:
