@@ -14,6 +14,7 @@ import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -338,8 +339,8 @@ def broken_statistics(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None
     """``broken_statistics(coupling)``: MLP output projections of 256 inputs get an indefinite Hessian."""
 
     def arrange(coupling: float) -> None:
-        def wrapped(weight: torch.Tensor, hessian: torch.Tensor, *rest: object) -> object:
-            return solve(weight, indefinite(256, coupling) if hessian.shape[0] == 256 else hessian, *rest)
+        def wrapped(weight: torch.Tensor, hessian: torch.Tensor, *rest: Any, **options: Any) -> object:
+            return solve(weight, indefinite(256, coupling) if hessian.shape[0] == 256 else hessian, *rest, **options)
 
         monkeypatch.setattr(gptq_blocks, "solve", wrapped)
 

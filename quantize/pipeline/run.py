@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import BuildError
+from quantize.errors import BuildError, CalibrationError, SourceError
 from quantize.formats.manifest import oddities
 from quantize.pipeline.unfinished import Unfinished, find_unfinished
 from quantize.planning import Plan, PlannedVariant, plan_recipe
@@ -156,9 +156,10 @@ def _build_branches(
         branches = one.run(progress)
         with result.timed("write"):
             manifests = [one.complete(branch) for branch in branches]
-    except BaseException:
+    except BaseException as error:
         state = one.kept.state
-        if state.next_block:
+        # a damaged source or text will be another one when it is whole, and so another build
+        if state.next_block and not isinstance(error, SourceError | CalibrationError):
             notify(
                 f"{state.next_block} of {state.blocks} blocks are kept; build again to go on after them, "
                 "or free their space with 'quantize clean'"
