@@ -48,9 +48,8 @@ Tensors = dict[str, torch.Tensor]
 @pytest.fixture(scope="module", autouse=True)
 def _quick_loader() -> Iterator[None]:
     """Two threads; no compiling of kernels for a handful of tokens; no walk over all objects at every load."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(disable=True):
         patch.setenv("GPTQMODEL_CPU_WORKERS", "2")
-        patch.setattr("torch._dynamo.config.disable", True)
         gc.freeze()
         yield
         gc.unfreeze()

@@ -96,7 +96,7 @@ def _read(path: Path) -> Importance:
         raise GgufError(
             f"{path}: is no importance matrix in GGUF (tensors .in_sum2 and .counts); make one with llama-imatrix"
         )
-    bad = [name for name, values in sums.items() if counts[name] < 0 or not np.isfinite(values).all()]
+    bad = [name for name, values in sums.items() if (counts[name] < 0).any() or not np.isfinite(values).all()]
     if bad:
         raise GgufError(f"{path}: {bad[0]} holds NaN, infinity or a negative count; make the importance matrix again")
 
