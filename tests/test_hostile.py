@@ -305,8 +305,8 @@ def test_an_importance_matrix_with_odd_counts_is_refused(tmp_path: Path, count: 
     import numpy as np
 
     path = tmp_path / "imatrix.gguf"
-    write_importance(path, Importance({"w": np.full(8, 7.5, np.float32)}, {"w": 12345}, "text", 1, 8))
-    assert read_importance(path).counts == {"w": 12345}
+    write_importance(path, Importance({"w": np.full((1, 8), 7.5, np.float32)}, {"w": np.array([12345])}, "text", 1, 8))
+    assert read_importance(path).counts["w"].tolist() == [12345]
     data = path.read_bytes()
     assert data.count(struct.pack("<f", 12345)) == 1
     path.write_bytes(data.replace(struct.pack("<f", 12345), struct.pack("<f", count)))
@@ -320,7 +320,7 @@ TEMPLATES = {
     "endless loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{prompt}",
     "giant text": "{{ 'a' * 10 ** 10 }}{prompt}",
     "giant format": "{{ '%9999999999d' % 1 }}{prompt}",
-    "giant number": "{{ 10 ** 10 ** 10 }}{prompt}",
+    "giant number": "{{ 10 ** (10 ** 10) }}{prompt}",
     "python's objects": "{{ ''.__class__.__mro__[1].__subclasses__() }}{prompt}",
     "globals": "{{ cycler.__init__.__globals__.os.system('touch CANARY') }}{prompt}",
     "file": "{% include '/etc/passwd' %}{prompt}",

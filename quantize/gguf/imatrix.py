@@ -91,7 +91,10 @@ def _read(path: Path) -> Importance:
         if what == "in_sum2":
             sums[name] = np.array(tensor.data, dtype=np.float32).reshape(-1, int(tensor.shape[0]))
         elif what == "counts":
-            counts[name] = np.array(tensor.data).reshape(-1).astype(np.int64)
+            found = np.array(tensor.data).reshape(-1)
+            if not np.isfinite(found).all():
+                raise ValueError(f"{tensor.name} holds a count that is no number")
+            counts[name] = found.astype(np.int64)
     if not sums or {name: len(rows) for name, rows in sums.items()} != {name: len(c) for name, c in counts.items()}:
         raise GgufError(
             f"{path}: is no importance matrix in GGUF (tensors .in_sum2 and .counts); make one with llama-imatrix"

@@ -216,7 +216,7 @@ def set_value(tree: Located, assignment: str) -> None:
         key: Key
         if isinstance(here, list):
             if part not in map(str, range(len(here))):
-                raise RecipeError(f"{origin}: {dotted(path)} has entries 0 to {len(here) - 1}, not '{part}'")
+                raise RecipeError(f"{origin}: {dotted(path)} has entries 0 to {len(here) - 1}, not '{part[:SHOWN]}'")
             key = int(part)
         elif isinstance(here, dict):
             key = part
