@@ -10,6 +10,7 @@ import click
 from quantize import __version__
 from quantize.cli.build import build
 from quantize.cli.card import card
+from quantize.cli.engines import engines
 from quantize.cli.explain import explain
 from quantize.cli.git import git
 from quantize.cli.lint import lint
@@ -44,7 +45,7 @@ def quantize() -> None:
 
 COMMANDS = (
     recipes, validate, plan, build, measure, report, verify, card, push, diff, git, prune, lint, explain, status,
-    matrix,
+    matrix, engines,
 )  # fmt: skip
 for command in COMMANDS:
     quantize.add_command(command)

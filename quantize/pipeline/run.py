@@ -21,6 +21,7 @@ from quantize import __version__
 from quantize.errors import BuildError
 from quantize.formats.manifest import MANIFEST_NAME, LedgerEntry, manifest, oddities
 from quantize.planning import Plan, PlannedVariant, plan_recipe
+from quantize.planning.foreign import require_engines
 from quantize.planning.keys import key_of
 from quantize.recipe import LoadedRecipe
 from quantize.release.card import refresh_cards, render_card
@@ -86,15 +87,18 @@ def build_recipe(
     with locked(Path(dist)) as work:
         plan = plan_recipe(loaded, dist, only, weights=True, notify=notify)
         result = BuildResult(plan)
-        todo = plan.work
+        todo = plan.native_work
         result.fresh = [item.label for item in plan.everything if item.state == "fresh" and item.label in plan.selected]
         try:
             if plan.gguf and plan.level_work:
                 plan.gguf.require()
+            require_engines(plan.foreign_work)
             diagonals: dict[str, tuple[Any, int]] | None = {} if plan.gathers_imatrix else None
             if todo or diagonals is not None:
-                _check_disk(plan, todo)
+                _check_disk(plan, plan.work)
                 _build(plan, todo, diagonals, work, device, progress, notify, result)
+            if plan.foreign_work:
+                _build_foreign(plan, work, device, notify, result)
             if plan.level_work:
                 _build_levels(plan, diagonals, work, progress, notify, result)
             refresh_cards(plan)
@@ -128,6 +132,19 @@ def _build_levels(
     for item in plan.level_work:
         if item.outcome and item.outcome.fallbacks:
             result.oddities[item.label] = {"fallback": list(item.outcome.fallbacks)}
+
+
+def _build_foreign(plan: Plan, work: Path, device: str, notify: Notify, result: BuildResult) -> None:
+    from quantize.pipeline.foreign import make_branches
+
+    _check_disk(plan, [*plan.foreign_work, *plan.foreign_work])  # an engine's result lies beside its rewriting
+    for made in make_branches(plan, plan.foreign_work, work, device, result.timed, notify):
+        with result.timed("write"):
+            data = _complete(plan, made.item, made.folder, made.ledger, made.tokens, made.compute, made.engine)
+            publish(made.folder, made.item.folder, work)
+        result.built.append(made.item.label)
+        if odd := oddities(data["ledger"]):
+            result.oddities[made.item.label] = odd
 
 
 def _build(
@@ -195,13 +212,15 @@ def _complete(
     ledger: list[LedgerEntry],
     tokens: Any,
     compute: dict[str, str],
+    engine: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything in a branch's folder beside its weights: configs, the source's files, manifest, card."""
     source = plan.source
     file, as_file, config = loader_config(plan.recipe, item)
     for name in source.carried_over:
         copy_file(source.folder / name, folder / name)
-    write_atomically(folder / file, as_json(as_file))
+    if file:
+        write_atomically(folder / file, as_json(as_file))
     write_atomically(folder / "config.json", as_json(release_config(source.checkpoint.config, config)))
     inputs = plan.key_inputs(item)
     data = manifest(
@@ -226,6 +245,7 @@ def _complete(
         tensor_bytes=item.nbytes,
         files=describe_files(folder),
         ledger=ledger,
+        engine=engine,
     )
     write_atomically(folder / MANIFEST_NAME, as_json(data))
     write_atomically(folder / "README.md", render_card(plan, item.method).encode())

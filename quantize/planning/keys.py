@@ -13,6 +13,9 @@ from quantize.recipe.schema import Release
 SOLVER_VERSION = 2
 """Raised when the same source, tokens and parameters give other bytes: finished variants are then stale."""
 
+DOOR_VERSION = 1
+"""The same for what foreign engines made: raised when their results are asked for or rewritten otherwise."""
+
 
 def key_inputs(
     hashes: Mapping[str, str],
@@ -21,14 +24,21 @@ def key_inputs(
     section: Gptq | Awq,
     variant: Variant,
     release: Release,
+    engine: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """All that determines the bytes of a branch's weights and configs, as plain data."""
+    """All that determines the bytes of a branch's weights and configs, as plain data.
+
+    Args:
+        engine: identity of the foreign engine and its environment; None for our own solvers, whose version stands then
+            in its place.
+    """
     as_a_whole = set(type(section).model_fields) - set(type(variant).model_fields) - {"variants", "matrix", "fail_on"}
+    by_whom = {"engine": {**engine, "door": DOOR_VERSION}} if engine else {"solver": SOLVER_VERSION}
     return {
-        "solver": SOLVER_VERSION,
+        **by_whom,
         "source": dict(hashes),
         "calibration": dict(calibration),
-        "parameters": variant.model_dump(exclude={"branch"}),
+        "parameters": variant.model_dump(exclude={"branch", "engine"}),
         "method": {"name": method, **section.model_dump(include=as_a_whole)},
         "max_shard_size": release.max_shard_size,
     }

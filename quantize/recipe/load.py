@@ -18,9 +18,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from quantize.engines import NATIVE
 from quantize.errors import RecipeError
+from quantize.recipe.foreign import fitted
 from quantize.recipe.located import Key, Located, merge, read_located, set_value
-from quantize.recipe.methods import AwqParameters, AwqVariant, GptqParameters, GptqVariant, Method, Strict, Variant
+from quantize.recipe.methods import Awq, AwqVariant, Gptq, GptqVariant, Method, Strict, Variant
 from quantize.recipe.presets import PRESETS
 from quantize.recipe.schema import Recipe
 from quantize.recipe.shipped import find_shipped
@@ -246,13 +248,15 @@ def _expand(located: Located, recipe: Recipe, method: Method) -> tuple[list[Vari
     found: list[tuple[Variant, tuple[Key, ...]]] = []
     for index, asked in enumerate(section.variants):
         given = {name: getattr(asked, name) for name in asked.model_fields_set}
-        found.append((kind(**{**defaults, **given}), (method, "variants", index)))
+        place: tuple[Key, ...] = (method, "variants", index)
+        found.append((kind(**fitted(located, method, section, {**defaults, **given}, given, place)), place))
     count = math.prod(len(values) for values in _axes(section.matrix).values())
     if count > MOST_VARIANTS:
         raise located.error((method, "matrix"), f"has {count:,} combinations; a release has at most {MOST_VARIANTS}")
     for combination in _combinations(section.matrix):
         try:
             variant = kind(**{**defaults, **combination})
+            variant = kind(**fitted(located, method, section, dict(variant), combination, (method, "matrix")))
         except ValidationError as error:
             key = error.errors()[0]["loc"][0]
             raise located.error((method, "matrix", key), _sentence(error.errors()[0])) from None
@@ -277,21 +281,24 @@ def _expand(located: Located, recipe: Recipe, method: Method) -> tuple[list[Vari
     return variants, tuple(named.values())
 
 
-def branch_name(variant: GptqParameters | AwqParameters, defaults: GptqParameters | AwqParameters) -> str:
+def branch_name(variant: Variant, defaults: Gptq | Awq) -> str:
     """The published forms, ``gptq-4bit-32g-actorder_True`` and ``awq-4bit-64g``; unusual choices are appended."""
-    if isinstance(variant, GptqParameters):
+    if isinstance(variant, GptqVariant):
         order = "static" if variant.desc_act == "static" else str(variant.desc_act)
         name = f"gptq-{variant.bits}bit-{variant.group_size}g-actorder_{order}"
         name += "" if variant.sym else "-asym"
     else:
         name = f"awq-{variant.bits}bit-{variant.group_size}g"
         name += "" if variant.zero_point else "-sym"
-    if isinstance(variant, AwqParameters) and variant.rounding != getattr(defaults, "rounding", None):
+    is_native = variant.engine == NATIVE  # another engine's own ways are in its name
+    if is_native and isinstance(variant, AwqVariant) and variant.rounding != getattr(defaults, "rounding", None):
         name += f"-rounding_{variant.rounding}"
     if variant.damp_percent != defaults.damp_percent:
         name += f"-damp_{variant.damp_percent:g}"
-    if variant.mse != defaults.mse:
+    if is_native and variant.mse != defaults.mse:
         name += f"-mse_{variant.mse}"
+    if variant.engine != defaults.engine:
+        name += f"-{variant.engine}"
     return name
 
 
