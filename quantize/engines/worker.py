@@ -40,7 +40,7 @@ def _answer(request):
     if request["action"] == "check":
         answer["said"] = tool.check()
         return answer
-    _prepare(request["threads"])
+    _prepare(request)
     start = time.perf_counter()
     answer["said"] = tool.run(request)
     answer["seconds"] = time.perf_counter() - start
@@ -48,17 +48,19 @@ def _answer(request):
     return answer
 
 
-def _prepare(threads):
-    """The same random numbers and threads in every run."""
+def _prepare(request):
+    """The same random numbers and threads in every run; ``auto`` is the GPU where the engine's torch sees one."""
     random.seed(0)
     try:
         import numpy
         import torch
     except ImportError:
         return
+    if request["device"] == "auto":
+        request["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     numpy.random.seed(0)
     torch.manual_seed(0)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(request["threads"])
 
 
 def _versions(packages):

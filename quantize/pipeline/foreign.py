@@ -53,7 +53,7 @@ def make_branches(
     with timed("tokens"):
         tokenizer = load_tokenizer(plan.source, plan.recipe.model.trust_remote_code)
         tokens = sample_tokens(plan.recipe.calibration, tokenizer)
-    place = work / "engines"
+    place = (work / "engines").resolve()  # the engine works elsewhere
     place.mkdir()
     ids = place / "ids.npy"
     np.save(ids, tokens.ids)

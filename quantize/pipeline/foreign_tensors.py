@@ -195,7 +195,6 @@ def _same(found: torch.Tensor, own: torch.Tensor) -> bool:
 
 def _quantization_config(raw: Path) -> dict[str, Any]:
     try:
-        config = json.loads((raw / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+        return dict(json.loads((raw / "config.json").read_text(encoding="utf-8"))["quantization_config"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError("its config.json has no quantization_config") from None
-    return dict(config)
+        raise ValueError("it has no config.json with a quantization_config") from None

@@ -37,8 +37,13 @@ def render_report(plan: Plan) -> str:
         # the XML declaration has no place inside HTML
         picture=picture[picture.find("<svg") :] if picture else "",
         quality=summary(points),
-        maps=[_heat_map(item.label, plan.finished(item)) for item in plan.variants if plan.finished(item)],
+        maps=[_heat_map(_map_title(item), plan.finished(item)) for item in plan.variants if plan.finished(item)],
     )
+
+
+def _map_title(item: PlannedVariant) -> str:
+    """Of another engine's branch only the error of the weights themselves is known."""
+    return f"{item.label} ({item.engine.title}: error of the weights)" if item.engine else item.label
 
 
 def _rows(plan: Plan, points: Sequence[Point]) -> list[dict[str, Any]]:
