@@ -66,16 +66,14 @@ def plan(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ..
             click.echo(f"{label} cannot be built yet: {reason}")
         left = len(planned.work) + len(planned.level_work)
         if left:
-            cost = planned.estimate
-            click.echo(
-                f"to build: {left} of {len(planned.variants) + len(levels)}, "
-                f"about {duration(cost.seconds)} on this machine's CPU, peak memory about {gigabytes(cost.peak_bytes)}"
-            )
-            if planned.foreign_work:
-                count = len(planned.foreign_work)
-                click.echo(
-                    f"{count} of them by other engines, whose time is not estimated; each loads the whole model"
-                )
+            cost, foreign = planned.estimate, len(planned.foreign_work)
+            line = f"to build: {left} of {len(planned.variants) + len(levels)}"
+            if left > foreign:
+                spent = f"about {duration(cost.seconds)} on this machine's CPU"
+                line += f", {spent}, peak memory about {gigabytes(cost.peak_bytes)}"
+            click.echo(line)
+            if foreign:
+                click.echo(f"{foreign} of them by other engines, whose time and memory are not estimated")
         else:
             click.echo("nothing to build")
     if check and (planned.work or planned.level_work):

@@ -36,7 +36,7 @@ def run_worker(
         answer = Path(scratch) / "answer.json"
         whole = {**request, "answer": str(answer), "packages": list(engine.packages), "threads": threads}
         done = subprocess.run(
-            [str(python), "-I", str(WORKER), str(engine.file)],
+            [str(python), "-I", "-u", str(WORKER), str(engine.file)],
             input=json.dumps(whole), stdout=log, stderr=subprocess.STDOUT, text=True, cwd=folder,
             env=_environment(engine, threads),
         )  # fmt: skip

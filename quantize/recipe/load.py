@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from quantize.engines import NATIVE
+from quantize.engines import NATIVE, find_engine
 from quantize.errors import RecipeError
 from quantize.recipe.foreign import fitted
 from quantize.recipe.located import Key, Located, merge, read_located, set_value
@@ -27,6 +27,7 @@ from quantize.recipe.presets import PRESETS
 from quantize.recipe.schema import Recipe
 from quantize.recipe.shipped import find_shipped
 
+BOTH = (True, False)
 MOST_VARIANTS = 256  # a matrix of long lists multiplies quickly
 
 
@@ -290,12 +291,14 @@ def branch_name(variant: Variant, defaults: Gptq | Awq) -> str:
     else:
         name = f"awq-{variant.bits}bit-{variant.group_size}g"
         name += "" if variant.zero_point else "-sym"
-    is_native = variant.engine == NATIVE  # another engine's own ways are in its name
-    if is_native and isinstance(variant, AwqVariant) and variant.rounding != getattr(defaults, "rounding", None):
+    method: Method = "gptq" if isinstance(variant, GptqVariant) else "awq"
+    # what another engine has its own ways in, its name tells
+    own_ways = {} if variant.engine == NATIVE else find_engine(variant.engine).methods[method].values
+    if isinstance(variant, AwqVariant) and variant.rounding != getattr(defaults, "rounding", None) and not own_ways:
         name += f"-rounding_{variant.rounding}"
-    if variant.damp_percent != defaults.damp_percent:
+    if variant.damp_percent != defaults.damp_percent and "damp_percent" not in own_ways:
         name += f"-damp_{variant.damp_percent:g}"
-    if is_native and variant.mse != defaults.mse:
+    if variant.mse != defaults.mse and len(own_ways.get("mse", BOTH)) > 1:
         name += f"-mse_{variant.mse}"
     if variant.engine != defaults.engine:
         name += f"-{variant.engine}"
