@@ -121,7 +121,10 @@ def test_what_runs_in_an_engines_environment_imports_nothing_of_ours() -> None:
         ("{engine: gptqmodl}", "gptq.variants[0].engine: must be one of native, "),
         ("{engine: gptqmodl}", "did you mean 'gptqmodel'?"),
         ("{engine: autoawq}", "gptq.variants[0].engine: autoawq 0.2.9 makes no GPTQ here, only AWQ"),
-        ("{engine: auto-round, desc_act: true}", "gptq.variants[0].desc_act: auto-round 0.16.1 takes only false, not tr"),
+        (
+            "{engine: auto-round, desc_act: true}",
+            "gptq.variants[0].desc_act: auto-round 0.16.1 takes only false, not tr",
+        ),
         ("{engine: llm-compressor, bits: 3}", "gptq.variants[0].bits: llm-compressor 0.14.0.1 takes only 4, 8, not 3"),
         ("{engine: gptqmodel, propagate: source}", "it always calibrates on its own quantized activations"),
         ("{engine: fake, bits: 4}", "gptq.variants[0].bits: fake 1.0 takes only 8, not 4 (it is a fake)"),
@@ -137,9 +140,7 @@ def test_what_an_engine_cannot_do_is_an_error_at_its_place(
     assert message in result.stderr
 
 
-def test_settings_of_the_section_are_held_against_the_engine_too(
-    theirs: Path, tmp_path: Path, invoke: Command
-) -> None:
+def test_settings_of_the_section_are_held_against_the_engine_too(theirs: Path, tmp_path: Path, invoke: Command) -> None:
     refused = invoke("validate", theirs, "--set", "gptq.mse=true")
     assert "gptq.mse: fake 1.0 takes only false, not true" in refused.stderr
     refused = invoke("validate", theirs, "--set", "gptq.fail_on=[dead_columns]")

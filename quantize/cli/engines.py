@@ -67,7 +67,9 @@ def check(name: str, as_json: bool) -> None:
         if answer:
             packages = ", ".join(f"{package} {version}" for package, version in answer["packages"].items() if version)
             device = "a CUDA device" if answer["said"].get("cuda") else "the CPU only"
-            click.echo(f"{environment.engine.name}: imports, on Python {answer['python']} with {packages}; sees {device}")
+            click.echo(
+                f"{environment.engine.name}: imports, on Python {answer['python']} with {packages}; sees {device}"
+            )
         for method, reason in by_method.items():
             click.echo(f"{method.upper()}: {reason or 'can run here'}")
     if all(by_method.values()):

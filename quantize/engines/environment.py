@@ -112,9 +112,7 @@ class Environment:
                 venv.create(self.folder / "python", with_pip=True, symlinks=True)
                 self._pip(notify, log)
             except (OSError, subprocess.CalledProcessError) as error:
-                raise EngineError(
-                    f"{self.engine.title}: its environment cannot be made ({error}); see {log}"
-                ) from None
+                raise EngineError(f"{self.engine.title}: its environment cannot be made ({error}); see {log}") from None
             python = self.folder / "python" / "bin" / "python"
             self._write_mark({"python": str(python), "version": self.engine.version, "own": None})
             notify(f"{self.engine.title} is installed: {python}")
@@ -157,7 +155,7 @@ class Environment:
             steps.append(["--no-deps", *self.engine.without_dependencies])
         for step in steps:
             named = [word for word in step if "==" in word]
-            notify(f"{self.engine.title}: installing {', '.join(named)} and what they need")
+            notify(f"{self.engine.title}: installing {', '.join(named)}")
             with log.open("a", encoding="utf-8") as file:
                 done = subprocess.run([*pip, *step], stdout=file, stderr=subprocess.STDOUT)
             if done.returncode:

@@ -19,19 +19,16 @@ SHOWN = 300
 """Characters of a foreign message that go into an error."""
 
 
-def run_worker(
-    engine: Engine, python: Path, request: Mapping[str, Any], folder: Path, log: IO[str], threads: int | None = None
-) -> dict[str, Any]:
+def run_worker(engine: Engine, python: Path, request: Mapping[str, Any], folder: Path, log: IO[str]) -> dict[str, Any]:
     """Run one request in an engine's environment.
 
     Args:
         folder: its working directory, which engines like to litter.
-        threads: of arithmetic; all cores by default.
 
     Raises:
         EngineError: it failed, died or gave no answer; its log says more.
     """
-    threads = threads or os.cpu_count() or 1
+    threads = _threads()
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answer.json"
         whole = {**request, "answer": str(answer), "packages": list(engine.packages), "threads": threads}
@@ -54,6 +51,12 @@ def run_worker(
         if "error" in said:
             raise EngineError(f"{engine.title} failed: {said['error'][:SHOWN]}; its log is {log.name}")
         return said
+
+
+def _threads() -> int:
+    """Of arithmetic: what OMP_NUM_THREADS says, as it does for us, else all cores."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdigit() and int(said) else os.cpu_count() or 1
 
 
 def _environment(engine: Engine, threads: int) -> dict[str, str]:
