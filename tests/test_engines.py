@@ -123,7 +123,7 @@ def test_what_runs_in_an_engines_environment_imports_nothing_of_ours() -> None:
         ("{engine: autoawq}", "gptq.variants[0].engine: autoawq 0.2.9 makes no GPTQ here, only AWQ"),
         (
             "{engine: auto-round, desc_act: true}",
-            "gptq.variants[0].desc_act: auto-round 0.16.1 takes only false, not tr",
+            "gptq.variants[0].desc_act: auto-round 0.16.1 takes only false, ",
         ),
         ("{engine: llm-compressor, bits: 3}", "gptq.variants[0].bits: llm-compressor 0.14.0.1 takes only 4, 8, not 3"),
         ("{engine: gptqmodel, propagate: source}", "it always calibrates on its own quantized activations"),

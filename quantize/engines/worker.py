@@ -7,6 +7,8 @@ the result), ``method``, ``parameters``, ``device`` and ``threads``. What it pri
 into the answer as ``said``.
 """
 
+from __future__ import annotations
+
 import json
 import platform
 import random
@@ -14,11 +16,12 @@ import resource
 import sys
 import time
 from importlib import metadata, util
+from typing import Any
 
 
-def main():
+def main() -> None:
     request = json.load(sys.stdin)
-    answer = {"python": platform.python_version()}
+    answer: dict[str, Any] = {"python": platform.python_version()}
     try:
         answer.update(_answer(request))
     except Exception as error:
@@ -32,11 +35,12 @@ def main():
     sys.exit(1 if "error" in answer else 0)
 
 
-def _answer(request):
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
     spec = util.spec_from_file_location("quantize_engine_tool", sys.argv[1])
+    assert spec and spec.loader
     tool = util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    answer = {"packages": _versions(request["packages"])}
+    answer: dict[str, Any] = {"packages": _versions(request["packages"])}
     if request["action"] == "check":
         answer["said"] = tool.check()
         return answer
@@ -48,7 +52,7 @@ def _answer(request):
     return answer
 
 
-def _prepare(request):
+def _prepare(request: dict[str, Any]) -> None:
     """The same random numbers and threads in every run; ``auto`` is the GPU where the engine's torch sees one."""
     random.seed(0)
     try:
@@ -63,8 +67,8 @@ def _prepare(request):
     torch.set_num_threads(request["threads"])
 
 
-def _versions(packages):
-    found = {}
+def _versions(packages: list[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
     for name in packages:
         try:
             found[name] = metadata.version(name)

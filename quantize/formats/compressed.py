@@ -38,7 +38,7 @@ def decode(tensors: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
 
 def quantization_config(*, bits: int, group_size: int, symmetric: bool, static_order: bool) -> dict[str, Any]:
     """``quantization_config`` of ``config.json``: every linear but the output head."""
-    weights = {
+    weights: dict[str, Any] = {
         "actorder": "static" if static_order else None,
         "block_structure": None,
         "dynamic": False,

@@ -12,7 +12,9 @@ ENGINE: dict[str, Any] = {
     "methods": {
         "awq": {
             "layout": "awq",
-            "values": {"zero_point": (True,), "rounding": ("nearest",), "mse": (True, False), "group_size": (32, 64, 128)},
+            "values": {
+                "zero_point": (True,), "rounding": ("nearest",), "mse": (True, False), "group_size": (32, 64, 128),
+            },
             "reasons": {"zero_point": "its GEMM layout writes no other", "rounding": "it has no other"},
         },
     },
