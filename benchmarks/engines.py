@@ -70,8 +70,8 @@ def compare(name: str, title: str, task: Task, evaluation: str, folder: Path) ->
 4 bits, group_size {GROUP_SIZE}, all else as the recipe and the engines have it; {task.samples} x {task.length}
 calibration tokens of {Path(task.calibration).name}, the same ids for all; measured by `quantize measure` on
 {found["tokens"]:,} tokens of {Path(evaluation).name}, where the source's perplexity is
-{rows["source"]["perplexity"]:.2f}; {machine()}. Seconds and memory are of the whole `quantize build` with its children, one run. The last column: whether a second build gave the
-same bytes.
+{rows["source"]["perplexity"]:.2f}; {machine()}. Seconds and memory are
+of the whole `quantize build` with its children, one run. The last column: whether a second build gave the same bytes.
 
 {table(["method", "engine", "seconds", "peak RSS", "PPL", "KLD", "tensors", "bytes again"], body)}
 {"Not here:" + chr(10) + missing if missing else ""}

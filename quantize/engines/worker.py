@@ -37,7 +37,8 @@ def main() -> None:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     spec = util.spec_from_file_location("quantize_engine_tool", sys.argv[1])
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     tool = util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     answer: dict[str, Any] = {"packages": _versions(request["packages"])}
