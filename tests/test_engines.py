@@ -279,7 +279,7 @@ def test_check_tells_what_it_sees(fake: Environment, empty: Path, cache: Path, i
 def test_a_machine_without_a_gpu_is_told_so_before_any_work(
     empty: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Command
 ) -> None:
-    monkeypatch.setattr("quantize.engines.environment.GPU_FILES", (tmp_path / "none",))
+    monkeypatch.setattr("quantize.engines.environment.has_gpu", lambda: False)
     checked = invoke("engines", "check", "auto-gptq")
     assert checked.returncode == 2
     assert "needs an NVIDIA GPU with CUDA, and this machine has none" in checked.stdout
@@ -287,7 +287,7 @@ def test_a_machine_without_a_gpu_is_told_so_before_any_work(
     planned = invoke("plan", path, "--dist", tmp_path / "dist")
     assert planned.returncode == 0
     assert "gptq/main cannot be built yet: auto-gptq 0.7.1 needs an NVIDIA GPU" in planned.stdout
-    monkeypatch.setattr("quantize.engines.environment.GPU_FILES", (tmp_path,))
+    monkeypatch.setattr("quantize.engines.environment.has_gpu", lambda: True)
     assert "auto-gptq 0.7.1 is not installed" in invoke("plan", path, "--dist", tmp_path / "dist").stdout
 
 

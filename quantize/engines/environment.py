@@ -28,7 +28,7 @@ GPU_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
 
 def has_gpu() -> bool:
     """Whether an NVIDIA driver is there; asks no library."""
-    return any(path.exists() for path in GPU_FILES)
+    return any(path.exists() for path in GPU_FILES) or shutil.which("nvidia-smi") is not None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from quantize.formats import compressed
 from quantize.source.resolved import Source
 from quantize.verify.checks import Check
 
@@ -28,12 +29,15 @@ TIMEOUT = 1800
 
 
 def check_gptq_or_awq(folder: Path) -> list[Check]:
-    """transformers with gptqmodel, and vLLM where a GPU is."""
+    """transformers with what the branch's format needs, and vLLM where a GPU is."""
     from quantize.verify.forward import logits_of
 
     checks = []
+    kernels: tuple[str, ...] = ("gptqmodel", "optimum")
+    if _quant_method(folder) == compressed.METHOD:
+        kernels = ("compressed_tensors",)
     for name, packages, worker in (
-        (_named("transformers", "gptqmodel"), ("transformers", "gptqmodel", "optimum"), "worker_transformers.py"),
+        (_named("transformers", kernels[0]), ("transformers", *kernels), "worker_transformers.py"),
         (_named("vllm"), ("vllm",), "worker_vllm.py"),
     ):
         missing = [package for package in packages if find_spec(package) is None]
@@ -45,6 +49,14 @@ def check_gptq_or_awq(folder: Path) -> list[Check]:
             continue
         checks.append(_check(name, worker, folder, lambda ids: logits_of(folder, ids)))
     return checks
+
+
+def _quant_method(folder: Path) -> str:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(config["quantization_config"]["quant_method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def check_gguf(folder: Path, files: Mapping[str, Sequence[str]], source: Source | None) -> list[Check]:

@@ -15,7 +15,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map=device)
-    if not any(name.endswith("qweight") for name, _ in [*model.named_buffers(), *model.named_parameters()]):
+    quantized = ("qweight", "weight_packed")
+    if not any(name.endswith(quantized) for name, _ in [*model.named_buffers(), *model.named_parameters()]):
         raise SystemExit("loaded, but not as a quantized model")
     ids = tokenizer(prompt, return_tensors="pt").to(device)
     written = model.generate(
