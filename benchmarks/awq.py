@@ -49,12 +49,11 @@ def compare(name: str, title: str, task: Task, eight: list[Variant], evaluation:
     """
     recipe = task.recipe(folder / "prepare.json", eight)
     source = quantize.plan(quantize.load_recipe(recipe), dist=folder / "none").source.folder
+    one = [{"group_size": GROUP_SIZE, "branch": "awq"}]
     theirs = None
     if peer:
-        their_one = [{"group_size": GROUP_SIZE, "branch": "awq", "engine": "gptqmodel"}]
-        theirs, their_build = task.build_by("gptqmodel", folder / "peer", [], awq=their_one)
+        theirs, their_build = task.build_by("gptqmodel", folder / "peer", [], one)
         print(f"{name}: gptqmodel {theirs.seconds:.0f} s", flush=True)
-    one = [{"group_size": GROUP_SIZE, "branch": "awq"}]
     builds = {
         "eight GPTQ branches": task.build(folder / "without", eight),
         "and one AWQ branch": task.build(folder / "with", eight, awq=one),

@@ -92,7 +92,9 @@ class Task:
         done = sorted(runs, key=lambda one: one.seconds)[rounds // 2]
         return Built(done, json.loads(done.output)["seconds"], dist)
 
-    def build_by(self, engine: str, folder: Path, variants: list[Variant], **settings: Any) -> tuple[Run, Built]:
+    def build_by(
+        self, engine: str, folder: Path, variants: list[Variant], awq: list[dict[str, Any]] | None = None
+    ) -> tuple[Run, Built]:
         """The same by another engine, which is taken from our own environment where it is not installed.
 
         Returns:
@@ -104,7 +106,8 @@ class Task:
         environment = environment_of(find_engine(engine))
         if environment.mark is None:
             environment.adopt(Path(sys.executable), print)
-        built = self.build(folder, variants, **settings)
+        theirs = [{**one, "engine": engine} for one in awq or []]
+        built = self.build(folder, variants, awq=theirs, **({"engine": engine} if variants else {}))
         return Run(built.stages[engine], built.process.peak_bytes, ""), built
 
 

@@ -60,7 +60,7 @@ def compare(name: str, title: str, task: Task, variants: list[Variant], evaluati
     their_folders = {}
     for variant in variants:
         place = folder / "peer" / variant.name
-        theirs[variant.name], built = task.build_by("gptqmodel", place, [variant], engine="gptqmodel")
+        theirs[variant.name], built = task.build_by("gptqmodel", place, [variant])
         their_folders[f"gptqmodel: {variant.name}"] = built.folder / variant.name
         print(f"{name}: gptqmodel {variant.name}: {theirs[variant.name].seconds:.0f} s", flush=True)
 
