@@ -27,7 +27,6 @@ ENGINE: dict[str, Any] = {
     "requirements": ("quantize-fake-tool==1.0",),
     "constraints": "quantize-fake-tool==1.0",
     "packages": ("numpy", "safetensors"),
-    "environment": {"FAKE_THREADS": "{threads}"},
 }  # fmt: skip
 
 
@@ -40,7 +39,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     from safetensors.numpy import load_file, save_file
 
     wrong = os.environ.get("FAKE_ENGINE", "")
-    print("the log of the fake engine", os.environ["FAKE_THREADS"])
+    print("the log of the fake engine")
     if wrong == "fails":
         raise RuntimeError("out of\n\x1b[31mluck")
     if wrong == "killed":

@@ -49,7 +49,6 @@ class Engine(_Strict):
         requirements: what is asked of pip; ``constraints`` pins what comes along.
         without_dependencies: installed afterwards, their own word on what they need (and forbid) not heeded.
         packages: whose versions the manifest names.
-        environment: variables for its process.
         file: where it is described and run.
     """
 
@@ -62,7 +61,6 @@ class Engine(_Strict):
     constraints: str = ""
     without_dependencies: tuple[str, ...] = ()
     packages: tuple[str, ...]
-    environment: Mapping[str, str] = {}
     file: Path
 
     @property

@@ -35,7 +35,7 @@ def run_worker(engine: Engine, python: Path, request: Mapping[str, Any], folder:
         done = subprocess.run(
             [str(python), "-I", "-u", str(WORKER), str(engine.file)],
             input=json.dumps(whole), stdout=log, stderr=subprocess.STDOUT, text=True, cwd=folder,
-            env=_environment(engine, threads),
+            env=_environment(threads),
         )  # fmt: skip
         log.flush()
         if done.returncode < 0:
@@ -59,12 +59,11 @@ def _threads() -> int:
     return int(said) if said.isdigit() and int(said) else os.cpu_count() or 1
 
 
-def _environment(engine: Engine, threads: int) -> dict[str, str]:
+def _environment(threads: int) -> dict[str, str]:
     """Ours without what would lead it to our packages; no hub, no telemetry."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    own = {key: value.format(threads=threads) for key, value in engine.environment.items()}
     count = str(threads)
     return {
         **kept, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", **own,
+        "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false",
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,6 @@ ENGINE: dict[str, Any] = {
         xxhash==4.1.0
     """,
     "packages": ("gptqmodel", "torch", "transformers", "tokenizers", "safetensors", "numpy"),
-    # hides the rest of the machine's cores from it, which it would start a process on each
-    "environment": {"GPTQMODEL_CPU_WORKERS": "{threads}"},
 }
 
 
@@ -62,6 +61,8 @@ def check() -> dict[str, Any]:
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
     """Quantize; returns where and in what it computed, and how each module came out."""
+    # it wants more workers than a small machine has cores, and refuses to run with one
+    os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(2, request["threads"]))
     import numpy as np
     from gptqmodel import BACKEND, GPTQModel
 
