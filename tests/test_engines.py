@@ -374,7 +374,7 @@ def test_it_is_measured_verified_linted_and_shown_as_any_other(
     assert findings(theirs) == findings(ours)
     state = json.loads(invoke("status", recipe, "--dist", dist, "--json").stdout)["branches"][1]
     assert (state["state"], state["modules"], state["oddities"]) == ("fresh", 21, {})
-    assert invoke("report", recipe, "--dist", dist, "--output", cache / "report.html").returncode == 0
+    assert invoke("report", recipe, "--dist", dist, "--out", cache / "report.html").returncode == 0
 
 
 def findings(report: Any) -> list[str]:
@@ -502,22 +502,20 @@ def test_pack_quantized_is_decoded_as_its_source_says(bits: int, symmetric: bool
 
 @pytest.mark.loader
 @pytest.mark.skipif(find_spec("gptqmodel") is None, reason="gptqmodel is not installed in the tests' environment")
-@pytest.mark.parametrize(
-    ("body", "repo"),
-    [
-        ("  variants: [{group_size: 32, desc_act: true, engine: gptqmodel}]\n", "tiny-GPTQ"),
-        ("  variants: [{group_size: 32, sym: false, engine: gptqmodel}]\n", "tiny-GPTQ"),
-    ],
-)
-def test_gptqmodel_makes_a_branch(empty: Path, tmp_path: Path, invoke: Command, body: str, repo: str) -> None:
+def test_gptqmodel_makes_both_kinds_of_branches(empty: Path, tmp_path: Path, invoke: Command) -> None:
     source = write_model(tmp_path / "tiny", num_hidden_layers=1)
+    body = (
+        "  variants: [{group_size: 32, desc_act: true, engine: gptqmodel}]\n"
+        "awq: {variants: [{group_size: 32, engine: gptqmodel}]}\n"
+    )
     path = write_recipe(tmp_path / "r.yaml", source, body)
     assert invoke("engines", "install", "gptqmodel", "--python", sys.executable).returncode == 0
     result = invoke("build", path, "--dist", tmp_path / "dist", "--device", "cpu")
     assert result.returncode == 0, result.stderr
-    branch = tmp_path / "dist" / repo / "main"
-    manifest = json.loads((branch / "quantize-manifest.json").read_text())
-    assert manifest["engine"]["name"] == "gptqmodel"
-    assert {row["damp_percent"] for row in manifest["ledger"]} == {0.1}
-    verified = invoke("verify", branch, "--source", source, "--no-load")
-    assert verified.returncode == 0, verified.stdout
+    for repo, damping in (("tiny-GPTQ", 0.1), ("tiny-AWQ", None)):
+        branch = tmp_path / "dist" / repo / "main"
+        manifest = json.loads((branch / "quantize-manifest.json").read_text())
+        assert manifest["engine"]["name"] == "gptqmodel"
+        assert {row.get("damp_percent") for row in manifest["ledger"]} == {damping}
+        verified = invoke("verify", branch, "--source", source, "--no-load")
+        assert verified.returncode == 0, verified.stdout
