@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ def make_branches(
             folder = work / "building" / item.label
             with timed("write"):
                 ledger = rewrite(plan, item, raw, folder, answer["said"].get("modules", []))
+                shutil.rmtree(raw)
         except EngineError as error:
             raise EngineError(f"{item.label}: {error}") from None
         compute = {name: str(answer["said"][name]) for name in ("device", "dtype")}

@@ -23,7 +23,7 @@ from quantize.planning import Plan, PlannedVariant
 from quantize.planning.modules import LinearSpec
 from quantize.source.checkpoint import read_header
 from quantize.source.tensor_file import TensorFile
-from quantize.verify.tensors import MOST_ERROR
+from quantize.verify.tensors import MOST_ERROR, without_scales
 
 Tensors = dict[str, torch.Tensor]
 
@@ -45,7 +45,7 @@ def rewrite(
     title = item.engine.title if item.engine else ""
     try:
         return _Rewriting(plan, item, raw).run(folder, modules)
-    except (SourceError, OSError, KeyError, ValueError) as error:
+    except (SourceError, KeyError, ValueError) as error:
         reason = str(error.args[0]) if isinstance(error, KeyError) else str(error)
         raise EngineError(f"what {title} made is no such branch: {reason}") from None
 
@@ -159,11 +159,11 @@ class _Rewriting:
         return own
 
     def _row(self, linear: LinearSpec, tensors: Tensors, said: Mapping[str, Any]) -> LedgerEntry:
-        error = None
-        if self.kind != "awq":  # whose columns are scaled: nothing to hold them against
-            error = self._weight_error(linear, tensors)
+        error = self._weight_error(linear, tensors)
         known = {name: said[name] for name in ("damp_percent", "tokens") if name in said}
-        return LedgerEntry(linear.name, str(said.get("outcome", "foreign")), weight_error=error, **known)
+        if self.kind != "awq":  # whose columns are scaled, nobody tells by how much
+            known["weight_error"] = error
+        return LedgerEntry(linear.name, str(said.get("outcome", "foreign")), **known)
 
     def _weight_error(self, linear: LinearSpec, tensors: Tensors) -> float:
         weight = decode(self.kind, tensors, self.variant.bits, self._checkpoint_format())
@@ -171,6 +171,8 @@ class _Rewriting:
         own = own.float() if own.shape == weight.shape else own.float().t()
         if own.shape != weight.shape:
             raise ValueError(f"{linear.name} decodes to {list(weight.shape)}, the source has {list(own.shape)}")
+        if self.kind == "awq":
+            weight = without_scales(weight, own)
         share = float((weight - own).square().sum() / own.square().sum().clamp(min=1e-30))
         if not share <= MOST_ERROR[self.variant.bits] ** 2:
             raise ValueError(f"{linear.name} is off by {share**0.5:.3f} of its norm from the source")

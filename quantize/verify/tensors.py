@@ -78,6 +78,12 @@ class _Folds:
         return values
 
 
+def without_scales(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """``values`` [N, K] with the best scale of each column, and then of each row, taken out."""
+    values = values * _fit(values, wanted, 0)
+    return values * _fit(values, wanted, 1)
+
+
 def _fit(values: torch.Tensor, wanted: torch.Tensor, over: int) -> torch.Tensor:
     product, square = (values * wanted).sum(over, keepdim=True), values.square().sum(over, keepdim=True)
     return torch.where(square > 0, product / square.clamp(min=1e-30), torch.ones_like(square))
