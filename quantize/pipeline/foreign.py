@@ -76,6 +76,8 @@ def make_branches(
         try:
             with timed(engine.name), log.open("w", encoding="utf-8") as file:
                 answer = run_worker(engine, environment.python, request, place, file)
+            cost = f"{answer['seconds']:.0f} s and {answer['peak_bytes'] / 1e9:.2f} GB of memory"
+            notify(f"{item.label}: {engine.name} took {cost}")
             folder = work / "building" / item.label
             with timed("write"):
                 ledger = rewrite(plan, item, raw, folder, answer["said"].get("modules", []))
