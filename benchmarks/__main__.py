@@ -26,6 +26,8 @@ NAMES = (
     "sequential",
     "low",
     "gguf",
+    "engines-small",
+    "engines",
     "awq-small",
     "awq",
     "awq-peer",
@@ -56,7 +58,7 @@ def main(
     length: int,
 ) -> None:
     """Measure the tables NAMES, or all of them; one whose text or model is not given is skipped, with a word."""
-    from benchmarks import archived, awq, curves, gguf, gpu, memory, peers, quality, sequential
+    from benchmarks import archived, awq, curves, engines, gguf, gpu, memory, peers, quality, sequential
 
     demo = Task(DEMO, calibration or "", samples, length)
     small = Task({"source": str(Path(model or "").resolve())}, calibration or "", samples, length)
@@ -68,6 +70,8 @@ def main(
         "archived": (calibration,),
         "memory": (calibration,),
         "awq": (calibration, evaluation),
+        "engines": (calibration, evaluation),
+        "engines-small": (calibration, evaluation, model),
         "awq-peer": (calibration, evaluation),
         "quality": (calibration, evaluation),
         "awq-small": (calibration, evaluation, model),
@@ -94,6 +98,11 @@ def main(
             elif name == "awq-small":
                 title = f"AWQ on a small model, {Path(model or '').name}, against gptqmodel"
                 awq.compare(name, title, small, LOW, evaluation or "", True, folder)
+            elif name == "engines":
+                engines.compare(name, "All engines on SmolLM2-135M-Instruct", demo, evaluation or "", folder)
+            elif name == "engines-small":
+                title = f"All engines on a small model, {Path(model or '').name}"
+                engines.compare(name, title, small, evaluation or "", folder)
             elif name == "quality":
                 title = "Every variant of SmolLM2-135M-Instruct, measured from its own bytes"
                 quality.compare(name, title, demo, EIGHT, evaluation or "", folder)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.child import run
+import quantize
 from benchmarks.document import machine, replace_section, table
 from benchmarks.ours import Built, Task, Variant, stages_table
-from benchmarks.peers import WINDOWS, figures, measure, prepare
+from benchmarks.peers import WINDOWS, figures, measure
 from quantize.formats.reader import BranchReader
 from quantize.measure.quality import Weights
 from quantize.methods.gptq import GptqParameters, round_to_nearest
@@ -47,21 +47,21 @@ def compare(name: str, title: str, task: Task, eight: list[Variant], evaluation:
     Args:
         peer: run gptqmodel too; on a CPU without bfloat16 its AWQ takes long for the demo's model: give it 8 samples.
     """
-    source, ids = prepare(task, folder, eight)
+    recipe = task.recipe(folder / "prepare.json", eight)
+    source = quantize.plan(quantize.load_recipe(recipe), dist=folder / "none").source.folder
+    one = [{"group_size": GROUP_SIZE, "branch": "awq"}]
     theirs = None
     if peer:
-        arguments = [source, str(folder / "peer"), str(ids), str(GROUP_SIZE)]
-        theirs = run("-m", "benchmarks.peer_gptqmodel_awq", *arguments, cwd=folder)
+        theirs, their_build = task.build_by("gptqmodel", folder / "peer", [], one)
         print(f"{name}: gptqmodel {theirs.seconds:.0f} s", flush=True)
-    one = [{"group_size": GROUP_SIZE, "branch": "awq"}]
     alone = task.build(folder / "alone", [], awq=one)
     asked = [{"group_size": GROUP_SIZE, "branch": f"b{n}", **setting} for n, setting in enumerate(OURS.values())]
     every = task.build(folder / "every", [], awq=asked)
     readers: dict[str, Weights] = {label: BranchReader(every.awq / f"b{n}") for n, label in enumerate(OURS)}
-    readers["nearest, unscaled"] = Nearest(Path(source))
+    readers["nearest, unscaled"] = Nearest(source)
     if theirs:
-        readers["gptqmodel"] = BranchReader(folder / "peer")
-    rows = measure(folder / "prepare.json", readers, evaluation, task.length)
+        readers["gptqmodel"] = BranchReader(their_build.awq / "awq")
+    rows = measure(recipe, readers, evaluation, task.length)
     seconds = {"ours": f"{alone.process.seconds:.0f}", "gptqmodel": f"{theirs.seconds:.0f}" if theirs else ""}
     body = [[label, figures(rows[label]), seconds.get(label, "")] for label in readers]
     by_whom = ", gptqmodel in bfloat16 with its torch backend (it has no other here)" if theirs else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,24 @@ class Task:
             runs.append(run(*arguments))
         done = sorted(runs, key=lambda one: one.seconds)[rounds // 2]
         return Built(done, json.loads(done.output)["seconds"], dist)
+
+    def build_by(
+        self, engine: str, folder: Path, variants: list[Variant], awq: list[dict[str, Any]] | None = None
+    ) -> tuple[Run, Built]:
+        """The same by another engine, which is taken from our own environment where it is not installed.
+
+        Returns:
+            Its own process, and the build.
+        """
+        from quantize.engines import find_engine
+        from quantize.planning.foreign import environment_of
+
+        environment = environment_of(find_engine(engine))
+        if environment.mark is None:
+            environment.adopt(Path(sys.executable), print)
+        theirs = [{**one, "engine": engine} for one in awq or []]
+        built = self.build(folder, variants, awq=theirs, **({"engine": engine} if variants else {}))
+        return Run(built.stages[engine], built.process.peak_bytes, ""), built
 
 
 def stages_table(rows: list[tuple[str, Built]], first: str) -> str:

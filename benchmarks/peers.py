@@ -5,29 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.child import Run, run
+from benchmarks.child import Run
 from benchmarks.document import machine, replace_section, table
-from benchmarks.ours import DAMP, Built, Task, Variant, stages_table
+from benchmarks.ours import Built, Task, Variant, stages_table
 
 if TYPE_CHECKING:
     from quantize.measure.quality import Quality, Weights
 
 WINDOWS = 8  # of the held-out text
 ROUNDS = 3  # of our short builds; gptqmodel's runs are many and alike, `quantized` is long: one each
-
-
-def prepare(task: Task, folder: Path, variants: list[Variant]) -> tuple[str, Path]:
-    """The source's folder, and the very token ids of our builds as a file for the peer."""
-    import numpy as np
-
-    import quantize
-    from quantize.calibration.tokens import load_tokenizer, sample_tokens
-
-    loaded = quantize.load_recipe(task.recipe(folder / "prepare.json", variants))
-    source = quantize.plan(loaded, dist=folder / "none").source
-    target = folder / "ids.npy"
-    np.save(target, sample_tokens(loaded.recipe.calibration, load_tokenizer(source)).ids)
-    return str(source.folder), target
 
 
 def measure(recipe: Path, weights: dict[str, Weights], text: str, length: int) -> dict[str, Quality]:
@@ -56,7 +42,7 @@ def compare(name: str, title: str, task: Task, variants: list[Variant], evaluati
     """Run everything of one table and write its section."""
     from quantize.formats.reader import BranchReader
 
-    source, ids = prepare(task, folder, variants)
+    task.recipe(folder / "prepare.json", variants)
     low = [variant for variant in variants if variant.bits < 8]  # at 8 bits there is nothing left to win
     settings: dict[str, tuple[list[Variant], dict[str, Any]]] = {
         "source": (variants, {"propagate": "source"}),
@@ -71,14 +57,15 @@ def compare(name: str, title: str, task: Task, variants: list[Variant], evaluati
         print(f"{name}: ours, {label}: {ours[label].process.seconds:.0f} s", flush=True)
     one = task.build(folder / "one", variants[:1], ROUNDS, propagate="source")
     theirs: dict[str, Run] = {}
+    their_folders = {}
     for variant in variants:
-        arguments = [source, str(folder / "peer" / variant.name), str(ids)]
-        arguments += [str(variant.bits), str(variant.group_size), str(variant.desc_act), str(DAMP)]
-        theirs[variant.name] = run("-m", "benchmarks.peer_gptqmodel", *arguments, cwd=folder)
+        place = folder / "peer" / variant.name
+        theirs[variant.name], built = task.build_by("gptqmodel", place, [variant])
+        their_folders[f"gptqmodel: {variant.name}"] = built.folder / variant.name
         print(f"{name}: gptqmodel {variant.name}: {theirs[variant.name].seconds:.0f} s", flush=True)
 
     folders = {f"{label}: {v.name}": built.folder / v.name for label, built in ours.items() for v in settings[label][0]}
-    folders |= {f"gptqmodel: {v.name}": folder / "peer" / v.name for v in variants}
+    folders |= their_folders
     readers: dict[str, Weights] = {name: BranchReader(branch) for name, branch in folders.items()}
     quality = measure(folder / "prepare.json", readers, evaluation, task.length)
     replace_section(name, _section(title, task, variants, evaluation, ours, one, theirs, quality))

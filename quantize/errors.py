@@ -49,6 +49,10 @@ class GgufError(QuantizeError):
     """llama.cpp is missing, or its converter or quantizer refuses."""
 
 
+class EngineError(QuantizeError):
+    """A foreign engine is not installed, cannot run here, failed, or gave something that is no such branch."""
+
+
 class ReleaseError(QuantizeError):
     """Finished work cannot be put where it shall go: a branch is not built, git is missing, a file cannot be linked."""
 

@@ -27,6 +27,7 @@ FLOORS = (
     "methods",
     "formats",
     "recipe",
+    "engines",
 )
 """From top to bottom, as docs/architecture.md lists them."""
 

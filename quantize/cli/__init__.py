@@ -11,6 +11,7 @@ from quantize import __version__
 from quantize.cli.build import build
 from quantize.cli.card import card
 from quantize.cli.clean import clean, gc
+from quantize.cli.engines import engines
 from quantize.cli.explain import explain
 from quantize.cli.git import git
 from quantize.cli.lint import lint
@@ -46,7 +47,7 @@ def quantize() -> None:
 
 COMMANDS = (
     recipes, validate, plan, build, measure, report, verify, card, push, diff, git, prune, lint, explain, status,
-    matrix, rebuild, clean, gc,
+    matrix, rebuild, engines, clean, gc,
 )  # fmt: skip
 for command in COMMANDS:
     quantize.add_command(command)

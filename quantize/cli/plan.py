@@ -62,20 +62,29 @@ def plan(
         click.echo(f"{len(planned.table.linears)} linears in {planned.table.blocks} blocks")
         for method in planned.recipe.methods:
             click.echo(f"{planned.repos[method]}:")
-            rows = [HEADINGS[method], *(_row(planned, item) for item in planned.of(method))]
+            items = planned.of(method)
+            rows = [HEADINGS[method], *(_row(planned, item) for item in items)]
+            if any(item.engine for item in items):
+                titles = [item.engine.title if item.engine else "native" for item in items]
+                rows = [[*row[:-2], title, *row[-2:]] for row, title in zip(rows, ["engine", *titles], strict=True)]
             click.echo(table(rows, right=frozenset({1, 2, 5})))
         levels = planned.gguf.levels if planned.gguf else ()
         if planned.gguf:
             click.echo(f"{planned.gguf.repo}:")
             click.echo(table([LEVEL_HEADING, *(_level_row(planned, item) for item in levels)], right=frozenset({1, 2})))
+        for label, reason in planned.obstacles.items():
+            click.echo(f"{label} cannot be built yet: {reason}")
         left = len(planned.work) + len(planned.level_work)
         if left:
-            cost = planned.estimate
-            click.echo(
-                f"to build: {left} of {len(planned.variants) + len(levels)}, "
-                f"about {duration(cost.seconds)} on this machine's CPU, peak memory about {gigabytes(cost.peak_bytes)}"
-                + (f" (of a GPU's, with --device cuda, {gigabytes(cost.gpu_bytes)})" if cost.gpu_bytes else "")
-            )
+            cost, foreign = planned.estimate, len(planned.foreign_work)
+            line = f"to build: {left} of {len(planned.variants) + len(levels)}"
+            if left > foreign:
+                spent = f"about {duration(cost.seconds)} on this machine's CPU"
+                line += f", {spent}, peak memory about {gigabytes(cost.peak_bytes)}"
+                line += f" (of a GPU's, with --device cuda, {gigabytes(cost.gpu_bytes)})" if cost.gpu_bytes else ""
+            click.echo(line)
+            if foreign:
+                click.echo(f"{foreign} of them by other engines, whose time and memory are not estimated")
         else:
             click.echo("nothing to build")
     if check and (planned.work or planned.level_work):

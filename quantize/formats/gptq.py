@@ -44,6 +44,21 @@ def encode(
     }
 
 
+def convert_zeros(qzeros: torch.Tensor, bits: int, stored: str, wanted: str) -> torch.Tensor:
+    """Packed zero points of one ``checkpoint_format`` in those of another.
+
+    Raises:
+        ValueError: either is unknown.
+    """
+    for name in (stored, wanted):
+        if name not in {"gptq", "gptq_v2"}:
+            raise ValueError(f"checkpoint_format is '{name}', neither gptq nor gptq_v2")
+    if stored == wanted:
+        return qzeros
+    zeros = unpack(qzeros.t().contiguous(), bits).to(torch.int32) + (1 if stored == "gptq" else -1)
+    return pack(zeros % 2**bits, bits).t().contiguous()
+
+
 def decode(tensors: Mapping[str, torch.Tensor], bits: int, checkpoint_format: str = "gptq") -> torch.Tensor:
     """The weight [N, K] float32 that a loader computes from the tensors of :func:`encode`."""
     codes = unpack(tensors["qweight"], bits).t()
@@ -64,7 +79,8 @@ def quantize_config(
     sym: bool,
     damp_percent: float,
     checkpoint_format: str,
-    version: str,
+    true_sequential: bool,
+    quantizers: list[str],
     modules: list[str] | None = None,
 ) -> dict[str, Any]:
     """``quantize_config.json``, and the same object as ``quantization_config`` in ``config.json``.
@@ -87,7 +103,7 @@ def quantize_config(
         "act_group_aware": act_group_aware and desc_act is False,
         "sym": sym,
         "lm_head": False,
-        "true_sequential": False,
+        "true_sequential": true_sequential,
         "model_name_or_path": None,
         "model_file_base_name": "model",
         "quant_method": "gptq",
@@ -97,9 +113,9 @@ def quantize_config(
         "pack_dtype": "int32",
         **selected,
         "meta": {
-            "quantizer": [f"quantize:{version}"],
+            "quantizer": quantizers,
             "damp_percent": damp_percent,
             "static_groups": desc_act == "static",
-            "true_sequential": False,
+            "true_sequential": true_sequential,
         },
     }

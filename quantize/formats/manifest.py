@@ -20,24 +20,26 @@ class LedgerEntry:
 
     Attributes:
         outcome: ``solved``, ``damp_raised``, ``rtn_fallback``, ``starved_expert`` (an expert that saw fewer tokens than
-            the recipe asks for; one that saw none is rounded to nearest), or ``unscaled`` (AWQ, where no operation
-            before the linear can take a scale).
+            the recipe asks for; one that saw none is rounded to nearest), ``unscaled`` (AWQ, where no operation before
+            the linear can take a scale), or ``foreign`` (made by another engine, of which only what is given is known).
         damp_percent: the damping that was used.
         dead_columns: input channels that were zero in every calibration token.
         relative_error: tr((W-Q) H (W-Q)^T) / tr(W H W^T).
         tokens: calibration tokens seen.
         scale_ratio: AWQ: the exponent of the channels' strength that won the search, 0 to 1.
         scale_folded_into: AWQ: the module that is divided by the scale.
+        weight_error: ||W-Q||^2 / ||W||^2, where the result of another engine was held against the source.
     """
 
     module: str
     outcome: str
-    damp_percent: float
-    dead_columns: int
-    relative_error: float
-    tokens: int
+    damp_percent: float | None = None
+    dead_columns: int | None = None
+    relative_error: float | None = None
+    tokens: int | None = None
     scale_ratio: float | None = None
     scale_folded_into: str | None = None
+    weight_error: float | None = None
 
     def as_data(self) -> dict[str, Any]:
         """The row, without what does not apply to its method."""
@@ -57,8 +59,13 @@ def manifest(
     tensor_bytes: int,
     files: dict[str, dict[str, Any]],
     ledger: list[LedgerEntry],
+    engine: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest as plain data. It holds no time, no path of the machine and no name of a user."""
+    """The manifest as plain data. It holds no time, no path of the machine and no name of a user.
+
+    Args:
+        engine: name, version and packages of a foreign engine; None for our own solvers.
+    """
     return {
         "schema": SCHEMA,
         "repo": repo,
@@ -69,6 +76,7 @@ def manifest(
         "calibration": calibration,
         "compute": compute,
         "versions": versions,
+        **({"engine": engine} if engine else {}),
         "tensor_bytes": tensor_bytes,
         "files": files,
         "ledger": [entry.as_data() for entry in ledger],
@@ -102,11 +110,11 @@ def is_complete(folder: Path, data: dict[str, Any]) -> bool:
 
 
 def oddities(ledger: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Modules that did not come out as ``solved``, or had dead input channels, by what happened to them."""
+    """Modules that did not come out as they should, or had dead input channels, by what happened to them."""
     found: dict[str, list[str]] = {}
     for entry in ledger:
-        if entry["outcome"] != "solved":
+        if entry["outcome"] not in {"solved", "foreign"}:
             found.setdefault(entry["outcome"], []).append(entry["module"])
-        if entry["dead_columns"]:
+        if entry.get("dead_columns"):
             found.setdefault("dead_columns", []).append(entry["module"])
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,35 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from quantize.formats import awq, gptq
+from quantize.formats import awq, compressed, gptq
 from quantize.formats.manifest_schema import is_file_name
 from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME
 
-PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales")}
+PARTS = {
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq": ("qweight", "qzeros", "scales"),
+    compressed.METHOD: ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+}
+"""By method, what a linear's weight is stored as. The first is there for every quantized linear and for no other;
+``weight_zero_point`` only with zero points."""
+
+
+def decode(
+    method: str, tensors: Mapping[str, torch.Tensor], bits: int, checkpoint_format: str = "gptq"
+) -> torch.Tensor:
+    """The weight [N, K] float32 that a loader computes from a linear's :data:`PARTS`."""
+    if method == "awq":
+        return awq.decode(tensors)
+    if method == "gptq":
+        return gptq.decode(tensors, bits, checkpoint_format)
+    return compressed.decode(tensors, bits)
 
 
 class BranchReader:
     """Tensors of a branch's folder, one at a time; its linears dequantized.
 
     Raises:
-        OSError, KeyError, ValueError: the folder is neither a GPTQ nor an AWQ branch.
+        OSError, KeyError, ValueError: the folder is no branch of a format in :data:`PARTS`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,10 +49,11 @@ class BranchReader:
             raise ValueError(f"{folder}: its config.json has no quantization_config")
         self.method = str(config.get("quant_method"))
         if self.method not in PARTS:
-            raise ValueError(f"{folder}: quant_method '{self.method}' is neither gptq nor awq")
-        if config.get("bits") not in (2, 3, 4, 8):
+            raise ValueError(f"{folder}: quant_method '{self.method}' is none of {', '.join(PARTS)}")
+        bits = compressed.bits_of(config) if self.method == compressed.METHOD else config.get("bits")
+        if bits not in (2, 3, 4, 8):
             raise ValueError(f"{folder}: quantization_config.bits is none of 2, 3, 4 and 8")
-        self.bits, self.checkpoint_format = int(config["bits"]), str(config.get("checkpoint_format", "gptq"))
+        self.bits, self.checkpoint_format = int(bits), str(config.get("checkpoint_format", "gptq"))
         index = folder / INDEX_NAME
         shards = _json(index).get("weight_map") if index.is_file() else {}
         if not isinstance(shards, dict) or not all(
@@ -46,13 +65,22 @@ class BranchReader:
     @cached_property
     def activation_scales(self) -> dict[str, torch.Tensor]:
         """AWQ: what loaders divide the outputs of modules by that hold no weight of their own, by module."""
-        names = set(self._shard_of) or set(self._names())
+        names = self._stored
         found = {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
         return {module: self.tensor(f"{module}.scales") for module in sorted(found) if f"{module}.qweight" not in names}
 
-    def _names(self) -> list[str]:
+    @property
+    def packed(self) -> set[str]:
+        """The quantized linears."""
+        mark = f".{PARTS[self.method][0]}"
+        return {name.removesuffix(mark) for name in self._stored if name.endswith(mark)}
+
+    @cached_property
+    def _stored(self) -> frozenset[str]:
+        if self._shard_of:
+            return frozenset(self._shard_of)
         with safe_open(self.folder / SINGLE_NAME, framework="pt") as file:
-            return list(file.keys())
+            return frozenset(file.keys())
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor as stored."""
@@ -64,10 +92,11 @@ class BranchReader:
 
     def weight(self, module: str) -> torch.Tensor:
         """The weight [out_features, in_features] float32 that a loader computes for a quantized linear."""
-        tensors = {part: self.tensor(f"{module}.{part}") for part in PARTS[self.method]}
-        if self.method == "awq":
-            return awq.decode(tensors)
-        return gptq.decode(tensors, self.bits, self.checkpoint_format)
+        tensors = {}
+        for part in PARTS[self.method]:
+            if part != "weight_zero_point" or f"{module}.{part}" in self._stored:
+                tensors[part] = self.tensor(f"{module}.{part}")
+        return decode(self.method, tensors, self.bits, self.checkpoint_format)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -196,4 +196,4 @@ def kind_of(block: nn.Module) -> tuple[tuple[str, type], ...]:
 
 
 def _parameters(branch: Branch) -> AwqParameters:
-    return AwqParameters(**branch.item.variant.model_dump(exclude={"branch"}))
+    return AwqParameters(**branch.item.variant.model_dump(exclude={"branch", "engine"}))

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 
-from quantize import __version__
 from quantize.calibration.forward import choose_device, choose_dtype
 from quantize.calibration.statistics import Timed
 from quantize.calibration.store import STATISTICS_VERSION, StatisticsStore
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
-from quantize.formats.manifest import MANIFEST_NAME, manifest
 from quantize.methods.columns import kernel_of
 from quantize.pipeline.branch import Branch
 from quantize.pipeline.calibration_pass import CalibrationPass
+from quantize.pipeline.completion import complete, versions
 from quantize.pipeline.memory import return_large_buffers
 from quantize.pipeline.unfinished import State, open_unfinished
 from quantize.planning import Plan, PlannedVariant
 from quantize.planning.keys import key_of
 from quantize.recipe.methods import GptqVariant
-from quantize.release.card import render_card
-from quantize.release.config import as_json, loader_config, release_config
-from quantize.release.tree import copy_file, describe_files
-from quantize.source.cache import cache_folder, write_atomically
+from quantize.source.cache import cache_folder
 from quantize.source.resolved import Notify
 from quantize.source.streamed import StreamedModel
 
@@ -72,7 +66,7 @@ class Pass:
         }
         self.store = self._statistics_store(keep_statistics)
         inputs = {
-            "versions": _versions(self.compute["kernel"]),
+            "versions": versions(self.compute["kernel"]),
             "compute": self.compute,
             "source": plan.source.hashes,
             "calibration": plan.calibration,
@@ -120,44 +114,8 @@ class Pass:
         return branches
 
     def complete(self, branch: Branch) -> dict[str, Any]:
-        """Write everything of a branch beside its weights: configs, the source's files, manifest, card.
-
-        Returns:
-            The manifest.
-        """
-        plan, item, folder, source = self.plan, branch.item, branch.folder, self.plan.source
-        file, as_file, config = loader_config(plan.recipe, item, plan.table)
-        for name in source.carried_over:
-            copy_file(source.folder / name, folder / name)
-        write_atomically(folder / file, as_json(as_file))
-        write_atomically(folder / "config.json", as_json(release_config(source.checkpoint.config, config)))
-        inputs = plan.key_inputs(item)
-        data = manifest(
-            branch=item.branch,
-            repo=item.repo,
-            key=key_of(inputs),
-            key_inputs=inputs,
-            source={
-                "name": source.hub_id or source.short_name,
-                "commit": source.commit,
-                "made_of": source.origin,
-                "files": source.hashes,
-            },
-            calibration={
-                **plan.calibration,
-                "tokens_sha256": self.tokens.sha256,
-                "tokens": int(self.tokens.ids.size),
-                "bos": self.tokens.bos,
-            },
-            compute=self.compute,
-            versions=_versions(self.compute["kernel"]),
-            tensor_bytes=item.nbytes,
-            files=describe_files(folder),
-            ledger=branch.ledger,
-        )
-        write_atomically(folder / MANIFEST_NAME, as_json(data))
-        write_atomically(folder / "README.md", render_card(plan, item.method).encode())
-        return data
+        """Write everything of a branch beside its weights; returns the manifest."""
+        return complete(self.plan, branch.item, branch.folder, branch.ledger, self.tokens, self.compute)
 
     def _branch(self, item: PlannedVariant) -> Branch:
         folder = self.kept.branch(item.label)
@@ -178,10 +136,10 @@ class Pass:
 
     def _statistics_store(self, keep: bool) -> StatisticsStore | None:
         """Where the source's statistics lie or shall lie; None where there are none, and none are wanted."""
-        versions = _versions(self.compute["kernel"])
+        installed = versions(self.compute["kernel"])
         depends = {
             "version": STATISTICS_VERSION,
-            "versions": {name: versions[name] for name in ("torch", "transformers", "tokenizers")},
+            "versions": {name: installed[name] for name in ("torch", "transformers", "tokenizers")},
             "compute": {name: value for name, value in self.compute.items() if name != "row_budget"},
             "source": self.plan.source.hashes,
             "calibration": self.plan.calibration,
@@ -192,13 +150,3 @@ class Pass:
     def _what(self) -> str:
         parts = [f"{len(self.todo)} branch{'es' if len(self.todo) != 1 else ''}"] if self.todo else []
         return " and ".join([*parts, *(["an importance matrix"] if self.diagonals is not None else [])])
-
-
-def _versions(kernel: str) -> dict[str, str]:
-    packages = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "numba"]
-    packages += ["triton"] if kernel == "triton" else []
-    return {
-        "quantize": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-    }

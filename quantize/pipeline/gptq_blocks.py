@@ -103,4 +103,4 @@ class GptqBlocks:
 
 
 def _parameters(branch: Branch) -> GptqParameters:
-    return GptqParameters(**branch.item.variant.model_dump(exclude={"branch", "propagate"}))
+    return GptqParameters(**branch.item.variant.model_dump(exclude={"branch", "propagate", "engine"}))

@@ -18,6 +18,7 @@ from quantize.errors import BuildError, CalibrationError, SourceError
 from quantize.formats.manifest import oddities
 from quantize.pipeline.unfinished import Unfinished, find_unfinished
 from quantize.planning import Plan, PlannedVariant, plan_recipe
+from quantize.planning.foreign import require_engines
 from quantize.recipe import LoadedRecipe
 from quantize.release.card import refresh_cards
 from quantize.release.tree import locked, publish
@@ -84,14 +85,17 @@ def build_recipe(
     with locked(Path(dist)) as work:
         plan = plan_recipe(loaded, dist, only, weights=True, budget=budget, notify=notify)
         result = BuildResult(plan)
-        todo = plan.work
+        todo = plan.native_work
         result.fresh = [item.label for item in plan.everything if item.state == "fresh" and item.label in plan.selected]
         try:
             if plan.gguf and plan.level_work:
                 plan.gguf.require()
+            require_engines(plan.foreign_work)
             diagonals = None
             if todo or plan.gathers_imatrix:
                 diagonals = _build_branches(plan, todo, work, device, keep_statistics, progress, notify, result)
+            if plan.foreign_work:
+                _build_foreign(plan, work, device, notify, result)
             if plan.level_work:
                 _build_levels(plan, diagonals, work, progress, notify, result)
             refresh_cards(plan)
@@ -115,9 +119,11 @@ def _remove_done(plan: Plan) -> None:
             one.remove()
 
 
-def _check_disk(plan: Plan, todo: Sequence[PlannedVariant], kept: Unfinished) -> None:
+def _check_disk(plan: Plan, todo: Sequence[PlannedVariant], kept: Unfinished | None = None) -> None:
     carried = sum((plan.source.folder / name).stat().st_size for name in plan.source.carried_over)
-    needed = sum(item.nbytes + carried for item in todo) + plan.estimate.kept_bytes - kept.nbytes
+    needed = sum(item.nbytes + carried for item in todo)
+    if kept:
+        needed += plan.estimate.kept_bytes - kept.nbytes
     free = shutil.disk_usage(plan.dist).free
     if needed > free:
         raise BuildError(
@@ -135,6 +141,20 @@ def _build_levels(
     for item in plan.level_work:
         if item.outcome and item.outcome.fallbacks:
             result.oddities[item.label] = {"fallback": list(item.outcome.fallbacks)}
+
+
+def _build_foreign(plan: Plan, work: Path, device: str, notify: Notify, result: BuildResult) -> None:
+    from quantize.pipeline.completion import complete
+    from quantize.pipeline.foreign import make_branches
+
+    _check_disk(plan, [*plan.foreign_work, *plan.foreign_work])  # an engine's result lies beside its rewriting
+    for made in make_branches(plan, plan.foreign_work, work, device, result.timed, notify):
+        with result.timed("write"):
+            data = complete(plan, made.item, made.folder, made.ledger, made.tokens, made.compute, made.engine)
+            publish(made.folder, made.item.folder, work)
+        result.built.append(made.item.label)
+        if odd := oddities(data["ledger"]):
+            result.oddities[made.item.label] = odd
 
 
 def _build_branches(

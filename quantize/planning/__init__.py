@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 from quantize.calibration.corpus import title
 from quantize.calibration.tokens import calibration_identity
+from quantize.engines import Engine
 from quantize.errors import PlanError
 from quantize.formats.manifest import is_complete, read_manifest
 from quantize.planning.estimate import Estimate, estimate
+from quantize.planning.foreign import engine_of, identity_of, layout_of, obstacles
 from quantize.planning.keys import differences, key_inputs, key_of
 from quantize.planning.levels import LevelPlan, PlannedLevel, plan_levels
 from quantize.planning.memory import Memory, MemoryModel
@@ -63,6 +65,16 @@ class PlannedVariant:
     def nbytes(self) -> int:
         return self.layout.nbytes
 
+    @property
+    def format(self) -> str:
+        """The checkpoint format that it is published in: ``gptq``, ``awq`` or ``compressed-tensors``."""
+        return layout_of(self.variant)
+
+    @property
+    def engine(self) -> Engine | None:
+        """What makes it; None for our own solvers."""
+        return engine_of(self.variant)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -87,6 +99,21 @@ class Plan:
     def work(self) -> list[PlannedVariant]:
         """The selected branches that are not fresh."""
         return [item for item in self.variants if item.state != "fresh" and item.label in self.selected]
+
+    @property
+    def native_work(self) -> list[PlannedVariant]:
+        """Of the work, what our own solvers make, all from one pass."""
+        return [item for item in self.work if not item.engine]
+
+    @property
+    def foreign_work(self) -> list[PlannedVariant]:
+        """Of the work, what other engines make, each by itself."""
+        return [item for item in self.work if item.engine]
+
+    @cached_property
+    def obstacles(self) -> dict[str, str]:
+        """Branches of the work that their engine cannot make here as things are, by label, and why."""
+        return obstacles(self.foreign_work)
 
     @property
     def everything(self) -> list[PlannedVariant | PlannedLevel]:
@@ -115,7 +142,7 @@ class Plan:
             self.source.checkpoint,
             self.table,
             self.recipe.calibration,
-            [item.variant for item in self.work],
+            [item.variant for item in self.native_work],
             [(item.level, self.source.checkpoint.nbytes) for item in self.level_work],
             self.gathers_imatrix,
             self.budget,
@@ -128,7 +155,7 @@ class Plan:
         Raises:
             PlanError: it cannot.
         """
-        variants = [item.variant for item in self.work]
+        variants = [item.variant for item in self.native_work]
         model = MemoryModel(self.source.checkpoint, self.table, self.recipe.calibration, variants, self.gathers_imatrix)
         return model.within(self.budget)
 
@@ -165,7 +192,7 @@ class Plan:
             "seconds": round(self.estimate.seconds, 1),
             "peak_bytes": self.estimate.peak_bytes,
             "gpu_bytes": self.estimate.gpu_bytes,
-            "memory": dict(self.memory.parts) if self.work or self.gathers_imatrix else {},
+            "memory": dict(self.memory.parts) if self.native_work or self.gathers_imatrix else {},
             "variants": [
                 {
                     "method": item.method,
@@ -177,6 +204,7 @@ class Plan:
                     "state": item.state,
                     "why": item.why,
                     "selected": item.label in self.selected,
+                    **({"obstacle": self.obstacles[item.label]} if item.label in self.obstacles else {}),
                 }
                 for item in self.variants
             ],
@@ -251,7 +279,8 @@ def _key_inputs(
     recipe: Recipe, source: Source, calibration: dict[str, Any], method: Method, variant: Variant
 ) -> dict[str, Any]:
     settings = {**calibration, "compute_dtype": recipe.calibration.compute_dtype}
-    return key_inputs(source.hashes, settings, method, recipe.section(method), variant, recipe.release)
+    section, engine = recipe.section(method), identity_of(variant)
+    return key_inputs(source.hashes, settings, method, section, variant, recipe.release, engine)
 
 
 def _state(folder: Path, inputs: Any) -> tuple[State, str]:

@@ -16,6 +16,9 @@ LISTS = frozenset({"variants", "matrix"})
 JUDGEMENTS = frozenset({"fail_on", "min_expert_tokens"})
 """Keys of a method's section that change no byte of the weights: what counts as odd, and what of it as an error."""
 
+DOOR_VERSION = 1
+"""The same for what foreign engines made: raised when their results are asked for or rewritten otherwise."""
+
 
 def key_inputs(
     hashes: Mapping[str, str],
@@ -24,14 +27,21 @@ def key_inputs(
     section: Gptq | Awq,
     variant: Variant,
     release: Release,
+    engine: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """All that determines the bytes of a branch's weights and configs, as plain data."""
+    """All that determines the bytes of a branch's weights and configs, as plain data.
+
+    Args:
+        engine: identity of the foreign engine and its environment; None for our own solvers, whose version stands then
+            in its place.
+    """
     as_a_whole = set(type(section).model_fields) - set(type(variant).model_fields) - LISTS - JUDGEMENTS
+    by_whom = {"engine": {**engine, "door": DOOR_VERSION}} if engine else {"solver": SOLVER_VERSION}
     return {
-        "solver": SOLVER_VERSION,
+        **by_whom,
         "source": dict(hashes),
         "calibration": dict(calibration),
-        "parameters": variant.model_dump(exclude={"branch"}),
+        "parameters": variant.model_dump(exclude={"branch", "engine"}),
         "method": {"name": method, **section.model_dump(include=as_a_whole)},
         "max_shard_size": release.max_shard_size,
     }

@@ -2,7 +2,7 @@
 
 Layout: AutoGPTQ's checkpoint format; for K inputs, N outputs, b bits and G groups a linear takes
 ``K*N*b/8`` (qweight) + ``G*N*b/8`` (qzeros) + ``2*G*N`` (scales) + ``4*K`` (g_idx) + ``2*N`` (bias) bytes.
-AutoAWQ's GEMM layout holds the same but for g_idx, packed along N.
+AutoAWQ's GEMM layout holds the same but for g_idx, packed along N; that of compressed-tensors is below.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from quantize.errors import PlanError
 from quantize.formats.tensors import SINGLE_NAME, TensorSpec
+from quantize.planning.foreign import layout_of
 from quantize.planning.modules import LinearSpec, ModuleTable
 from quantize.recipe.methods import AWQ_GROUP_SIZES, GROUP_SIZES, AwqVariant, GptqVariant, Variant
 from quantize.source.checkpoint import Checkpoint
@@ -37,6 +38,8 @@ def linear_tensors(linear: LinearSpec, variant: Variant, zero_bias: bool = False
     """The tensors that replace one linear's weight and bias."""
     rows, columns, bits = linear.in_features, linear.out_features, variant.bits
     groups = 1 if variant.group_size == -1 else rows // variant.group_size
+    if layout_of(variant) == "compressed-tensors":
+        return _compressed_tensors(linear, groups, bits, getattr(variant, "sym", True))
     along_inputs = isinstance(variant, GptqVariant)
     tensors = {
         "qweight": TensorSpec("I32", (rows * bits // 32, columns) if along_inputs else (rows, columns * bits // 32)),
@@ -47,6 +50,21 @@ def linear_tensors(linear: LinearSpec, variant: Variant, zero_bias: bool = False
         tensors["g_idx"] = TensorSpec("I32", (rows,))
     if linear.bias or zero_bias:
         tensors["bias"] = TensorSpec("F16", (columns,))
+    return {f"{linear.name}.{suffix}": spec for suffix, spec in tensors.items()}
+
+
+def _compressed_tensors(linear: LinearSpec, groups: int, bits: int, symmetric: bool) -> dict[str, TensorSpec]:
+    """``pack-quantized``: packed along the inputs, scales in the model's dtype, a bias as it was."""
+    rows, columns = linear.in_features, linear.out_features
+    tensors = {
+        "weight_packed": TensorSpec("I32", (columns, rows * bits // 32)),
+        "weight_scale": TensorSpec(linear.weight.dtype, (columns, groups)),
+        "weight_shape": TensorSpec("I64", (2,)),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = TensorSpec("I32", (columns * bits // 32, groups))
+    if linear.bias:
+        tensors["bias"] = TensorSpec(linear.bias, (columns,))
     return {f"{linear.name}.{suffix}": spec for suffix, spec in tensors.items()}
 
 

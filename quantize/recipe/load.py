@@ -18,13 +18,16 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from quantize.engines import NATIVE, find_engine
 from quantize.errors import RecipeError
+from quantize.recipe.foreign import fitted
 from quantize.recipe.located import Key, Located, merge, read_located, set_value
-from quantize.recipe.methods import AwqParameters, AwqVariant, GptqParameters, GptqVariant, Method, Strict, Variant
+from quantize.recipe.methods import Awq, AwqVariant, Gptq, GptqVariant, Method, Strict, Variant
 from quantize.recipe.presets import PRESETS
 from quantize.recipe.schema import Recipe
 from quantize.recipe.shipped import find_shipped
 
+BOTH = (True, False)
 MOST_VARIANTS = 256  # a matrix of long lists multiplies quickly
 MOST_PARENTS = 16
 
@@ -252,13 +255,15 @@ def _expand(located: Located, recipe: Recipe, method: Method) -> tuple[list[Vari
         )
     for index, asked in enumerate(section.variants):
         given = {name: getattr(asked, name) for name in asked.model_fields_set}
-        found.append((kind(**{**defaults, **given}), (method, "variants", index)))
+        place: tuple[Key, ...] = (method, "variants", index)
+        found.append((kind(**fitted(located, method, section, {**defaults, **given}, given, place)), place))
     count = math.prod(len(values) for values in _axes(section.matrix).values())
     if count > MOST_VARIANTS:
         raise located.error((method, "matrix"), f"has {count:,} combinations; a release has at most {MOST_VARIANTS}")
     for combination in _combinations(section.matrix):
         try:
             variant = kind(**{**defaults, **combination})
+            variant = kind(**fitted(located, method, section, dict(variant), combination, (method, "matrix")))
         except ValidationError as error:
             key = error.errors()[0]["loc"][0]
             raise located.error((method, "matrix", key), _sentence(error.errors()[0])) from None
@@ -283,21 +288,26 @@ def _expand(located: Located, recipe: Recipe, method: Method) -> tuple[list[Vari
     return variants, tuple(named.values())
 
 
-def branch_name(variant: GptqParameters | AwqParameters, defaults: GptqParameters | AwqParameters) -> str:
+def branch_name(variant: Variant, defaults: Gptq | Awq) -> str:
     """The published forms, ``gptq-4bit-32g-actorder_True`` and ``awq-4bit-64g``; unusual choices are appended."""
-    if isinstance(variant, GptqParameters):
+    if isinstance(variant, GptqVariant):
         order = "static" if variant.desc_act == "static" else str(variant.desc_act)
         name = f"gptq-{variant.bits}bit-{variant.group_size}g-actorder_{order}"
         name += "" if variant.sym else "-asym"
     else:
         name = f"awq-{variant.bits}bit-{variant.group_size}g"
         name += "" if variant.zero_point else "-sym"
-    if isinstance(variant, AwqParameters) and variant.rounding != getattr(defaults, "rounding", None):
+    method: Method = "gptq" if isinstance(variant, GptqVariant) else "awq"
+    # what another engine has its own ways in, its name tells
+    own_ways = {} if variant.engine == NATIVE else find_engine(variant.engine).methods[method].values
+    if isinstance(variant, AwqVariant) and variant.rounding != getattr(defaults, "rounding", None) and not own_ways:
         name += f"-rounding_{variant.rounding}"
-    if variant.damp_percent != defaults.damp_percent:
+    if variant.damp_percent != defaults.damp_percent and "damp_percent" not in own_ways:
         name += f"-damp_{variant.damp_percent:g}"
-    if variant.mse != defaults.mse:
+    if variant.mse != defaults.mse and len(own_ways.get("mse", BOTH)) > 1:
         name += f"-mse_{variant.mse}"
+    if variant.engine != defaults.engine:
+        name += f"-{variant.engine}"
     return name
 
 

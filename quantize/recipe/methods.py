@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from quantize.engines import NATIVE, engine_names
 from quantize.recipe.levels import LEVEL_SETS, LEVELS, TENSOR_TYPES
 
 BITS = (2, 3, 4, 8)
@@ -69,6 +70,21 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Made(Strict):
+    """By whom: our own solvers, or another tool in an environment of its own."""
+
+    engine: str = NATIVE
+
+    @field_validator("engine")
+    @classmethod
+    def _engine(cls, value: str) -> str:
+        if value not in engine_names():
+            near = difflib.get_close_matches(value, engine_names(), n=1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"must be one of {', '.join(engine_names())}, not '{value}'{hint}")
+        return value
+
+
 class GptqParameters(Strict):
     """The parameters of one GPTQ solve, as the loaders and the papers name them."""
 
@@ -97,7 +113,7 @@ class GptqParameters(Strict):
         return _known_group_size(value, GROUP_SIZES)
 
 
-class Named(Strict):
+class Named(Made):
     """A variant is a branch of its method's repo. ``branch`` is always set once a recipe is loaded."""
 
     branch: str | None = None
@@ -123,9 +139,10 @@ class GptqMatrix(Strict):
     sym: list[bool] = Field(default=[], min_length=1)
     damp_percent: list[float] = Field(default=[], min_length=1)
     mse: list[bool] = Field(default=[], min_length=1)
+    engine: list[str] = Field(default=[], min_length=1)
 
 
-class Gptq(GptqParameters):
+class Gptq(GptqParameters, Made):
     """Defaults for all GPTQ variants, the variants, and how the method behaves as a whole."""
 
     variants: list[GptqVariant] = []
@@ -166,9 +183,10 @@ class AwqMatrix(Strict):
     zero_point: list[bool] = Field(default=[], min_length=1)
     rounding: list[Literal["gptq", "nearest"]] = Field(default=[], min_length=1)
     mse: list[bool] = Field(default=[], min_length=1)
+    engine: list[str] = Field(default=[], min_length=1)
 
 
-class Awq(AwqParameters):
+class Awq(AwqParameters, Made):
     """Defaults for all AWQ variants, the variants, and how the method behaves as a whole."""
 
     variants: list[AwqVariant] = []

@@ -9,10 +9,12 @@ from urllib.parse import quote
 
 from quantize import __version__
 from quantize.calibration.corpus import title, url
+from quantize.engines import NATIVE
 from quantize.errors import RecipeError
 from quantize.formats.manifest import read_manifest
 from quantize.formats.tensors import DTYPE_BYTES
 from quantize.planning import Plan, PlannedVariant
+from quantize.planning.foreign import layout_of
 from quantize.recipe.levels import LEVELS
 from quantize.recipe.methods import AwqVariant, GptqVariant, Method
 from quantize.release.picture import FILES, draw
@@ -22,6 +24,7 @@ from quantize.release.source_card import HUB, absolute_links, source_card, text_
 from quantize.source.cache import write_atomically
 from quantize.source.resolved import Source
 
+OURS = f"quantize {__version__}"
 LICENCE_FILES = ("license", "licence", "notice", "use_policy", "copying")
 
 
@@ -153,6 +156,7 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
                 rows=rows,
                 quality=summary(measured(plan)),
                 loads=any(row["loads"] != "-" for row in rows),
+                engines=sorted({row["engine"] for row in rows if row.get("engine", OURS) != OURS}),
                 samples=recipe.calibration.samples,
                 version=__version__,
                 header=_partial(recipe.release.card_header),
@@ -207,6 +211,8 @@ def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:
         "length": calibration.sequence_length,
         "size": f"{item.nbytes / 1e9:.2f} GB",
         "loads": loads_in(known),
+        "engine": _made_by(item, known),
+        "format": item.format,
         **cells(known.get("quality")),
     }
     if isinstance(variant, GptqVariant):
@@ -214,7 +220,7 @@ def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:
         return row | {
             "order": {True: "Yes", False: "No", "static": "Static"}[variant.desc_act],
             "damp": f"{variant.damp_percent:g}",
-            "exllama": "Yes" if exllama else "No",
+            "exllama": "Yes" if exllama and item.format == "gptq" else "No",
             "description": _gptq_description(variant),
         }
     return row | {"zero_point": "Yes" if variant.zero_point else "No", "description": _awq_description(variant)}
@@ -230,6 +236,14 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def _made_by(item: PlannedVariant, known: dict[str, Any]) -> str:
+    """The engine and its version, as the manifest has them where the branch is built."""
+    if item.engine is None:
+        return OURS
+    made = known.get("engine") or {}
+    return f"{made['name']} {made['version']}" if made else item.engine.title
+
+
 def _group(group_size: int) -> str:
     return "no group size, for the lowest memory use" if group_size == -1 else f"group size {group_size}"
 
@@ -242,10 +256,13 @@ def _gptq_description(variant: GptqVariant) -> str:
     }[variant.desc_act]
     grid = "" if variant.sym else " Asymmetric grid."
     own = " Calibrated on its own quantized activations." if variant.propagate == "quantized" else ""
+    own += " In the compressed-tensors format, for vLLM." if layout_of(variant) == "compressed-tensors" else ""
     return f"{variant.bits}-bit, {_group(variant.group_size)}, {order}.{grid}{own}"
 
 
 def _awq_description(variant: AwqVariant) -> str:
     grid = "" if variant.zero_point else " Symmetric grid."
+    if variant.engine != NATIVE:
+        return f"{variant.bits}-bit, {_group(variant.group_size)}.{grid}"
     rounding = "rounded by GPTQ" if variant.rounding == "gptq" else "rounded to nearest"
     return f"{variant.bits}-bit, {_group(variant.group_size)}, scaled by activation and {rounding}.{grid}"

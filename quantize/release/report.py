@@ -37,8 +37,13 @@ def render_report(plan: Plan) -> str:
         # the XML declaration has no place inside HTML
         picture=picture[picture.find("<svg") :] if picture else "",
         quality=summary(points),
-        maps=[_heat_map(item.label, plan.finished(item)) for item in plan.variants if plan.finished(item)],
+        maps=[_heat_map(_map_title(item), plan.finished(item)) for item in plan.variants if plan.finished(item)],
     )
+
+
+def _map_title(item: PlannedVariant) -> str:
+    """Of another engine's branch only the error of the weights themselves is known."""
+    return f"{item.label} ({item.engine.title}: error of the weights)" if item.engine else item.label
 
 
 def _rows(plan: Plan, points: Sequence[Point]) -> list[dict[str, Any]]:
@@ -68,7 +73,7 @@ def _heat_map(label: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
         if kind not in kinds:
             kinds.append(kind)
         blocks.setdefault(block, {})[kind] = entry
-    errors = [entry["relative_error"] for row in blocks.values() for entry in row.values()]
+    errors = [_error(entry) for row in blocks.values() for entry in row.values()]
     positive = [math.log10(error) for error in errors if error > 0]
     low, high = min(positive, default=0.0), max(positive, default=1.0)
     grid = []
@@ -80,12 +85,17 @@ def _heat_map(label: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _cell(entry: Mapping[str, Any] | None, low: float, high: float) -> dict[str, Any]:
     if entry is None:
         return {"error": None, "share": 0.0, "outcome": ""}
-    error = float(entry["relative_error"])
+    error = _error(entry)
     share = (math.log10(error) - low) / (high - low) if error > 0 and high > low else 0.0
-    odd = entry["outcome"] if entry["outcome"] != "solved" else ""
-    if entry["dead_columns"]:
+    odd = entry["outcome"] if entry["outcome"] not in {"solved", "foreign"} else ""
+    if entry.get("dead_columns"):
         odd = f"{odd} {entry['dead_columns']} dead columns".strip()
     return {"error": f"{error:.1e}", "share": round(share, 3), "outcome": odd}
+
+
+def _error(entry: Mapping[str, Any]) -> float:
+    """Relative error of a module's output; of its weights where another engine made it; 0 where neither is known."""
+    return float(entry.get("relative_error", entry.get("weight_error", 0.0)))
 
 
 def _place(module: str) -> tuple[int, str]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from quantize.calibration.forward import Activations
-from quantize.formats.reader import BranchReader
+from quantize.formats.reader import PARTS, BranchReader
 from quantize.formats.tensors import TensorSpec
 from quantize.gguf.convert import Conversion, outtype_of
 from quantize.measure.gguf import open_levels
@@ -43,12 +43,12 @@ def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
     stored: dict[str, TensorSpec] = {}
     for file in sorted(folder.glob("*.safetensors")):
         stored |= read_header(file)
-    packed = {name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")}
+    packed = reader.packed
     tensors = {name: spec for name, spec in stored.items() if name.rpartition(".")[0] not in packed}
     tensors |= {f"{name}.bias": stored[f"{name}.bias"] for name in packed if f"{name}.bias" in stored}
     for module in packed:
         shape = tuple(reader.weight(module).shape)
-        tensors[f"{module}.weight"] = TensorSpec("F32", shape, stored[f"{module}.qweight"].file)
+        tensors[f"{module}.weight"] = TensorSpec("F32", shape, stored[f"{module}.{PARTS[reader.method][0]}"].file)
     checkpoint = Checkpoint(_config(folder), tensors, folder, tuple(sorted({spec.file for spec in stored.values()})))
     model = _Dequantized(Source(str(folder), folder.name, checkpoint), find_linears(checkpoint).prefix, reader, packed)
     state = Activations(model, np.array([ids], dtype=np.int64), 1)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import QuantizeError
+from quantize.formats import compressed
 from quantize.source.checkpoint import read_header
 from quantize.source.resolved import Source
 from quantize.source.routing import expert_of
@@ -31,7 +32,7 @@ TIMEOUT = 1800
 
 
 def check_gptq_or_awq(folder: Path) -> list[Check]:
-    """transformers with gptqmodel, and vLLM where a GPU is.
+    """transformers with what the branch's format needs, and vLLM where a GPU is.
 
     transformers stacks the experts of a mixture before it replaces linears, so that it meets none to replace: such
     branches are loaded by gptqmodel itself.
@@ -40,10 +41,13 @@ def check_gptq_or_awq(folder: Path) -> list[Check]:
 
     checks = []
     kind, renamed = _experts(folder)
+    kernels: tuple[str, ...] = ("gptqmodel", "optimum")
+    if _quant_method(folder) == compressed.METHOD:
+        kernels = ("compressed_tensors",)
     for name, packages, worker in (
         (_named("gptqmodel"), ("gptqmodel",), "worker_gptqmodel.py")
         if kind
-        else (_named("transformers", "gptqmodel"), ("transformers", "gptqmodel", "optimum"), "worker_transformers.py"),
+        else (_named("transformers", kernels[0]), ("transformers", *kernels), "worker_transformers.py"),
         (_named("vllm"), ("vllm",), "worker_vllm.py"),
     ):
         if renamed and worker == "worker_gptqmodel.py":
@@ -67,6 +71,14 @@ def _experts(folder: Path) -> tuple[str, bool]:
         return "", False
     kind = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
     return kind, any(".block_sparse_moe.experts." in name for name in names)
+
+
+def _quant_method(folder: Path) -> str:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(config["quantization_config"]["quant_method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def check_gguf(folder: Path, files: Mapping[str, Sequence[str]], source: Source | None) -> list[Check]:

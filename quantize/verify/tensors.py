@@ -25,13 +25,14 @@ def check_tensors(folder: Path, source: Source | None) -> Check:
     try:
         reader = BranchReader(folder)
         stored = {name for file in sorted(folder.glob("*.safetensors")) for name in read_header(file)}
+        packed = reader.packed
     except (SourceError, OSError, KeyError, ValueError) as error:
         return Check("tensors", "failed", f"cannot be read: {error}")
-    original, folds = _Original(source), _Folds(folder)
+    original, folds = _Original(source), _Folds(folder, reader.method)
     wrong, quantized, worst, farthest = [], 0, 0.0, ""
     for name in source.checkpoint.tensors:
         module = name.removesuffix(".weight")
-        is_packed = f"{module}.qweight" in stored
+        is_packed = name.endswith(".weight") and module in packed
         if not is_packed and name not in stored:
             wrong.append(f"{name} is missing")
             continue
@@ -57,21 +58,30 @@ def check_tensors(folder: Path, source: Source | None) -> Check:
 class _Folds:
     """AWQ: whose inputs were multiplied by scales, and which modules were divided by them, as the ledger says."""
 
-    def __init__(self, folder: Path) -> None:
-        ledger = (read_manifest(folder) or {}).get("ledger", [])
+    def __init__(self, folder: Path, method: str) -> None:
+        data = read_manifest(folder) or {}
+        ledger = data.get("ledger", [])
+        # another engine does not tell what it scaled: any column, row and norm may be
+        self.unknown = bool(data.get("engine")) and method == "awq"
         self.multiplied = {entry["module"] for entry in ledger if entry.get("scale_folded_into")}
         self.divided = {entry["scale_folded_into"] for entry in ledger if entry.get("scale_folded_into")}
 
     def undo(self, values: torch.Tensor, wanted: torch.Tensor, name: str) -> torch.Tensor:
         """``values`` [N, K] with the best scale of each column, or row, taken out; a norm becomes the source's."""
         module = name.rpartition(".")[0]
-        if module in self.divided and values.dim() == 1:
+        if (module in self.divided or self.unknown) and values.dim() == 1:
             return wanted
-        if module in self.multiplied and values.dim() == 2:
+        if (module in self.multiplied or self.unknown) and values.dim() == 2:
             values = values * _fit(values, wanted, 0)
-        if module in self.divided:
+        if module in self.divided or self.unknown:
             values = values * _fit(values, wanted, 1)
         return values
+
+
+def without_scales(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """``values`` [N, K] with the best scale of each column, and then of each row, taken out."""
+    values = values * _fit(values, wanted, 0)
+    return values * _fit(values, wanted, 1)
 
 
 def _fit(values: torch.Tensor, wanted: torch.Tensor, over: int) -> torch.Tensor:

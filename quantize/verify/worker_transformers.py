@@ -17,7 +17,8 @@ def main() -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float16, device_map=device, trust_remote_code=False, use_safetensors=True
     )
-    if not any(name.endswith("qweight") for name, _ in [*model.named_buffers(), *model.named_parameters()]):
+    quantized = ("qweight", "weight_packed")
+    if not any(name.endswith(quantized) for name, _ in [*model.named_buffers(), *model.named_parameters()]):
         raise SystemExit("loaded, but not as a quantized model")
     ids = tokenizer(prompt, return_tensors="pt").to(device)
     written = model.generate(

@@ -1,0 +1,194 @@
+"""An engine's own Python environment: made once below a given folder with pinned requirements, and reused.
+
+A virtual environment cannot be moved, so it is made where it stays; a file that is written last says that it is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import venv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from quantize.engines.engine import Engine
+from quantize.engines.process import SHOWN, run_worker
+from quantize.errors import EngineError
+
+MARK = "environment.json"
+GPU_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver is there; asks no library."""
+    return any(path.exists() for path in GPU_FILES) or shutil.which("nvidia-smi") is not None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where an engine lives.
+
+    Attributes:
+        root: the folder that holds all engines' environments.
+    """
+
+    engine: Engine
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        """Of this version's pins: other pins are another environment."""
+        return self.root / self.engine.name / self.engine.pins
+
+    @cached_property
+    def mark(self) -> dict[str, Any] | None:
+        """What was noted when it was finished; None where it is missing or unfinished."""
+        try:
+            data = json.loads((self.folder / MARK).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return data if isinstance(data, dict) and Path(str(data.get("python"))).exists() else None
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter.
+
+        Raises:
+            EngineError: it is not installed.
+        """
+        if self.mark is None:
+            raise EngineError(f"{self.engine.title} is not installed; run `{self.how}`")
+        return Path(self.mark["python"])
+
+    @property
+    def how(self) -> str:
+        """The command that installs it."""
+        return f"quantize engines install {self.engine.name}"
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the bytes of a result depend on: the engine, and the pins or, in an environment of the user's own, the
+        packages that are in it."""
+        own = (self.mark or {}).get("own")
+        version = str(self.mark["version"]) if own and self.mark else self.engine.version
+        return {"name": self.engine.name, "version": version, "environment": str(own or self.engine.pins)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the disk."""
+        return sum(path.lstat().st_size for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+    def obstacle(self, method: str) -> str | None:
+        """Why this machine cannot run the engine's ``method`` now, in one sentence without an end; None if it can."""
+        if self.engine.methods[method].needs == "cuda" and not has_gpu():  # type: ignore[index]
+            return f"{self.engine.title} needs an NVIDIA GPU with CUDA, and this machine has none"
+        if self.mark is None:
+            return f"{self.engine.title} is not installed; run `{self.how}`"
+        return None
+
+    def install(self, notify: Callable[[str], None], force: bool = False) -> None:
+        """Make the environment, unless it is there.
+
+        Raises:
+            EngineError: pip cannot have the packages, or the disk is full; nothing half-made is taken for finished.
+        """
+        with self._locked():
+            self.__dict__.pop("mark", None)
+            if self.mark is not None and not force:
+                notify(f"{self.engine.title} is installed already: {self.mark['python']}")
+                return
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            log = self.folder / "install.log"
+            notify(f"{self.engine.title}: making an environment in {self.folder}")
+            try:
+                venv.create(self.folder / "python", with_pip=True, symlinks=True)
+                self._pip(notify, log)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise EngineError(f"{self.engine.title}: its environment cannot be made ({error}); see {log}") from None
+            python = self.folder / "python" / "bin" / "python"
+            self._write_mark({"python": str(python), "version": self.engine.version, "own": None})
+            notify(f"{self.engine.title} is installed: {python}")
+
+    def adopt(self, python: Path, notify: Callable[[str], None]) -> None:
+        """Take an interpreter of the user's own, which has the engine, for its environment.
+
+        Raises:
+            EngineError: it cannot run the engine.
+        """
+        python = Path(os.path.abspath(python.expanduser()))  # not resolved: a link tells Python its environment
+        if not python.is_file():
+            raise EngineError(f"{python}: there is no such Python")
+        with self._locked():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            answer = self.ask(python)
+            versions = {name: version or "none" for name, version in sorted(answer["packages"].items())}
+            own = " ".join(f"{name}=={version}" for name, version in versions.items())
+            self._write_mark({"python": str(python), "version": versions[self.engine.package], "own": own})
+            notify(f"{self.engine.name} {versions[self.engine.package]} of {python} is taken")
+
+    def ask(self, python: Path | None = None) -> dict[str, Any]:
+        """Import the engine in its environment; its answer holds the versions of its packages.
+
+        Raises:
+            EngineError: it is not installed, or cannot be imported.
+        """
+        python = python or self.python
+        with (self.folder / "check.log").open("w", encoding="utf-8") as log:
+            return run_worker(self.engine, python, {"action": "check"}, self.folder, log)
+
+    def _pip(self, notify: Callable[[str], None], log: Path) -> None:
+        constraints = self.folder / "constraints.txt"
+        constraints.write_text("\n".join(self.engine.constraints.split()) + "\n", encoding="utf-8")
+        python = str(self.folder / "python" / "bin" / "python")
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off"]
+        steps = [["--constraint", str(constraints), *self.engine.requirements]]
+        if self.engine.without_dependencies:
+            steps.append(["--no-deps", *self.engine.without_dependencies])
+        for step in steps:
+            named = [word for word in step if "==" in word]
+            notify(f"{self.engine.title}: installing {', '.join(named)}")
+            with log.open("a", encoding="utf-8") as file:
+                done = subprocess.run([*pip, *step], stdout=file, stderr=subprocess.STDOUT)
+            if done.returncode:
+                raise EngineError(f"{self.engine.title}: pip cannot install it: {_pip_reason(log)}; see {log}")
+
+    def _write_mark(self, data: dict[str, Any]) -> None:
+        temporary = self.folder / f".{MARK}"
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / MARK)
+        self.__dict__.pop("mark", None)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the only installation of this engine."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / f"{self.engine.name}.lock").open("a+")
+        except OSError as error:
+            raise EngineError(f"{self.root}: cannot be written: {error.strerror}") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise EngineError(f"{self.engine.title} is being installed by another process; wait for it") from None
+            yield
+
+
+def _pip_reason(log: Path) -> str:
+    """pip's own last error, or that there was no network."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if any(word in text for word in ("NewConnectionError", "Temporary failure in name resolution", "Network is unr")):
+        return "the package index cannot be reached"
+    errors = [line.removeprefix("ERROR: ") for line in text.splitlines() if line.startswith("ERROR: ")]
+    return errors[0][:SHOWN] if errors else "it gave no reason"

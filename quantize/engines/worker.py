@@ -1,0 +1,92 @@
+"""Runs inside an engine's own environment: ``ENGINE_FILE``, a request in JSON on stdin. Imports nothing of quantize.
+
+Keys of the request: ``answer``, the file to write the result to; ``packages``, whose versions are told; ``action``,
+``check`` or ``run``. For ``run`` the engine's file is executed and its ``run(request)`` called, with ``source`` (a
+checkpoint's folder), ``ids`` (a ``.npy`` of token ids, int64 [samples, length]), ``out`` (an empty folder that takes
+the result), ``method``, ``parameters``, ``device`` and ``threads``. What it prints is its log. What it returns goes
+into the answer as ``said``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import resource
+import sys
+import threading
+import time
+from importlib import metadata, util
+from typing import Any
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    answer: dict[str, Any] = {"python": platform.python_version()}
+    try:
+        answer.update(_answer(request))
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        answer["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    with open(request["answer"], "w", encoding="utf-8") as file:
+        json.dump(answer, file)
+    sys.stdout.flush()
+    sys.exit(1 if "error" in answer else 0)
+
+
+def _end_with(parent: int) -> None:
+    """An engine works for hours; it must not go on for a build that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    spec = util.spec_from_file_location("quantize_engine_tool", sys.argv[1])
+    assert spec
+    assert spec.loader
+    tool = util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    answer: dict[str, Any] = {"packages": _versions(request["packages"])}
+    if request["action"] == "check":
+        answer["said"] = tool.check()
+        return answer
+    _prepare(request)
+    start = time.perf_counter()
+    answer["said"] = tool.run(request)
+    answer["seconds"] = time.perf_counter() - start
+    answer["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return answer
+
+
+def _prepare(request: dict[str, Any]) -> None:
+    """The same random numbers and threads in every run; ``auto`` is the GPU where the engine's torch sees one."""
+    random.seed(0)
+    try:
+        import numpy
+        import torch
+    except ImportError:
+        return
+    if request["device"] == "auto":
+        request["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(request["threads"])
+
+
+def _versions(packages: list[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+if __name__ == "__main__":
+    main()
