@@ -61,11 +61,11 @@ def compare(name: str, title: str, task: Task, cells: list[Variant], evaluation:
         f"""## {title}
 
 {len(plan.everything)} variants from one build, {task.samples} x {task.length} calibration tokens; measured on
-{found["tokens"]:,} other tokens of {Path(evaluation).name} in windows of {text.sequence_length} by `quantize
-measure` in {done.seconds:.0f} s and {done.peak_bytes / 1e9:.2f} GB; {machine()}. "Outside" is the perplexity
-of the same windows by plain transformers (source) and by llama.cpp from the file itself, which rounds activations to 8
-bits. The source differs by {abs(outside["source"] / rows["source"]["perplexity"] - 1):.2%}, the levels by at most
-{farthest:.2%}.
+{found["tokens"]:,} other tokens of {Path(evaluation).name} in windows of {text.sequence_length} by `quantize measure`
+in {done.seconds:.0f} s and {done.peak_bytes / 1e9:.2f} GB; {machine()}.
+"Outside" is the perplexity of the same windows by plain transformers (source) and by llama.cpp from the file itself,
+which rounds activations to 8 bits. The source differs by
+{abs(outside["source"] / rows["source"]["perplexity"] - 1):.2%}, the levels by at most {farthest:.2%}.
 
 {table(["variant", "MB", "PPL", "±", "KLD", "±", "KLD 99 %", "top-1", "outside PPL"], body)}
 """,

@@ -93,7 +93,9 @@ def built(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 def test_all_methods_share_one_pass(built: Built) -> None:
     passes = [line for line in built.lines if line.startswith("calibrating once")]
-    assert passes == ["calibrating once on 256 tokens for 2 branches and an importance matrix (cpu, float32)"]
+    assert passes == [
+        "calibrating once on 256 tokens for 2 branches and an importance matrix (cpu, float32, solver in numba)"
+    ]
     assert built.result.built == ["gptq/main", "awq/main", *(f"gguf/{level}" for level in LEVELS)]
 
 

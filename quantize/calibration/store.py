@@ -7,19 +7,17 @@ to the diagonal are kept, as they were summed.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from quantize.calibration.statistics import InputStatistics, panels
 from quantize.errors import CalibrationError
 from quantize.source.cache import write_atomically
 from quantize.source.space import touch
 from quantize.source.streamed import Linear
-from quantize.source.tensor_file import TensorFile
+from quantize.source.tensor_file import TensorFile, save_whole
 
 ENTERED = "entered"
 STATISTICS_VERSION = 1  # raise when the same source and text would give other statistics
@@ -57,19 +55,11 @@ class StatisticsStore:
         for number, group in enumerate(groups):
             size = group.hessian.shape[0]
             for first, last in panels(size):
-                tensors[f"{number}.{first}"] = group.hessian[first:last, :last].cpu().contiguous()
+                tensors[f"{number}.{first}"] = group.hessian[first:last, :last].cpu()
             described.append({"linears": [one.local for one in group.linears], "size": size, "tokens": group.tokens})
         if entered is not None:
-            tensors[ENTERED] = entered.cpu().contiguous()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{index:05d}.{os.getpid()}.tmp"
-        try:
-            save_file(tensors, temporary)
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self._file(index))
-        finally:
-            temporary.unlink(missing_ok=True)
+            tensors[ENTERED] = entered.cpu()
+        save_whole(self._file(index), tensors)
         write_atomically(self._table(index), json.dumps(described).encode())
 
     def read(

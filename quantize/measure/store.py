@@ -6,17 +6,17 @@ times smaller to keep than they are.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from quantize.source.cache import cache_folder
 from quantize.source.space import touch
+from quantize.source.tensor_file import save_whole
 
 INTERIM_SECONDS = 60.0
 
@@ -54,7 +54,7 @@ class Store:
         """Keep the states that enter block ``index``, at most once a minute."""
         if time.monotonic() - self._last < INTERIM_SECONDS:
             return
-        _write(self._interim / f"{index:05d}.safetensors", states)
+        save_whole(self._interim / f"{index:05d}.safetensors", states)
         for file in self._interim.glob("*.safetensors"):
             if int(file.stem) < index:
                 file.unlink()
@@ -63,7 +63,7 @@ class Store:
     def keep_source(self, states: Mapping[str, torch.Tensor]) -> None:
         """Keep the source's last states for the next measurement on the same text."""
         if not self._kept:
-            _write(self._source, states)
+            save_whole(self._source, states)
 
     def done(self) -> None:
         """The measurement is through: nothing interim is needed any more."""
@@ -71,18 +71,6 @@ class Store:
             file.unlink()
         if self._interim.is_dir():
             self._interim.rmdir()
-
-
-def _write(path: Path, states: Mapping[str, torch.Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({name: state.contiguous() for name, state in states.items()}, temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

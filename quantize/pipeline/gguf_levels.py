@@ -73,7 +73,7 @@ def build_levels(
         arrays: dict[str, Any] = importance.means()
         np.savez(vectors, **arrays)
     with timed("levels"):
-        _run_all(levels, todo, path, vectors, importance, work, notebook, progress)
+        _run_all(levels, todo, path, vectors, importance, work, notebook, progress, plan.budget)
     for name in licence_files(plan.source):
         copy_file(plan.source.folder / name, levels.folder / name)
     return [item.label for item in todo]
@@ -152,10 +152,12 @@ def _run_all(
     work: Path,
     notebook: _Notebook,
     progress: bool | None,
+    budget: int | None,
 ) -> None:
     """Levels side by side, as many as cores and memory bear; the first failure ends the others."""
     cores = os.cpu_count() or 1
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 2**34
+    memory = min(memory, budget or memory)
     lanes = max(1, min(cores, len(todo), memory // LEVEL_MEMORY))
     threads = max(1, cores // lanes)
     waiting = list(todo)

@@ -1,8 +1,8 @@
 """How much memory a build needs, and how it keeps to a budget. Imports no torch.
 
 The peak is that of the largest of three moments: all windows enter the first block while the embeddings are still
-there; the widest block runs; or the widest input of that block is solved. Sums were held against measured peaks
-(docs/benchmarks.md).
+there; the widest block runs; or the widest input of that block is solved. ``python -m benchmarks memory`` holds the
+sums against measured peaks.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from typing import Any
@@ -14,16 +13,13 @@ def main() -> None:
     from gptqmodel import GPTQModel
     from transformers import AutoTokenizer
 
+    from quantize.verify.worker_transformers import answer
+
     folder, prompt, count = sys.argv[1:]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = GPTQModel.load(folder, device=device).model
-    ids = tokenizer(prompt, return_tensors="pt").to(device)
-    written = model.generate(
-        **ids, max_new_tokens=int(count), min_new_tokens=int(count), do_sample=False, repetition_penalty=1.0
-    )[0].tolist()
-    start = ids["input_ids"].shape[1]
-    print(json.dumps({"ids": written, "prompt": start, "text": tokenizer.decode(written[start:])}))
+    answer(model, tokenizer, prompt, int(count), device)
 
 
 if __name__ == "__main__":

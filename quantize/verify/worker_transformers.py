@@ -20,9 +20,14 @@ def main() -> None:
     quantized = ("qweight", "weight_packed")
     if not any(name.endswith(quantized) for name, _ in [*model.named_buffers(), *model.named_parameters()]):
         raise SystemExit("loaded, but not as a quantized model")
+    answer(model, tokenizer, prompt, int(count), device)
+
+
+def answer(model: Any, tokenizer: Any, prompt: str, count: int, device: str) -> None:
+    """Print what a loaded model writes greedily after a prompt."""
     ids = tokenizer(prompt, return_tensors="pt").to(device)
     written = model.generate(
-        **ids, max_new_tokens=int(count), min_new_tokens=int(count), do_sample=False, repetition_penalty=1.0
+        **ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, repetition_penalty=1.0
     )[0].tolist()
     start = ids["input_ids"].shape[1]
     print(json.dumps({"ids": written, "prompt": start, "text": tokenizer.decode(written[start:])}))
