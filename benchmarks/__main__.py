@@ -32,6 +32,7 @@ NAMES = (
     "quality",
     "eight",
     "gpu",
+    "ray",
 )
 FILE = click.Path(exists=True, dir_okay=False)
 
@@ -56,7 +57,7 @@ def main(
     length: int,
 ) -> None:
     """Measure the tables NAMES, or all of them; one whose text or model is not given is skipped, with a word."""
-    from benchmarks import archived, awq, curves, gguf, gpu, memory, peers, quality, sequential
+    from benchmarks import archived, awq, curves, gguf, gpu, memory, peers, quality, ray_scaling, sequential
 
     demo = Task(DEMO, calibration or "", samples, length)
     small = Task({"source": str(Path(model or "").resolve())}, calibration or "", samples, length)
@@ -101,6 +102,8 @@ def main(
                 gguf.compare(folder)
             elif name == "gpu":
                 gpu.compare(EIGHT, folder)
+            elif name == "ray":
+                ray_scaling.compare(folder, Path(model).resolve() if model else None)
             elif name == "variants":
                 curves.variants(demo, SIXTEEN, folder)
             elif name == "memory":
