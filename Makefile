@@ -31,9 +31,9 @@ $(VENV)/.setup-gguf: $(VENV)/.setup
 	@$(GGUF) 2>&1 | tee $(VENV)/gguf.log | $(SHOW) && touch $@ || { tail -5 $(VENV)/gguf.log; \
 		echo "llama.cpp's quantizer could not be compiled: GGUF levels will be refused, GPTQ and AWQ work"; }
 
-setup-test: setup $(VENV)/.setup-test ## setup, and what the tests need: loaders, pytest, linters
+setup-test: setup $(VENV)/.setup-test ## setup, and what the tests need: loaders, Ray, pytest, linters
 $(VENV)/.setup-test: $(VENV)/.setup
-	$(PIP) --editable ".[loaders,test]"
+	$(PIP) --editable ".[loaders,ray,test]"
 	@touch $@
 
 demo: setup ## build recipes/demo.yaml into dist/: the main job, offline but for the package registry

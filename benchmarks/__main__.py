@@ -21,6 +21,8 @@ SIXTEEN = [Variant(bits, size, order) for bits in (4, 8) for size in (64, 32, 16
 NAMES = (
     "limit",
     "blocks",
+    "memory",
+    "seven",
     "variants",
     "archived",
     "sequential",
@@ -34,6 +36,7 @@ NAMES = (
     "quality",
     "eight",
     "gpu",
+    "ray",
 )
 FILE = click.Path(exists=True, dir_okay=False)
 
@@ -58,7 +61,19 @@ def main(
     length: int,
 ) -> None:
     """Measure the tables NAMES, or all of them; one whose text or model is not given is skipped, with a word."""
-    from benchmarks import archived, awq, curves, engines, gguf, gpu, memory, peers, quality, sequential
+    from benchmarks import (
+        archived,
+        awq,
+        curves,
+        engines,
+        gguf,
+        gpu,
+        memory,
+        peers,
+        quality,
+        ray_scaling,
+        sequential,
+    )  # fmt: skip
 
     demo = Task(DEMO, calibration or "", samples, length)
     small = Task({"source": str(Path(model or "").resolve())}, calibration or "", samples, length)
@@ -110,6 +125,8 @@ def main(
                 gguf.compare(folder)
             elif name == "gpu":
                 gpu.compare(EIGHT, folder)
+            elif name == "ray":
+                ray_scaling.compare(folder, Path(model).resolve() if model else None)
             elif name == "variants":
                 curves.variants(demo, SIXTEEN, folder)
             elif name == "memory":

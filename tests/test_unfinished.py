@@ -13,7 +13,8 @@ from conftest import Command
 from outcome import assert_refused, contents
 from tiny import write_recipe
 
-from quantize.pipeline import calibration_pass
+from quantize.calibration import parts
+from quantize.pipeline import workers
 from quantize.pipeline.calibration_pass import CalibrationPass
 
 VARIANTS = """\
@@ -113,12 +114,12 @@ def test_spilled_states_and_a_small_budget_give_the_same_bytes(invoke: Command, 
     drifting = ("--set", "gptq.propagate=quantized")
     assert invoke("build", recipe, "--dist", plain, "--device", "cpu", *drifting).returncode == 0
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(calibration_pass, "Place", lambda folder, name, spilled: REAL_PLACE(folder, name, True))
+        patched.setattr(workers, "Place", lambda folder, name, spilled: REAL_PLACE(folder, name, True))
         assert invoke("build", recipe, "--dist", tight, "--device", "cpu", *drifting).returncode == 0
     assert contents(plain) == contents(tight)
 
 
-REAL_PLACE = calibration_pass.Place
+REAL_PLACE = workers.Place
 
 
 def test_a_budget_that_cannot_be_kept_is_refused_before_any_work(invoke: Command, recipe: Path, tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_kept_statistics_serve_a_ninth_branch_without_a_forward_pass(
     more = write_recipe(tmp_path / "more.yaml", tiny_llama, NINTH, samples=4, compute_dtype="float32")
     assert invoke("build", more, "--dist", tmp_path / "fresh", "--device", "cpu").returncode == 0
     with monkeypatch.context() as patched:
-        patched.setattr(calibration_pass, "block_statistics", None)  # there is no forward pass to be had
+        patched.setattr(parts, "block_statistics", None)  # there is no forward pass to be had
         done = invoke("build", more, "--dist", dist, "--device", "cpu", "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["built"] == ["gptq/ninth"]

@@ -16,6 +16,7 @@ from quantize.cli.options import (
     quiet_libraries,
     recipe_options,
     say,
+    shards_option,
 )
 
 
@@ -28,6 +29,11 @@ from quantize.cli.options import (
 @click.option(
     "--keep-statistics", is_flag=True,
     help="Keep the source's statistics in the cache: later variants then need no forward pass.",
+)  # fmt: skip
+@shards_option
+@click.option(
+    "--ray", metavar="ADDRESS",
+    help="Let a Ray cluster run the shards and solve; 'auto' takes a running one, or starts one for this build.",
 )  # fmt: skip
 @click.option(
     "--measure/--no-measure", "measured", default=True, show_default=True,
@@ -42,6 +48,8 @@ def build(
     device: str,
     budget: int | None,
     keep_statistics: bool,
+    shards: int | None,
+    ray: str | None,
     measured: bool,
     as_json: bool,
 ) -> None:
@@ -54,7 +62,10 @@ def build(
     loaded = load_recipe(recipe, overrides)
     if measured:
         check_text(loaded, dist, only, device)
-    result = build_recipe(loaded, dist, only, device=device, budget=budget, keep_statistics=keep_statistics, notify=say)
+    result = build_recipe(
+        loaded, dist, only,
+        device=device, budget=budget, keep_statistics=keep_statistics, shards=shards, ray=ray, notify=say,
+    )  # fmt: skip
     quality = measure_recipe(loaded, dist, only, device=device, notify=say) if measured else None
     if as_json:
         print_json({

@@ -34,6 +34,10 @@ memory_option = click.option(
     "--memory", "budget", callback=lambda context, option, value: _bytes(value), metavar="SIZE",
     help="Keep to so much memory, such as 8GB: hidden states then lie in files, and less is solved at once.",
 )  # fmt: skip
+shards_option = click.option(
+    "--shards", type=click.IntRange(min=1), metavar="N",
+    help="Run the calibration windows in N parts and add their statistics up; their number decides the last bits.",
+)  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 

@@ -17,6 +17,7 @@ from quantize.cli.options import (
     print_json,
     recipe_options,
     say,
+    shards_option,
     table,
 )
 
@@ -37,6 +38,7 @@ HEADINGS = {
 @dist_option
 @only_option
 @memory_option
+@shards_option
 @json_option
 @click.option("--check", is_flag=True, help="Exit with code 2 if a branch is left to build.")
 def plan(
@@ -45,6 +47,7 @@ def plan(
     dist: str,
     only: tuple[str, ...],
     budget: int | None,
+    shards: int | None,
     as_json: bool,
     check: bool,
 ) -> None:
@@ -55,7 +58,7 @@ def plan(
     from quantize.planning import plan_recipe
     from quantize.recipe import load_recipe
 
-    planned = plan_recipe(load_recipe(recipe, overrides), dist, only, budget=budget, notify=say)
+    planned = plan_recipe(load_recipe(recipe, overrides), dist, only, budget=budget, shards=shards or 1, notify=say)
     if as_json:
         print_json(planned.as_data())
     else:

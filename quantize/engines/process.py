@@ -60,8 +60,9 @@ def _threads() -> int:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Ours without what would lead it to our packages; no hub, no telemetry."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    """Ours without what would lead it to our packages, and without tokens; no hub, no telemetry."""
+    withheld = ("PYTHON", "VIRTUAL_ENV", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(withheld)}
     count = str(threads)
     return {
         **kept, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "HF_HUB_OFFLINE": "1",

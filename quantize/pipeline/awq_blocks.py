@@ -13,7 +13,8 @@ from quantize.calibration.statistics import InputStatistics, Timed
 from quantize.errors import SolveError
 from quantize.formats import awq as awq_format
 from quantize.methods.awq import AwqParameters, Scales, divided, quantize_scaled, search_scales
-from quantize.pipeline.branch import Branch, energy_of, half_bias
+from quantize.pipeline.branch import Branch, half_bias
+from quantize.pipeline.workers import energy_of
 from quantize.planning.modules import SCALED_ACTIVATIONS, ModuleTable
 from quantize.recipe.methods import Awq
 from quantize.source.streamed import StreamedModel

@@ -98,11 +98,6 @@ class Branch:
         return solution.codes.shape[1] if self.min_expert_tokens == "in_features" else max(1, self.min_expert_tokens)
 
 
-def energy_of(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """tr(W H W^T) split by the rows of W, [N] float64."""
-    return ((weight @ hessian) * weight).sum(dim=1, dtype=torch.float64).cpu()
-
-
 def half_bias(tensor: torch.Tensor, module: str) -> torch.Tensor:
     """A bias in float16, as the GPTQ and AWQ formats store it.
 

@@ -19,6 +19,7 @@ from quantize.pipeline.calibration_pass import CalibrationPass
 from quantize.pipeline.completion import complete, versions
 from quantize.pipeline.memory import return_large_buffers
 from quantize.pipeline.unfinished import State, open_unfinished
+from quantize.pipeline.workers import Workers
 from quantize.planning import Plan, PlannedVariant
 from quantize.planning.keys import key_of
 from quantize.recipe.methods import GptqVariant
@@ -63,6 +64,7 @@ class Pass:
             # how sums are split up: other numbers give other last bits
             "batch_tokens": plan.memory.batch_tokens,
             **({"row_budget": plan.memory.row_budget} if plan.memory.row_budget else {}),
+            **({"shards": plan.shards} if plan.shards > 1 else {}),
         }
         self.store = self._statistics_store(keep_statistics)
         inputs = {
@@ -77,8 +79,8 @@ class Pass:
         self.kept = open_unfinished(plan.dist, wishes)
         self.diagonals: Diagonals | None = self.kept.diagonals() if imatrix else None
 
-    def run(self, progress: bool | None) -> list[Branch]:
-        """Solve every branch to its end, in the folder of what is unfinished.
+    def run(self, workers: Workers, progress: bool | None) -> list[Branch]:
+        """Have ``workers`` solve every branch to its end, in the folder of what is unfinished.
 
         Raises:
             QuantizeError: one of its kinds. The finished blocks are kept.
@@ -105,8 +107,9 @@ class Pass:
                     model = StreamedModel(
                         source, self.plan.table.prefix, self.dtype, self.device, recipe.model.trust_remote_code
                     )
+                kept, store = self.kept, self.store
                 CalibrationPass(
-                    self.plan, model, self.tokens, branches, self.diagonals, self.kept, self.store, self.timed, progress
+                    self.plan, model, self.tokens, branches, self.diagonals, kept, store, workers, self.timed, progress
                 ).run()
             with self.timed("write"):
                 for branch in branches:

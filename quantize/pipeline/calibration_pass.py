@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from quantize.calibration.forward import Activations, block_statistics
-from quantize.calibration.states import Place, States
+from quantize.calibration.parts import cut
 from quantize.calibration.statistics import InputStatistics, Timed
 from quantize.calibration.store import StatisticsStore
 from quantize.calibration.tokens import Tokens
@@ -24,6 +23,7 @@ from quantize.pipeline.branch import Branch
 from quantize.pipeline.gptq_blocks import GptqBlocks
 from quantize.pipeline.memory import give_back
 from quantize.pipeline.unfinished import Unfinished
+from quantize.pipeline.workers import Streams, Windows, Workers
 from quantize.planning import Plan
 from quantize.recipe.methods import GptqVariant
 from quantize.source.streamed import StreamedModel
@@ -36,6 +36,7 @@ class CalibrationPass:
         diagonals: where to put the diagonal of each linear's H, for an importance matrix; None gathers none.
         kept: where it is noted how far the pass has come, and where to go on from.
         store: where the source's statistics are kept, or None. What it holds of all blocks is taken from there.
+        workers: who runs the blocks and solves.
         timed: a context manager factory that books time to a stage.
         progress: True, False, or None for a bar on a terminal only.
     """
@@ -49,10 +50,11 @@ class CalibrationPass:
         diagonals: dict[str, tuple[np.ndarray, int]] | None,
         kept: Unfinished,
         store: StatisticsStore | None,
+        workers: Workers,
         timed: Timed,
         progress: bool | None = None,
     ) -> None:
-        self.diagonals, self.kept, self.store = diagonals, kept, store
+        self.diagonals, self.kept, self.store, self.workers = diagonals, kept, store, workers
         self._kinds: set[object] = set()  # of blocks whose statistics were written to the store
         self.plan, self.model, self.tokens, self.branches, self.timed = plan, model, tokens, branches, timed
         self.disable = None if progress is None else not progress
@@ -75,101 +77,99 @@ class CalibrationPass:
         recipe = self.plan.recipe
         batch = max(1, self.plan.memory.batch_tokens // recipe.calibration.sequence_length)
         rows = self.plan.memory.row_budget
-        gptq = GptqBlocks(self.model, recipe.gptq, self.timed, rows) if recipe.gptq else None
+        gptq = GptqBlocks(self.model, recipe.gptq, self.timed, rows, self.workers) if recipe.gptq else None
         awq = AwqBlocks(self.model, self.plan.table, recipe.awq, self.timed) if recipe.awq else None
-        with self.timed("forward"):
-            streams = self._activations(batch)
-            self.model.drop_outside()
-        with (
-            ExitStack() as stack,
-            tqdm(total=len(self.model), initial=done, desc="blocks", unit="block", disable=self.disable) as bar,
-        ):
+        with ExitStack() as ending, ExitStack() as stack:
+            with self.timed("forward"):
+                if streams := self._streams(batch):
+                    ending.callback(streams.close)
+                self.model.drop_outside()
+            bar = tqdm(total=len(self.model), initial=done, desc="blocks", unit="block", disable=self.disable)
+            ending.enter_context(bar)
             for index in range(done, len(self.model)):
                 with self.timed("load"):
                     stack.close()  # drops the block before
                     block = stack.enter_context(self.model.block(index))
-                self._solve_block(index, block, *self._statistics(index, block, streams, awq), streams, gptq, awq)
+                self._solve_block(index, block, streams, gptq, awq)
                 with self.timed("write"):
                     self._keep(index + 1, streams)
                 give_back()
                 bar.update()
         self.kept.drop_states()
 
-    def _activations(self, batch: int) -> list[Activations]:
-        """The source's states and those of each drifting branch, as they enter the first block that is to do; none
-        where kept statistics take the place of a forward pass."""
+    def _streams(self, batch: int) -> Streams | None:
+        """The windows' states as they enter the first block that is to do; None where kept statistics take the place
+        of a forward pass."""
+        parts = cut(self.tokens.ids, self.plan.shards)
         if self.kept.state.from_store:
-            self.model.embed(torch.from_numpy(self.tokens.ids[:batch]))  # AWQ tries scales on a batch of this size
-            return []
-        done, shape = self.kept.state.next_block, self.kept.state.shape
-        places = [
-            Place(self.kept.folder, f"states-{index}", self.plan.memory.spilled)
-            for index in range(1 + len(self.drifting))
-        ]
-        if done:
-            try:
-                known = [States(shape, self.model.compute_dtype, place, done) for place in places]
-            except OSError as error:
-                raise self.kept.damaged(error) from None
-            source = Activations(self.model, self.tokens.ids, batch, states=known[0])
-            return [source, *map(source.of, known[1:])]
-        source = Activations(self.model, self.tokens.ids, batch, places[0])
-        return [source, *(source.copy(place.name) for place in places[1:])]
+            self.model.embed(torch.from_numpy(parts[0][:batch]))  # AWQ tries scales on a batch of this size
+            return None
+        trust, spilled = self.plan.recipe.model.trust_remote_code, self.plan.memory.spilled
+        return self.workers.streams(
+            Windows(self.model, parts, batch, 1 + len(self.drifting), self.kept, spilled, trust), self.timed
+        )
 
-    def _keep(self, next_block: int, streams: Sequence[Activations]) -> None:
+    def _keep(self, next_block: int, streams: Streams | None) -> None:
+        if streams and next_block < len(self.model):
+            streams.keep(next_block)
         for branch in self.branches:
             branch.writer.sync()
         ledgers = {branch.item.label: branch.ledger for branch in self.branches}
         missing = {branch.item.label: branch.writer.missing for branch in self.branches}
-        shape = streams[0].states.shape if streams else ()
+        shape = streams.shape if streams else ()
         self.kept.keep(next_block, shape, ledgers, missing, self.diagonals)
 
     def _statistics(
-        self, index: int, block: nn.Module, streams: Sequence[Activations], awq: AwqBlocks | None
+        self, index: int, block: nn.Module, streams: Streams | None, awq: AwqBlocks | None
     ) -> tuple[list[InputStatistics], list[list[InputStatistics]], torch.Tensor | None]:
         """Statistics of the source and of each stream, and what entered the block, where AWQ asks for it."""
+        wanted = bool(awq and self.awq and awq.wants_input(block))
         if not streams:
             assert self.store
             with self.timed("statistics"):
                 shared, entered = self.store.read(index, self.model.linears(block), self.model.device)
-            return shared, [], entered if awq and self.awq and awq.wants_input(block) else None
-        source, *drifting = streams
+            return shared, [], entered if wanted else None
         store = self.store if self.store and not self.store.has(index) else None
         first = store is not None and kind_of(block) not in self._kinds
-        wanted = bool(awq and self.awq and awq.wants_input(block))
-        entered = source.first() if wanted or first else None
         gather = bool(self.sharing or self.awq or self.diagonals is not None or store)
         with self.timed("forward"):
-            shared, own = block_statistics(index, block, source, drifting, gather, self.timed)
+            gathered = streams.statistics(index, block, gather, wanted or first)
+        shared, *own = gathered.streams
         if store:
             with self.timed("write"):
-                store.write(index, shared, entered if first else None)
+                store.write(index, shared, gathered.entered if first else None)
             self._kinds.add(kind_of(block))
-        return shared, own, entered if wanted else None
+        return shared, own, gathered.entered if wanted else None
 
     def _solve_block(
         self,
         index: int,
         block: nn.Module,
-        shared: list[InputStatistics],
-        own: list[list[InputStatistics]],
-        entered: torch.Tensor | None,
-        streams: Sequence[Activations],
+        streams: Streams | None,
         gptq: GptqBlocks | None,
         awq: AwqBlocks | None,
     ) -> None:
+        shared, own, entered = self._statistics(index, block, streams, awq)
         if self.diagonals is not None:
             for group in shared:
                 diagonal = group.hessian.diagonal().cpu().numpy() * np.float32(group.tokens > 0)
                 for linear in group.linears:
                     self.diagonals[self.model.checkpoint_name(index, linear.local)] = diagonal, group.tokens
+        # other workers solve while AWQ is solved here
+        common = gptq.begin(index, shared, self.sharing) if gptq and self.sharing else []
+        drifting = []
+        if gptq:
+            pairs = zip(self.drifting, own, strict=True)
+            drifting = [gptq.begin(index, groups, [branch]) for branch, groups in pairs]
         if awq and self.awq:
             awq.solve_block(index, block, shared, entered, self.awq)
         if gptq:
-            if self.sharing:
-                gptq.solve_shared(index, shared, self.sharing)
-            for branch, stream, groups in zip(self.drifting, streams[1:], own, strict=True):
-                gptq.solve_own(index, block, stream, groups, branch)
+            gptq.finish(index, common, self.sharing)
+            for number, (branch, begun) in enumerate(zip(self.drifting, drifting, strict=True), 1):
+                weights = gptq.finish_own(index, begun, branch)
+                if streams and index + 1 < len(self.model):
+                    with self.timed("forward"):
+                        streams.advance(index, block, number, weights)
 
     def _copy_unquantized(self) -> None:
         """Embeddings, norms, head: the source's bytes, in every branch. AWQ changes what lies in the blocks."""

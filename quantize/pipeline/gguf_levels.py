@@ -8,7 +8,6 @@ import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,12 @@ from quantize.errors import BuildError, GgufError
 from quantize.formats.manifest import MANIFEST_NAME, SCHEMA, read_manifest
 from quantize.gguf.check import check_conversion
 from quantize.gguf.imatrix import Importance, read_importance, write_importance
-from quantize.gguf.quantize import failure, request, start
+from quantize.gguf.quantize import failure, request
 from quantize.gguf.split import split_file
 from quantize.gguf.stacks import targets_of
 from quantize.gguf.toolchain import VERSION
+from quantize.pipeline.quantizers import Quantizers
+from quantize.pipeline.workers import Workers
 from quantize.planning import Plan
 from quantize.planning.keys import key_of
 from quantize.planning.levels import LevelPlan, PlannedLevel
@@ -33,8 +34,6 @@ from quantize.release.tree import copy_file, sync_folder
 from quantize.source.cache import sha256_of_file, write_atomically
 from quantize.source.resolved import Notify
 
-LEVEL_MEMORY = 512 * 2**20  # of one running quantizer
-
 Diagonals = Mapping[str, tuple[np.ndarray, int]]
 """For each linear of the checkpoint: diagonal of X^T X, float32 [K], and tokens."""
 
@@ -43,6 +42,7 @@ def build_levels(
     plan: Plan,
     todo: list[PlannedLevel],
     diagonals: Diagonals | None,
+    workers: Workers,
     work: Path,
     timed: Timed,
     progress: bool | None,
@@ -72,8 +72,9 @@ def build_levels(
         vectors = work / "imatrix.npz"
         arrays: dict[str, Any] = importance.means()
         np.savez(vectors, **arrays)
+    quantizers = workers.quantizers([path.parent, work], plan.budget, notify)
     with timed("levels"):
-        _run_all(levels, todo, path, vectors, importance, work, notebook, progress, plan.budget)
+        _run_all(levels, todo, path, vectors, importance, work, notebook, quantizers, progress)
     for name in licence_files(plan.source):
         copy_file(plan.source.folder / name, levels.folder / name)
     return [item.label for item in todo]
@@ -83,7 +84,7 @@ class _Notebook:
     """The manifest of the GGUF repo, rewritten whenever a file is in its place."""
 
     def __init__(self, plan: Plan, levels: LevelPlan, checked: Mapping[str, Any]) -> None:
-        self.folder = levels.folder
+        self.folder, self.shards = levels.folder, plan.shards
         known = read_manifest(levels.folder) or {}
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
@@ -134,10 +135,12 @@ def _importance(levels: LevelPlan, header: Any, diagonals: Diagonals | None, not
         )
         write_importance(place, importance)
     found = read_importance(place)
+    shards = notebook.shards if diagonals is not None else (notebook.data["imatrix"] or {}).get("shards", 1)
     notebook.enter("imatrix", None, {
         "key": key_of(levels.imatrix_inputs),
         "key_inputs": dict(levels.imatrix_inputs),
         "entries": len(found.sums),
+        **({"shards": shards} if shards > 1 else {}),
         "files": {place.name: _described(place)},
     })  # fmt: skip
     return found
@@ -151,19 +154,14 @@ def _run_all(
     importance: Importance | None,
     work: Path,
     notebook: _Notebook,
+    quantizers: Quantizers,
     progress: bool | None,
-    budget: int | None,
 ) -> None:
-    """Levels side by side, as many as cores and memory bear; the first failure ends the others."""
-    cores = os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 2**34
-    memory = min(memory, budget or memory)
-    lanes = max(1, min(cores, len(todo), memory // LEVEL_MEMORY))
-    threads = max(1, cores // lanes)
+    """Levels side by side, as many as the quantizers bear; the first failure ends the others."""
+    lanes, threads = quantizers.lanes(len(todo))
     waiting = list(todo)
     running: list[threading.Thread] = []
     failures: list[Exception] = []
-    children: dict[str, Popen[str]] = {}
     lock = threading.Lock()
     count = sum(len(item.outcome.types) for item in todo if item.outcome)
     with tqdm(total=count, desc="levels", unit="tensor", disable=None if progress is None else not progress) as bar:
@@ -175,12 +173,11 @@ def _run_all(
                         return
                     item = waiting.pop(0)
                 try:
-                    _run_one(levels, item, source, vectors, importance, work, notebook, threads, lock, children, bar)
+                    _run_one(levels, item, source, vectors, importance, work, notebook, quantizers, threads, lock, bar)
                 except Exception as error:
                     with lock:
                         failures.append(error)
-                        for child in children.values():
-                            child.kill()
+                    quantizers.stop()
                     return
 
         for _ in range(lanes):
@@ -193,8 +190,7 @@ def _run_all(
         except BaseException:  # Ctrl-C: no child may outlive the build
             with lock:
                 waiting.clear()
-                for child in children.values():
-                    child.kill()
+            quantizers.stop()
             raise
     if failures:
         raise failures[0]
@@ -208,9 +204,9 @@ def _run_one(
     importance: Importance | None,
     work: Path,
     notebook: _Notebook,
+    quantizers: Quantizers,
     threads: int,
     lock: threading.Lock,
-    children: dict[str, Popen[str]],
     bar: Any,
 ) -> None:
     with_imatrix = importance is not None and item.wants_imatrix
@@ -224,18 +220,10 @@ def _run_one(
         imatrix=vectors if with_imatrix else None,
         metadata=levels.metadata(len(importance.sums)) if with_imatrix and importance else {},
     )
-    log = []
-    with lock:
-        child = children[item.level] = start(wish)
     try:
-        with child:
-            assert child.stderr is not None
-            for line in child.stderr:
-                log.append(line)
-                if line.startswith("["):
-                    bar.update()
-        if child.returncode:
-            raise failure(item.level, child.returncode, "".join(log))
+        code, log = quantizers.run(wish, lambda line: bar.update() if line.startswith("[") else None)
+        if code:
+            raise failure(item.level, code, log)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         if item.outcome is not None and temporary.stat().st_size != item.outcome.nbytes:
@@ -260,8 +248,6 @@ def _run_one(
                 "fallbacks": list(item.outcome.fallbacks) if item.outcome else [],
             })  # fmt: skip
     finally:
-        with lock:
-            children.pop(item.level, None)
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
 

@@ -2,87 +2,90 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from quantize.calibration.forward import Activations
 from quantize.calibration.statistics import InputStatistics, Timed
 from quantize.errors import SolveError
 from quantize.formats import gptq as gptq_format
-from quantize.methods.asymmetric import toward_source
-from quantize.methods.gptq import GptqParameters, Solution, solve
-from quantize.pipeline.branch import Branch, energy_of, half_bias
+from quantize.methods.gptq import GptqParameters, Solution
+from quantize.pipeline.branch import Branch, half_bias
+from quantize.pipeline.workers import Job, Wait, Workers
 from quantize.recipe.methods import Gptq
-from quantize.source.streamed import Linear, StreamedModel
+from quantize.source.streamed import StreamedModel
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A solve on its way: the input's statistics, and what waits for the solutions."""
+
+    group: InputStatistics
+    wait: Wait
 
 
 class GptqBlocks:
     """Solves blocks for GPTQ branches."""
 
-    def __init__(self, model: StreamedModel, section: Gptq, timed: Timed, row_budget: int | None) -> None:
-        self.model, self.section, self.timed, self.row_budget = model, section, timed, row_budget
-
-    def solve_shared(self, index: int, groups: list[InputStatistics], branches: Sequence[Branch]) -> None:
-        """``propagate: source``: all branches from the same statistics, which are released on the way."""
-        for group in sorted(groups, key=lambda group: group.hessian.shape[0]):  # the widest with the others released
-            self._solve_group(index, group, branches)
-            group.release()
-
-    def solve_own(
-        self, index: int, block: nn.Module, stream: Activations, groups: list[InputStatistics], branch: Branch
+    def __init__(
+        self, model: StreamedModel, section: Gptq, timed: Timed, row_budget: int | None, workers: Workers
     ) -> None:
-        """``propagate: quantized``: solve from the branch's own inputs, then send them through its own block."""
-        replaced: list[tuple[Linear, torch.Tensor]] = []
-        for group in groups:
-            (solution,) = self._solve_group(index, group, [branch])
-            group.release()
-            rows = [linear.weight.shape[0] for linear in group.linears]
-            replaced += zip(group.linears, solution.dequantize().split(rows), strict=True)
-        if index + 1 == len(self.model):
-            return
-        with self.timed("forward"), torch.inference_mode():
-            kept = [(linear, linear.weight.clone()) for linear, _ in replaced]
-            for linear, weight in replaced:
-                linear.set_weight(weight)
-            stream.advance(index, block)
-            for linear, weight in kept:
-                linear.set_weight(weight)
+        self.model, self.section, self.timed, self.row_budget = model, section, timed, row_budget
+        self.workers = workers
 
-    def _solve_group(self, index: int, group: InputStatistics, branches: Sequence[Branch]) -> list[Solution]:
-        """Solve the linears that share an input, stacked, for all ``branches``, and write the results."""
-        names = [self.model.checkpoint_name(index, linear.local) for linear in group.linears]
-        with self.timed("solve"), torch.inference_mode():
+    def begin(self, index: int, groups: list[InputStatistics], branches: Sequence[Branch]) -> list[Begun]:
+        """Have a block's inputs solved for ``branches``, the widest last, with the others released."""
+        with self.timed("solve"):
+            return [
+                Begun(group, self.workers.start(functools.partial(self._job, index, group, branches)))
+                for group in sorted(groups, key=lambda group: group.hessian.shape[0])
+            ]
+
+    def finish(self, index: int, begun: list[Begun], branches: Sequence[Branch]) -> None:
+        """``propagate: source``: write what all branches get from the same statistics, releasing them on the way."""
+        for one in begun:
+            self._finish(index, one, branches)
+
+    def finish_own(self, index: int, begun: list[Begun], branch: Branch) -> dict[str, torch.Tensor]:
+        """``propagate: quantized``: write it, and return the weights that the branch's own inputs now meet."""
+        weights: dict[str, torch.Tensor] = {}
+        for one in begun:
+            (solution,) = self._finish(index, one, [branch])
+            rows = [linear.weight.shape[0] for linear in one.group.linears]
+            parts = solution.dequantize().split(rows)
+            weights |= {linear.local: part for linear, part in zip(one.group.linears, parts, strict=True)}
+        return weights
+
+    def _job(self, index: int, group: InputStatistics, branches: Sequence[Branch]) -> Job:
+        with torch.inference_mode():
             weights = [self.model.stored_weight(index, linear) for linear in group.linears]
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-            wishes = [_parameters(branch) for branch in branches]
-            try:
-                if group.drift is not None:
-                    stacked = self._toward_source(stacked, group.hessian, group.drift)
-                energy = energy_of(stacked, group.hessian)
-                solutions = solve(stacked, group.hessian, wishes, self.section.rtn_fallback, row_budget=self.row_budget)
-            except SolveError as error:
-                raise SolveError(
-                    f"{', '.join(names)}: {error}; calibrate on more or other text, raise gptq.damp_percent, or set "
-                    "gptq.rtn_fallback to round such modules to nearest"
-                ) from None
-        for branch, solution in zip(branches, solutions, strict=True):
-            first = 0
-            for name, weight in zip(names, weights, strict=True):
-                rows = slice(first, first + weight.shape[0])
-                self._write_linear(branch, name, solution, rows)
-                branch.record(name, solution, rows, energy, group.tokens)
-                first = rows.stop
-        return solutions
+        wishes = [_parameters(branch) for branch in branches]
+        return Job(stacked, group.hessian, group.drift, wishes, self.section.rtn_fallback, self.row_budget)
 
-    def _toward_source(self, weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+    def _finish(self, index: int, begun: Begun, branches: Sequence[Branch]) -> list[Solution]:
+        """Wait for the linears that share an input, and write what each branch got."""
+        group = begun.group
+        names = [self.model.checkpoint_name(index, linear.local) for linear in group.linears]
         try:
-            return toward_source(weight, hessian, drift)
-        except SolveError:
-            if self.section.rtn_fallback:
-                return weight  # the solve meets the same Hessian, rounds to nearest and says so
-            raise
+            with self.timed("solve"):
+                solved = begun.wait()
+        except SolveError as error:
+            raise SolveError(
+                f"{', '.join(names)}: {error}; calibrate on more or other text, raise gptq.damp_percent, or set "
+                "gptq.rtn_fallback to round such modules to nearest"
+            ) from None
+        for branch, solution in zip(branches, solved.solutions, strict=True):
+            first = 0
+            for name, linear in zip(names, group.linears, strict=True):
+                rows = slice(first, first + linear.weight.shape[0])
+                self._write_linear(branch, name, solution, rows)
+                branch.record(name, solution, rows, solved.energy, group.tokens)
+                first = rows.stop
+        group.release()
+        return solved.solutions
 
     def _write_linear(self, branch: Branch, name: str, solution: Solution, rows: slice) -> None:
         with self.timed("pack"):

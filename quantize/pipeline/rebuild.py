@@ -82,7 +82,9 @@ def rebuild(
         recipe = Path(scratch) / "rebuild.json"
         recipe.write_text(json.dumps(data), encoding="utf-8")
         dist = into or Path(scratch) / "dist"
-        plan = build_recipe(load_recipe(recipe), dist, device=device, notify=notify).plan
+        plan = build_recipe(
+            load_recipe(recipe), dist, device=device, shards=_shards(manifests, places), notify=notify
+        ).plan
         folders = {f"{item.label.partition('/')[0]}/{item.branch}": item.folder for item in plan.variants}
         if plan.gguf:
             folders["gguf/main"] = plan.gguf.folder
@@ -125,6 +127,18 @@ def recorded_recipe(
         if "batch_tokens" in manifest["compute"]:
             recipe["calibration"]["batch_tokens"] = manifest["compute"]["batch_tokens"]
     return recipe
+
+
+def _shards(manifests: Sequence[Manifest], places: Sequence[Path]) -> int:
+    """Parts that the windows were run in, which decides the last bits of their statistics."""
+    parts = [manifest.get("imatrix" if "levels" in manifest else "compute") for manifest in manifests]
+    found = [int(part.get("shards", 1)) for part in parts if part]
+    if len(set(found)) > 1:
+        raise BuildError(
+            f"{places[0].parent.parent}: its manifests were calibrated in different numbers of shards "
+            f"({', '.join(map(str, sorted(set(found))))}); rebuild them one at a time"
+        )
+    return found[0] if found else 1
 
 
 def _read(path: Path) -> Manifest:

@@ -10,9 +10,10 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize.errors import BuildError, CalibrationError, SourceError
 from quantize.formats.manifest import oddities
@@ -23,6 +24,9 @@ from quantize.recipe import LoadedRecipe
 from quantize.release.card import refresh_cards
 from quantize.release.tree import locked, publish
 from quantize.source.resolved import Notify
+
+if TYPE_CHECKING:
+    from quantize.pipeline.workers import Workers
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -64,6 +68,8 @@ def build_recipe(
     device: str = "auto",
     budget: int | None = None,
     keep_statistics: bool = False,
+    shards: int | None = None,
+    ray: str | None = None,
     progress: bool | None = None,
     notify: Notify = lambda line: None,
 ) -> BuildResult:
@@ -76,28 +82,30 @@ def build_recipe(
         device: ``auto``, ``cpu`` or ``cuda``.
         budget: bytes of memory to keep to; None sets no limit.
         keep_statistics: keep the source's statistics in the cache, so that later variants need no forward pass.
+        shards: parts that the calibration windows are run in; None is one, or with ``ray`` as many as have room.
+        ray: address of a Ray cluster that does the work; ``auto`` is a running one, or one for this build.
         progress: show a progress bar; None shows it on a terminal only.
         notify: told in one line what happens.
 
     Raises:
         QuantizeError: one of its kinds; finished branches are untouched then.
     """
+    if ray is not None and find_spec("ray") is None:
+        raise BuildError(f"--ray {ray}: Ray is not installed; install it with: pip install 'quantize[ray]'")
     with locked(Path(dist)) as work:
-        plan = plan_recipe(loaded, dist, only, weights=True, budget=budget, notify=notify)
+        plan = plan_recipe(loaded, dist, only, weights=True, budget=budget, shards=shards or 1, notify=notify)
         result = BuildResult(plan)
-        todo = plan.native_work
         result.fresh = [item.label for item in plan.everything if item.state == "fresh" and item.label in plan.selected]
         try:
             if plan.gguf and plan.level_work:
                 plan.gguf.require()
             require_engines(plan.foreign_work)
-            diagonals = None
-            if todo or plan.gathers_imatrix:
-                diagonals = _build_branches(plan, todo, work, device, keep_statistics, progress, notify, result)
-            if plan.foreign_work:
-                _build_foreign(plan, work, device, notify, result)
-            if plan.level_work:
-                _build_levels(plan, diagonals, work, progress, notify, result)
+            if plan.work or plan.level_work:
+                with _workers(ray, notify) as workers:
+                    if shards is None:
+                        room = workers.room(device)
+                        plan = result.plan = replace(plan, shards=min(room, loaded.recipe.calibration.samples))
+                    _build(plan, workers, work, device, keep_statistics, progress, notify, result)
             refresh_cards(plan)
             _remove_done(plan)
         except OSError as error:
@@ -108,6 +116,33 @@ def build_recipe(
                 ) from None
             raise
     return result
+
+
+@contextmanager
+def _workers(ray: str | None, notify: Notify) -> Iterator[Workers]:
+    from quantize.pipeline.workers import open_workers
+
+    with open_workers(ray, notify) as workers:
+        yield workers
+
+
+def _build(
+    plan: Plan,
+    workers: Workers,
+    work: Path,
+    device: str,
+    keep_statistics: bool,
+    progress: bool | None,
+    notify: Notify,
+    result: BuildResult,
+) -> None:
+    diagonals = None
+    if plan.native_work or plan.gathers_imatrix:
+        diagonals = _build_branches(plan, workers, work, device, keep_statistics, progress, notify, result)
+    if plan.foreign_work:
+        _build_foreign(plan, work, device, notify, result)
+    if plan.level_work:
+        _build_levels(plan, workers, diagonals, work, progress, notify, result)
 
 
 def _remove_done(plan: Plan) -> None:
@@ -133,11 +168,17 @@ def _check_disk(plan: Plan, todo: Sequence[PlannedVariant], kept: Unfinished | N
 
 
 def _build_levels(
-    plan: Plan, diagonals: Any, work: Path, progress: bool | None, notify: Notify, result: BuildResult
+    plan: Plan,
+    workers: Workers,
+    diagonals: Any,
+    work: Path,
+    progress: bool | None,
+    notify: Notify,
+    result: BuildResult,
 ) -> None:
     from quantize.pipeline.gguf_levels import build_levels
 
-    result.built += build_levels(plan, plan.level_work, diagonals, work, result.timed, progress, notify)
+    result.built += build_levels(plan, plan.level_work, diagonals, workers, work, result.timed, progress, notify)
     for item in plan.level_work:
         if item.outcome and item.outcome.fallbacks:
             result.oddities[item.label] = {"fallback": list(item.outcome.fallbacks)}
@@ -159,7 +200,7 @@ def _build_foreign(plan: Plan, work: Path, device: str, notify: Notify, result: 
 
 def _build_branches(
     plan: Plan,
-    todo: Sequence[PlannedVariant],
+    workers: Workers,
     work: Path,
     device: str,
     keep_statistics: bool,
@@ -167,13 +208,14 @@ def _build_branches(
     notify: Notify,
     result: BuildResult,
 ) -> Any:
-    """Solve the branches ``todo`` and put them into place; returns what the importance matrix is made of, or None."""
+    """Solve the branches that are not fresh and put them into place; returns diagonals for an importance matrix."""
     from quantize.pipeline.branches import Pass
 
+    todo = plan.native_work
     one = Pass(plan, todo, plan.gathers_imatrix, device, keep_statistics, result.timed, notify)
     _check_disk(plan, todo, one.kept)
     try:
-        branches = one.run(progress)
+        branches = one.run(workers, progress)
         with result.timed("write"):
             manifests = [one.complete(branch) for branch in branches]
     except BaseException as error:

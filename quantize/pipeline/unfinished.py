@@ -25,7 +25,7 @@ from quantize.release.tree import UNFINISHED, WORK_FOLDER, sync_folder
 from quantize.source.cache import write_atomically
 
 STATE = "state.json"
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)

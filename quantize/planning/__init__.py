@@ -90,6 +90,8 @@ class Plan:
     selected: frozenset[str]
     budget: int | None = None
     """Bytes of memory that a build of it has to keep to."""
+    shards: int = 1
+    """Parts that the calibration windows are run in; sums over them depend on it in their last bits."""
 
     @property
     def recipe(self) -> Recipe:
@@ -146,6 +148,7 @@ class Plan:
             [(item.level, self.source.checkpoint.nbytes) for item in self.level_work],
             self.gathers_imatrix,
             self.budget,
+            self.shards,
         )
 
     @cached_property
@@ -156,7 +159,8 @@ class Plan:
             PlanError: it cannot.
         """
         variants = [item.variant for item in self.native_work]
-        model = MemoryModel(self.source.checkpoint, self.table, self.recipe.calibration, variants, self.gathers_imatrix)
+        calibration, imatrix = self.recipe.calibration, self.gathers_imatrix
+        model = MemoryModel(self.source.checkpoint, self.table, calibration, variants, imatrix, self.shards)
         return model.within(self.budget)
 
     @cached_property
@@ -231,6 +235,7 @@ def plan_recipe(
     *,
     weights: bool = False,
     budget: int | None = None,
+    shards: int = 1,
     notify: Notify = lambda line: None,
 ) -> Plan:
     """Plan a build.
@@ -240,6 +245,7 @@ def plan_recipe(
         dist: where finished branches lie.
         only: patterns of branches, such as ``gptq-4bit*`` or ``awq/*``; none selects all.
         budget: bytes of memory that a build has to keep to; None sets no limit.
+        shards: parts that the calibration windows are run in.
         weights: fetch a hub model's weights too (a build), not only its headers (a plan).
         notify: told in one line before anything slow begins.
 
@@ -250,6 +256,11 @@ def plan_recipe(
     source = resolve(recipe.model, weights=weights, small_files=recipe.gguf is not None, notify=notify)
     table = find_linears(source.checkpoint)
     _check_length(loaded, source)
+    if shards > recipe.calibration.samples:
+        raise PlanError(
+            f"--shards {shards}: there are {recipe.calibration.samples} windows to share out (calibration.samples); "
+            f"use at most {recipe.calibration.samples}"
+        )
     repos = _repos(loaded, source)
     identity = calibration_identity(recipe.calibration)
     planned = []
@@ -272,7 +283,7 @@ def plan_recipe(
         if not folder.resolve().is_relative_to(Path(dist).resolve()):
             raise PlanError(f"{folder}: is a link that leads out of {dist}; put the folder itself there, or remove it")
     selected = _select(everything, only)
-    return Plan(loaded, source, table, repos, Path(dist), tuple(planned), gguf, selected, budget)
+    return Plan(loaded, source, table, repos, Path(dist), tuple(planned), gguf, selected, budget, shards)
 
 
 def _key_inputs(

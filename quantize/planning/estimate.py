@@ -55,12 +55,13 @@ def estimate(
     levels: Sequence[tuple[str, int]] = (),
     imatrix: bool = False,
     budget: int | None = None,
+    shards: int = 1,
 ) -> Estimate:
     """Predict time and peak memory of one calibration pass, the solves of ``variants``, and GGUF ``levels``.
 
     Args:
         levels: name and bytes of the full-width file of each. imatrix: the pass runs for them too.
-        budget: bytes of memory that it has to keep to.
+        budget: bytes of memory that it has to keep to. shards: parts that the windows are run in.
 
     Raises:
         PlanError: it cannot.
@@ -71,7 +72,7 @@ def estimate(
     if not passed:
         return Estimate(quantizing, PROCESS_BYTES if levels else 0)
     tokens = calibration.samples * calibration.sequence_length
-    model = MemoryModel(checkpoint, table, calibration, variants, imatrix)
+    model = MemoryModel(checkpoint, table, calibration, variants, imatrix, shards)
     inputs = distinct_inputs(table)
     forward = 2 * tokens * sum(linear.share * linear.in_features * linear.out_features for linear in table.linears)
     forward += 4 * tokens * calibration.sequence_length * model.width * table.blocks

@@ -54,6 +54,7 @@ class MemoryModel:
 
     Attributes:
         imatrix: an importance matrix is gathered, too.
+        shards: parts of the windows, whose statistics are added up.
     """
 
     checkpoint: Checkpoint
@@ -61,6 +62,7 @@ class MemoryModel:
     calibration: Calibration
     variants: Sequence[Variant]
     imatrix: bool = False
+    shards: int = 1
 
     def within(self, budget: int | None) -> Memory:
         """The quickest way that keeps to ``budget`` bytes; None sets no limit.
@@ -142,7 +144,8 @@ class MemoryModel:
         solving = max(self._solving(size, rows, row_budget or ROW_BUDGET, statistics) for size, rows in inputs) + worn
         moments: list[dict[str, int]] = [
             {"embeddings": self._outside * COMPUTE_BYTES},
-            {"block": block, "statistics": statistics, "forward pass": running},
+            # the sum over the shards so far, and the statistics of the present one
+            {"block": block, "statistics": statistics * min(self.shards, 2), "forward pass": running},
             {"block": block, "solver": solving},
         ]
         common = {"process": PROCESS_BYTES, "hidden states": states}

@@ -1,0 +1,161 @@
+"""Calibration windows in parts, which need not be run in one process: statistics are sums, so those of parts add up.
+
+Sums in floating point depend on their order. The parts are added in their own order wherever they were run, so the
+number of parts alone decides the last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from quantize.calibration.forward import Activations, block_statistics
+from quantize.calibration.states import Place, States
+from quantize.calibration.statistics import InputStatistics, Timed, panels, untimed
+from quantize.errors import CalibrationError
+from quantize.source.streamed import Linear, StreamedModel
+
+
+def cut(ids: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Windows [samples, length] in so many runs of neighbours, as even as can be; the first are the longer ones."""
+    return np.array_split(ids, parts)
+
+
+class Part:
+    """Some of the windows on their way through the blocks.
+
+    Attributes:
+        streams: the source's activations, and those of each branch that carries its own.
+    """
+
+    def __init__(self, streams: Sequence[Activations]) -> None:
+        self.streams = list(streams)
+
+    @classmethod
+    def at_start(cls, model: StreamedModel, ids: np.ndarray, batch: int, places: Sequence[Place | None]) -> Part:
+        """Windows that enter the first block, one stream for each of ``places``."""
+        source = Activations(model, ids, batch, places[0])
+        return cls([source, *(source.copy(place.name if place else "") for place in places[1:])])
+
+    @classmethod
+    def going_on(cls, model: StreamedModel, ids: np.ndarray, batch: int, states: Sequence[States]) -> Part:
+        """Windows that have come as far as ``states``, which are one for each stream."""
+        source = Activations(model, ids, batch, states=states[0])
+        return cls([source, *map(source.of, states[1:])])
+
+    @property
+    def source(self) -> Activations:
+        """The source's activations."""
+        return self.streams[0]
+
+    def statistics(
+        self, index: int, block: nn.Module, gather: bool, timed: Timed = untimed
+    ) -> list[list[InputStatistics]]:
+        """Run the source through a block; see :func:`block_statistics`.
+
+        Args:
+            gather: gather the source's own statistics, not only the other streams'.
+
+        Returns:
+            The statistics of each stream.
+        """
+        source, *others = self.streams
+        shared, own = block_statistics(index, block, source, others, gather, timed)
+        return [shared, *own]
+
+    def advance(self, index: int, block: nn.Module, stream: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Send a stream through the block as it is with other weights, [N, K] by the linear's name in the block."""
+        activations = self.streams[stream]
+        with torch.inference_mode():
+            worn = [linear for linear in activations.model.linears(block) if linear.local in weights]
+            kept = [linear.weight.clone() for linear in worn]
+            for linear in worn:
+                linear.set_weight(weights[linear.local])
+            activations.advance(index, block)
+            for linear, weight in zip(worn, kept, strict=True):
+                linear.set_weight(weight)
+
+
+@torch.inference_mode()
+def add_part(total: Sequence[InputStatistics], part: Sequence[InputStatistics]) -> None:
+    """Add the statistics of a further part of the windows to those of the parts before it.
+
+    Raises:
+        CalibrationError: the linears share their inputs otherwise than in the parts before.
+    """
+    members = [[[linear.local for linear in group.linears] for group in groups] for groups in (total, part)]
+    if members[0] != members[1]:
+        raise CalibrationError(
+            f"{members[0][0][0]}: linears share their inputs in one shard otherwise than in another; "
+            "build with --shards 1"
+        )
+    for one, other in zip(total, part, strict=True):
+        if not other.tokens:  # an expert that no token of this part reached, so its H stands for nothing
+            continue
+        if not one.tokens:
+            one.hessian, one.drift, one.tokens = other.hessian, other.drift, other.tokens
+            continue
+        one.hessian += other.hessian
+        if one.drift is not None and other.drift is not None:
+            one.drift += other.drift
+        one.tokens += other.tokens
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor as plain bytes, which every process reads the same way: uint8 [nbytes], its dtype and shape."""
+
+    data: np.ndarray
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Packed:
+        """The bytes of a tensor of any device."""
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        return cls(flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
+
+    def tensor(self) -> torch.Tensor:
+        """A tensor of one's own."""
+        # in torch's own memory: products may differ in their last bits where rows are aligned otherwise
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        tensor.view(-1).view(torch.uint8).numpy()[:] = self.data
+        return tensor
+
+
+@dataclass(frozen=True)
+class PackedStatistics:
+    """Statistics of one input on their way from another process: H's panels up to the diagonal, and the drift."""
+
+    linears: tuple[str, ...]
+    size: int
+    tokens: int
+    panels: tuple[Packed, ...]
+    drift: Packed | None
+
+    @classmethod
+    def of(cls, group: InputStatistics) -> PackedStatistics:
+        """Pack finished statistics."""
+        size = group.hessian.shape[0]
+        return cls(
+            tuple(linear.local for linear in group.linears),
+            size,
+            group.tokens,
+            tuple(Packed.of(group.hessian[first:last, :last]) for first, last in panels(size)),
+            None if group.drift is None else Packed.of(group.drift),
+        )
+
+    def statistics(self, linears: Sequence[Linear]) -> InputStatistics:
+        """The same statistics for a block's ``linears``, in memory."""
+        by_name = {linear.local: linear for linear in linears}
+        hessian = torch.empty(self.size, self.size)
+        for (first, last), panel in zip(panels(self.size), self.panels, strict=True):
+            hessian[first:last, :last] = panel.tensor()
+        drift = None if self.drift is None else self.drift.tensor()
+        group = InputStatistics([by_name[name] for name in self.linears], hessian, drift, self.tokens)
+        group.finish()
+        return group
