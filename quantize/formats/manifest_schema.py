@@ -46,8 +46,9 @@ class _File(_Part):
 class _Module(_Part):
     module: Text
     outcome: Text
-    dead_columns: Count
-    relative_error: float
+    dead_columns: Count | None = None
+    relative_error: float | None = None
+    weight_error: float | None = None
     scale_folded_into: Text | None = None
 
 
@@ -73,6 +74,14 @@ class _Quality(_Part):
     top1_agreement: float
 
 
+class _Engine(_Part):
+    name: Text
+    version: Text
+    environment: Text
+    python: Text
+    packages: dict[Text, Text | None]
+
+
 class _Made(_Part):
     key: Text | None = None
     key_inputs: dict[str, Any] = {}
@@ -84,6 +93,7 @@ class _Made(_Part):
 
 class _Manifest(_Made):
     schema_: Literal[1] = Field(alias="schema")
+    engine: _Engine | None = None
     ledger: list[_Module] = []
     imatrix: _Made | None = None
     levels: dict[Text, _Made] = {}
