@@ -45,6 +45,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's checkpoint, whose tokenizer llama.cpp knows."""
+    import quantize
+
+    path = tmp_path_factory.mktemp("demo") / "r.yaml"
+    path.write_text("extends: demo\n")
+    return quantize.plan(quantize.load_recipe(path)).source.folder
+
+
+@pytest.fixture(scope="session")
 def sharded_llama(tiny_llama: Path) -> Path:
     """The same model in two shards with an index. Shared: copy it before changing it."""
     from safetensors.torch import load_file, save_file

@@ -399,6 +399,14 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_manifest_of_an_engine_is_rebuilt_by_it(built: Path, tiny_llama: Path, invoke: Command) -> None:
+    done = invoke("rebuild", built / "theirs", "--source", tiny_llama, "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (one,) = json.loads(done.stdout)
+    assert one["changed"] == []
+    assert "model.safetensors" in one["equal"]
+
+
 def test_another_environment_makes_a_branch_stale(
     built: Path, recipe: Path, fake: Environment, invoke: Command
 ) -> None:

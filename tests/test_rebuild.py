@@ -6,10 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import needs
 import pytest
 from conftest import Command
 from outcome import assert_refused
-from tiny import write_recipe
+from tiny import wide_model, write_recipe
 
 VARIANTS = """\
   variants:
@@ -20,6 +21,12 @@ awq:
   variants:
     - {branch: main, group_size: 32}
 """
+GGUF = """\
+model: {{source: {source}, name: Wide, creator: Nobody, license: apache-2.0}}
+calibration: {{dataset: pydoc, samples: 2, sequence_length: 64, compute_dtype: float32}}
+gguf: {{levels: [Q4_K_M, Q8_0, IQ2_XS], tensor_types: {{token_embd: q8_0}}, max_file_size: 15MB}}
+"""
+BRANCH = "gptq: {variants: [{group_size: 64}]}\n"
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +71,23 @@ def test_another_text_or_version_shows(
     assert "differs" in shown.stdout
     assert "torch: 1.0 then" in shown.stdout
     assert next((tmp_path / "again").glob("*-GPTQ/main/model.safetensors")).is_file()
+
+
+@pytest.mark.parametrize("sections", [pytest.param(name, marks=needs.LLAMA_CPP) for name in ("levels", "both")])
+def test_gguf_levels_come_out_in_the_same_bytes(
+    invoke: Command, tokenizer_folder: Path, tmp_path: Path, sections: str
+) -> None:
+    source = wide_model(tmp_path / "wide", tokenizer_folder)
+    recipe, dist = tmp_path / "r.yaml", tmp_path / "dist"
+    recipe.write_text(GGUF.format(source=source) + (BRANCH if sections == "both" else ""))
+    built = invoke("build", recipe, "--dist", dist, "--device", "cpu")
+    assert built.returncode == 0, built.stderr
+    done = invoke("rebuild", dist, "--source", source, "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = {one["label"]: one for one in json.loads(done.stdout)}
+    assert ("gptq/main" in found) == (sections == "both")
+    assert found["gguf/main"]["changed"] == []
+    assert {path.name for path in dist.rglob("*.gguf")} <= set(found["gguf/main"]["equal"])
 
 
 def test_what_is_lacking_is_said(release: tuple[Path, Path], tiny_llama: Path, invoke: Command, tmp_path: Path) -> None:

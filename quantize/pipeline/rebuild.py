@@ -12,6 +12,7 @@ from typing import Any
 from quantize.errors import BuildError
 from quantize.formats.manifest import MANIFEST_NAME, described_files, read_manifest
 from quantize.pipeline.run import build_recipe
+from quantize.planning.keys import differences
 from quantize.recipe import load_recipe
 from quantize.source.cache import sha256_of_file
 from quantize.source.resolved import Notify
@@ -122,7 +123,8 @@ def recorded_recipe(
         inputs = manifest["key_inputs"]
         settings = dict(inputs["method"])
         section = recipe.setdefault(settings.pop("name"), {**settings, "variants": []})
-        section["variants"].append({"branch": manifest["branch"], **inputs["parameters"]})
+        engine = {"engine": manifest["engine"]["name"]} if manifest.get("engine") else {}
+        section["variants"].append({"branch": manifest["branch"], **engine, **inputs["parameters"]})
         recipe["release"]["max_shard_size"] = inputs["max_shard_size"]
         if "batch_tokens" in manifest["compute"]:
             recipe["calibration"]["batch_tokens"] = manifest["compute"]["batch_tokens"]
@@ -130,8 +132,12 @@ def recorded_recipe(
 
 
 def _shards(manifests: Sequence[Manifest], places: Sequence[Path]) -> int:
-    """Parts that the windows were run in, which decides the last bits of their statistics."""
-    parts = [manifest.get("imatrix" if "levels" in manifest else "compute") for manifest in manifests]
+    """Parts that the windows were run in, which decides the last bits of our own statistics."""
+    parts = [
+        manifest.get("imatrix" if "levels" in manifest else "compute")
+        for manifest in manifests
+        if not manifest.get("engine")
+    ]
     found = [int(part.get("shards", 1)) for part in parts if part]
     if len(set(found)) > 1:
         raise BuildError(
@@ -238,6 +244,9 @@ def _compare(manifest: Manifest, folder: Path) -> Compared:
             for name in sorted({*before, *now})
             if before.get(name) != now.get(name)
         )
+    result.changed.extend(
+        f"engine {line}" for line in differences(manifest.get("engine") or {}, again.get("engine") or {})
+    )
     tokens = [(data.get("calibration") or {}).get("tokens_sha256") for data in (manifest, again)]
     if tokens[0] != tokens[1]:
         result.changed.append("the calibration tokens are others")
