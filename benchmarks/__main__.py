@@ -6,10 +6,13 @@ Threads are pinned to the cores; times are of whole processes, start-up included
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
+from benchmarks import archived, awq, curves, engines, gguf, gpu, memory, peers, quality, ray_scaling, sequential
 from benchmarks.ours import DEMO, Task, Variant
 
 EIGHT = [Variant(4, 64, False), Variant(4, 32, True), Variant(4, 16, True), Variant(4, 64, True),
@@ -17,128 +20,115 @@ EIGHT = [Variant(4, 64, False), Variant(4, 32, True), Variant(4, 16, True), Vari
 LOW = [Variant(4, 128, False), Variant(4, 32, True), Variant(4, 128, True), Variant(3, 128, False),
        Variant(3, 64, True), Variant(2, 64, False), Variant(2, 32, True), Variant(8, 128, False)]  # fmt: skip
 SIXTEEN = [Variant(bits, size, order) for bits in (4, 8) for size in (64, 32, 16, -1) for order in (False, True)]
+SMOLLM = "SmolLM2-135M-Instruct"
 
-NAMES = (
-    "limit",
-    "blocks",
-    "memory",
-    "seven",
-    "variants",
-    "archived",
-    "sequential",
-    "low",
-    "gguf",
-    "engines-small",
-    "engines",
-    "awq-small",
-    "awq",
-    "awq-peer",
-    "quality",
-    "eight",
-    "gpu",
-    "ray",
-)
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line gives.
+
+    Attributes:
+        demo, small: the embedded model, and the one that was named. held_out: a text to measure on.
+        folder: for everything unfinished.
+    """
+
+    demo: Task
+    small: Task
+    model: Path | None
+    held_out: str
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """Of the small model."""
+        return f"a small model, {self.model.name}" if self.model else ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A section of the document. needs: the options without which it is skipped."""
+
+    measure: Callable[[Given], None]
+    needs: tuple[str, ...] = ()
+
+
+TEXT, TEXTS, ALL = ("calibration",), ("calibration", "evaluation"), ("calibration", "evaluation", "model")
+TABLES = {
+    "limit": Table(lambda it: curves.limit(it.folder)),
+    "blocks": Table(lambda it: curves.blocks(it.folder)),
+    "memory": Table(lambda it: memory.planned(it.demo, it.small if it.model else None, it.folder), TEXT),
+    "seven": Table(lambda it: memory.seven(it.folder)),
+    "variants": Table(lambda it: curves.variants(it.demo, SIXTEEN, it.folder), TEXT),
+    "archived": Table(lambda it: archived.check(it.demo, it.folder), TEXT),
+    "sequential": Table(lambda it: sequential.compare(it.small, LOW[:7], it.held_out, it.folder), ALL),
+    "low": Table(
+        lambda it: peers.compare("low", f"3 and 2 bits on {it.name}", it.small, LOW, it.held_out, it.folder), ALL
+    ),
+    "gguf": Table(lambda it: gguf.compare(it.folder)),
+    "engines-small": Table(
+        lambda it: engines.compare("engines-small", f"All engines on {it.name}", it.small, it.held_out, it.folder), ALL
+    ),
+    "engines": Table(
+        lambda it: engines.compare("engines", f"All engines on {SMOLLM}", it.demo, it.held_out, it.folder), TEXTS
+    ),
+    "awq-small": Table(
+        lambda it: awq.compare(
+            "awq-small", f"AWQ on {it.name}, against gptqmodel", it.small, LOW, it.held_out, True, it.folder
+        ),
+        ALL,
+    ),
+    "awq": Table(
+        lambda it: awq.compare("awq", f"AWQ on {SMOLLM}", it.demo, EIGHT, it.held_out, False, it.folder), TEXTS
+    ),
+    "awq-peer": Table(
+        lambda it: awq.compare(
+            "awq-peer", f"AWQ on {SMOLLM} against gptqmodel", it.demo, EIGHT, it.held_out, True, it.folder
+        ),
+        TEXTS,
+    ),
+    "quality": Table(
+        lambda it: quality.compare(
+            "quality", f"Every variant of {SMOLLM}, measured from its own bytes", it.demo, EIGHT, it.held_out, it.folder
+        ),
+        TEXTS,
+    ),
+    "eight": Table(
+        lambda it: peers.compare("eight", f"The set of eight on {SMOLLM}", it.demo, EIGHT, it.held_out, it.folder),
+        TEXTS,
+    ),
+    "gpu": Table(lambda it: gpu.compare(EIGHT, it.folder)),
+    "ray": Table(lambda it: ray_scaling.compare(it.folder, it.model)),
+}
 FILE = click.Path(exists=True, dir_okay=False)
 
 
 @click.command()
-@click.argument(
-    "names",
-    nargs=-1,
-    type=click.Choice(NAMES),
-)
-@click.option("--calibration", type=FILE, help="Calibration text (eight, low, variants, archived).")
-@click.option("--evaluation", type=FILE, help="Held-out text (eight, low, sequential).")
-@click.option("--model", type=click.Path(exists=True, file_okay=False), help="A small model (low, sequential).")
+@click.argument("names", nargs=-1, type=click.Choice(list(TABLES)))
+@click.option("--calibration", type=FILE, help="Calibration text.")
+@click.option("--evaluation", type=FILE, help="Held-out text.")
+@click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A small model.")
 @click.option("--samples", default=32, show_default=True)
 @click.option("--length", default=512, show_default=True)
 def main(
     names: tuple[str, ...],
     calibration: str | None,
     evaluation: str | None,
-    model: str | None,
+    model: Path | None,
     samples: int,
     length: int,
 ) -> None:
     """Measure the tables NAMES, or all of them; one whose text or model is not given is skipped, with a word."""
-    from benchmarks import (
-        archived,
-        awq,
-        curves,
-        engines,
-        gguf,
-        gpu,
-        memory,
-        peers,
-        quality,
-        ray_scaling,
-        sequential,
-    )  # fmt: skip
-
+    options = {"calibration": calibration, "evaluation": evaluation, "model": model}
+    model = model.resolve() if model else None
     demo = Task(DEMO, calibration or "", samples, length)
-    small = Task({"source": str(Path(model or "").resolve())}, calibration or "", samples, length)
-    needs = {
-        "eight": (calibration, evaluation),
-        "low": (calibration, evaluation, model),
-        "sequential": (calibration, evaluation, model),
-        "variants": (calibration,),
-        "archived": (calibration,),
-        "memory": (calibration,),
-        "awq": (calibration, evaluation),
-        "engines": (calibration, evaluation),
-        "engines-small": (calibration, evaluation, model),
-        "awq-peer": (calibration, evaluation),
-        "quality": (calibration, evaluation),
-        "awq-small": (calibration, evaluation, model),
-    }
-    for name in names or NAMES:
-        if not all(needs.get(name, ())):
-            click.echo(f"{name}: skipped, it needs --calibration, --evaluation or --model (see --help)", err=True)
+    small = Task({"source": str(model)}, calibration or "", samples, length)
+    for name in names or TABLES:
+        table = TABLES[name]
+        if lacking := [f"--{need}" for need in table.needs if not options[need]]:
+            click.echo(f"{name}: skipped, it needs {' and '.join(lacking)}", err=True)
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            if name == "eight":
-                title = "The set of eight on SmolLM2-135M-Instruct"
-                peers.compare(name, title, demo, EIGHT, evaluation or "", folder)
-            elif name == "low":
-                title = f"3 and 2 bits on a small model, {Path(model or '').name}"
-                peers.compare(name, title, small, LOW, evaluation or "", folder)
-            elif name == "sequential":
-                sequential.compare(small, LOW[:7], evaluation or "", folder)
-            elif name == "awq":
-                awq.compare(name, "AWQ on SmolLM2-135M-Instruct", demo, EIGHT, evaluation or "", False, folder)
-            elif name == "awq-peer":
-                title = "AWQ on SmolLM2-135M-Instruct against gptqmodel"
-                awq.compare(name, title, demo, EIGHT, evaluation or "", True, folder)
-            elif name == "awq-small":
-                title = f"AWQ on a small model, {Path(model or '').name}, against gptqmodel"
-                awq.compare(name, title, small, LOW, evaluation or "", True, folder)
-            elif name == "engines":
-                engines.compare(name, "All engines on SmolLM2-135M-Instruct", demo, evaluation or "", folder)
-            elif name == "engines-small":
-                title = f"All engines on a small model, {Path(model or '').name}"
-                engines.compare(name, title, small, evaluation or "", folder)
-            elif name == "quality":
-                title = "Every variant of SmolLM2-135M-Instruct, measured from its own bytes"
-                quality.compare(name, title, demo, EIGHT, evaluation or "", folder)
-            elif name == "gguf":
-                gguf.compare(folder)
-            elif name == "gpu":
-                gpu.compare(EIGHT, folder)
-            elif name == "ray":
-                ray_scaling.compare(folder, Path(model).resolve() if model else None)
-            elif name == "variants":
-                curves.variants(demo, SIXTEEN, folder)
-            elif name == "memory":
-                memory.planned(demo, small if model else None, folder)
-            elif name == "seven":
-                memory.seven(folder)
-            elif name == "blocks":
-                curves.blocks(folder)
-            elif name == "limit":
-                curves.limit(folder)
-            else:
-                archived.check(demo, folder)
+            table.measure(Given(demo, small, model, evaluation or "", Path(scratch)))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.child import run
 from benchmarks.document import machine, replace_section, table
 from benchmarks.ours import DAMP, Built, Task, Variant, stages_table
-from benchmarks.peers import prepare
 from benchmarks.random_model import SHAPE, text, write_model
 
 SAMPLES, LENGTH = 128, 2048
@@ -101,8 +99,5 @@ def _kernels(variants: list[Variant], width: int, device: str) -> str:
 def _peer(task: Task, variant: Variant, folder: Path) -> str:
     if importlib.util.find_spec("gptqmodel") is None:
         return "gptqmodel is not installed here."
-    source, ids = prepare(task, folder, [variant])
-    arguments = [source, str(folder / "peer"), str(ids)]
-    arguments += [str(variant.bits), str(variant.group_size), str(variant.desc_act), str(DAMP), "cuda"]
-    done = run("-m", "benchmarks.peer_gptqmodel", *arguments, cwd=folder)
-    return f"gptqmodel takes {done.seconds:.0f} s for one branch, {variant.name}, on the same tokens (bfloat16)."
+    done, _ = task.build_by("gptqmodel", folder / "peer", [variant], device="cuda")
+    return f"gptqmodel takes {done.seconds:.0f} s for one branch, {variant.name}, on the same tokens (float16)."

@@ -105,7 +105,12 @@ class Task:
         return Built(done, json.loads(done.output)["seconds"], dist)
 
     def build_by(
-        self, engine: str, folder: Path, variants: list[Variant], awq: list[dict[str, Any]] | None = None
+        self,
+        engine: str,
+        folder: Path,
+        variants: list[Variant],
+        awq: list[dict[str, Any]] | None = None,
+        device: str = "cpu",
     ) -> tuple[Run, Built]:
         """The same by another engine, which is taken from our own environment where it is not installed.
 
@@ -119,7 +124,7 @@ class Task:
         if environment.mark is None:
             environment.adopt(Path(sys.executable), print)
         theirs = [{**one, "engine": engine} for one in awq or []]
-        built = self.build(folder, variants, awq=theirs, **({"engine": engine} if variants else {}))
+        built = self.build(folder, variants, device=device, awq=theirs, **({"engine": engine} if variants else {}))
         return Run(built.stages[engine], built.process.peak_bytes, ""), built
 
 
