@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from quantize.errors import SolveError
 from quantize.methods.gptq import GptqParameters, solve
-from quantize.pipeline import gptq_blocks
+from quantize.pipeline import workers
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -342,7 +342,7 @@ def broken_statistics(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None
         def wrapped(weight: torch.Tensor, hessian: torch.Tensor, *rest: Any, **options: Any) -> object:
             return solve(weight, indefinite(256, coupling) if hessian.shape[0] == 256 else hessian, *rest, **options)
 
-        monkeypatch.setattr(gptq_blocks, "solve", wrapped)
+        monkeypatch.setattr(workers, "solve", wrapped)
 
     return arrange
 

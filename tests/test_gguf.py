@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantize
 from quantize.gguf.imatrix import Importance, read_importance, write_importance
-from quantize.pipeline import gguf_levels
+from quantize.pipeline import quantizers
 
 pytestmark = needs.LLAMA_CPP
 
@@ -404,14 +404,14 @@ def test_too_little_disk_for_the_intermediate_file(
 def test_a_killed_level_leaves_nothing(
     small: Path, tmp_path: Path, invoke: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin = gguf_levels.start
+    begin = quantizers.start
 
     def killed(wish: Any) -> Any:
         child = begin(wish)
         child.kill()
         return child
 
-    monkeypatch.setattr(gguf_levels, "start", killed)
+    monkeypatch.setattr(quantizers, "start", killed)
     path = write(tmp_path / "r.yaml", small, "gguf: {levels: [Q8_0], imatrix: false}")
     refused(invoke, path, tmp_path / "dist", "was killed by signal 9")
     assert not list((tmp_path / "dist" / ".quantize").glob("*.part"))
