@@ -7,18 +7,20 @@ sums against measured peaks.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from quantize.errors import PlanError
+from quantize.formats.tensors import TensorSpec
 from quantize.planning.modules import LinearSpec, ModuleTable
 from quantize.recipe.methods import GptqVariant, Variant
 from quantize.recipe.schema import Calibration
 from quantize.source.checkpoint import Checkpoint
 
-PROCESS_BYTES = 620 * 2**20  # Python with torch, transformers and numba loaded
+PROCESS_BYTES = 570 * 2**20  # Python with torch, transformers and numba loaded
 COMPUTE_BYTES = 4
 GPU_COMPUTE_BYTES = 2  # bfloat16
 GPU_CONTEXT_BYTES = 600 * 2**20  # CUDA itself and its libraries
@@ -124,9 +126,12 @@ class MemoryModel:
 
     @property
     def _outside(self) -> int:
-        """Weights outside the blocks."""
-        inside = sum(spec.nbytes for name, spec in self.checkpoint.tensors.items() if self.table.is_in_block(name))
-        return (self.checkpoint.nbytes - inside) // 2
+        """Weights that are read outside the blocks. An output head of its own has the embeddings' shape; it is not."""
+        return sum(math.prod(shape) for shape in {spec.shape for spec in self._tensors_outside})
+
+    @property
+    def _tensors_outside(self) -> list[TensorSpec]:
+        return [spec for name, spec in self.checkpoint.tensors.items() if not self.table.is_in_block(name)]
 
     def _need(self, spilled: bool, row_budget: int | None, batch_tokens: int) -> Memory:
         linears, inputs = self._widest_block()
@@ -142,8 +147,10 @@ class MemoryModel:
             running += tokens * 4 * sum(size for size, _ in inputs)
         worn = 2 * block if self._own else 0
         solving = max(self._solving(size, rows, row_budget or ROW_BUDGET, statistics) for size, rows in inputs) + worn
+        # a tensor is read before it is converted
+        as_stored = max((spec.nbytes for spec in self._tensors_outside), default=0)
         moments: list[dict[str, int]] = [
-            {"embeddings": self._outside * COMPUTE_BYTES},
+            {"embeddings": self._outside * COMPUTE_BYTES + as_stored},
             # the sum over the shards so far, and the statistics of the present one
             {"block": block, "statistics": statistics * min(self.shards, 2), "forward pass": running},
             {"block": block, "solver": solving},
@@ -160,7 +167,8 @@ class MemoryModel:
         held = max(square, min(statistics, 2 * square)) if not awq else statistics + square + weight
         factor = max(3 * square, 2 * weight)
         codes = max(1, len(self.variants)) * size * rows
-        return held + weight + max(factor, square + row_budget * 3 // 2 + codes)
+        together = min(row_budget, codes * 4)
+        return held + weight + max(factor, square + together * 3 // 2 + codes)
 
     def _widest_block(self) -> tuple[list[LinearSpec], list[tuple[int, int]]]:
         """The linears of the block that takes most, and (in_features, outputs of all its readers) of its inputs."""
