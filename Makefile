@@ -5,9 +5,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RECIPE ?= recipes/demo.yaml
 DIST   ?= dist
+JOBS   ?= 2
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 # llama.cpp's quantizer, compiled for any processor of this kind: a native build dies on some others
 GGUF   := CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" $(PIP) --verbose --verbose llama-cpp-python sentencepiece protobuf
+# a file's tests run in one process, and files in their order; each process takes a core and up to 1.5 GB
+TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 SHOW   := awk '/\[[0-9]+\/[0-9]+\]/ { match($$0, /\[[0-9]+\/[0-9]+\]/); printf "  compiling %s\n", substr($$0, RSTART, RLENGTH); fflush() }'
 SHELL  := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -56,10 +59,10 @@ push: setup ## push RECIPE=... from DIST=... to the hub (HF_TOKEN or a login)
 release: build push ## build and push RECIPE=...
 
 test: setup-test ## set up and run all tests
-	$(BIN)/python -m pytest -q
+	$(TESTS)
 
 test-fast: setup-test ## the tests without the ones that load finished branches
-	$(BIN)/python -m pytest -q -m "not loader"
+	$(TESTS) -m "not loader"
 
 lint: setup-test ## ruff and mypy
 	$(BIN)/ruff check quantize tests benchmarks

@@ -19,6 +19,7 @@ from hub_server import TOKEN, HubServer
 
 Result = subprocess.CompletedProcess[str]
 Command = Callable[..., Result]
+HANGS = 1800  # seconds after which a child surely hangs, however slow the machine
 
 VARIANTS = """\
   variants:
@@ -126,7 +127,7 @@ def run(hub: HubServer, tiny_recipe: Path) -> Command:
         arguments = [command, *of_release, "--endpoint", hub.url, *options]
         return subprocess.run(
             [sys.executable, "-c", code, *arguments],
-            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
+            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=HANGS,
         )  # fmt: skip
 
     return call
@@ -146,7 +147,7 @@ def run_quantize() -> Command:
         command = [sys.executable, "-m", "quantize", *_unmeasured(arguments)]
         variables = {**os.environ, **(env or {})}
         return subprocess.run(
-            command, env=variables, cwd=cwd, capture_output=True, text=True, timeout=240, check=False, **options
+            command, env=variables, cwd=cwd, capture_output=True, text=True, timeout=HANGS, check=False, **options
         )
 
     return run

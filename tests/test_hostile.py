@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from outcome import assert_refused, contents
+from tiny import write_recipe
 
 from quantize.calibration.corpus import read_text
 from quantize.errors import CalibrationError, GgufError, RecipeError, ReleaseError, SourceError
@@ -435,6 +436,19 @@ def test_a_branch_that_is_a_link_out_of_dist_is_refused(invoke: Command, tiny_re
     for command in ("card", "build", "status"):
         assert_refused(invoke(command, tiny_recipe, "--dist", dist), "is a link that leads out of")
     assert contents(outside) == before
+
+
+def test_a_source_that_links_to_the_users_files_is_refused(invoke: Command, tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "id_rsa").write_text("not yours")
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in tiny_llama.iterdir():  # a folder of links to a model's own files is no harm
+        (model / path.name).symlink_to(path)
+    recipe = write_recipe(tmp_path / "r.yaml", model)
+    assert invoke("plan", recipe, "--dist", tmp_path / "dist").returncode == 0
+    (model / "NOTICE").symlink_to(tmp_path / "id_rsa")
+    for command in ("plan", "build"):
+        assert_refused(invoke(command, recipe, "--dist", tmp_path / "dist"), "NOTICE", "is a link to", "id_rsa")
 
 
 def test_a_link_out_of_a_branch_is_not_given_away(dist: Path) -> None:

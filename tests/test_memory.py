@@ -31,7 +31,7 @@ def test_weights_larger_than_the_memory_limit(tmp_path: Path) -> None:
         text=True,
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"},
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

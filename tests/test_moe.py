@@ -395,7 +395,7 @@ def test_gptqmodel_loads_branches_with_our_logits(built: Built, tmp_path: Path) 
     folders = [str(built.folder(label)) for label in LABELS]
     done = subprocess.run(
         [sys.executable, str(loader), str(tmp_path / "ids.npy"), str(tmp_path), *folders],
-        env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [len(built.ledger(label)) for label in LABELS]

@@ -121,7 +121,7 @@ def test_the_page_sorts_in_a_browser(page: str, tmp_path: Path) -> None:
         file = tmp_path / f"page{clicks}.html"
         file.write_text(page.replace("</body>", f"<script>{click}</script></body>"))
         command = [str(BROWSER), *QUIET, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", file.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr
         body = done.stdout.split("<tbody>")[1].split("</tbody>")[0]
         return re.findall(r"<td>GPTQ</td><td>([^<]+)</td>", body)

@@ -39,7 +39,7 @@ def child(*arguments: str, **settings: str) -> str:
     """What a Python process of its own prints; the test is skipped without Triton."""
     pytest.importorskip("triton", reason="needs Triton, which the extra `test` has")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **settings}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -140,7 +140,7 @@ def non_weight_files(folder: Path) -> list[str]:
     """Relative names of the files to carry over byte for byte: all but weights, hidden files and our own.
 
     Raises:
-        SourceError: a name that no repo could hold.
+        SourceError: a name that no repo could hold, or a link to another file elsewhere.
     """
     names = []
     for path in sorted(folder.rglob("*")):
@@ -149,8 +149,19 @@ def non_weight_files(folder: Path) -> list[str]:
         if path.is_file() and not hidden and is_carried_over(relative.as_posix()):
             if not is_file_name(relative.as_posix()):
                 raise SourceError(f"{path}: has a name that no release can hold; rename or remove the file")
+            _check_link(path, folder)
             names.append(relative.as_posix())
     return names
+
+
+def _check_link(path: Path, folder: Path) -> None:
+    """A model from anybody must not have a file of the user's published under another name. Folders of links to a
+    model's own files are common, and the hub's cache is one."""
+    target = path.resolve()
+    if target.name != path.name and target.parent.name != "blobs" and not target.is_relative_to(folder.resolve()):
+        raise SourceError(
+            f"{path}: is a link to {target}, which would be published; put the file itself there, or remove the link"
+        )
 
 
 def is_carried_over(name: str) -> bool:
