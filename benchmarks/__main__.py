@@ -66,10 +66,13 @@ TABLES = {
     ),
     "gguf": Table(lambda it: gguf.compare(it.folder)),
     "engines-small": Table(
-        lambda it: engines.compare("engines-small", f"All engines on {it.name}", it.small, it.held_out, it.folder), ALL
+        lambda it: engines.compare(
+            "engines-small", f"All engines on {it.name}", it.small, it.held_out, True, it.folder
+        ),
+        ALL,
     ),
     "engines": Table(
-        lambda it: engines.compare("engines", f"All engines on {SMOLLM}", it.demo, it.held_out, it.folder), TEXTS
+        lambda it: engines.compare("engines", f"All engines on {SMOLLM}", it.demo, it.held_out, False, it.folder), TEXTS
     ),
     "awq-small": Table(
         lambda it: awq.compare(

@@ -1,4 +1,4 @@
-"""Every engine that runs here behind the same recipe, side by side: one branch each, built twice, measured once."""
+"""Every engine that runs here behind the same recipe, side by side: one branch each, measured once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ GROUP_SIZE = 64
 LEFT_OUT = ("awq/auto-round",)
 """The rounding that it learns for AWQ's format is that for GPTQ's."""
 SLOW = ("awq/gptqmodel", "gptq/auto-round")
-"""Built last, and once."""
+"""Built last, and once in any case."""
 
 
-def compare(name: str, title: str, task: Task, evaluation: str, folder: Path) -> None:
-    """Build a branch with each engine, measure all, write the section."""
+def compare(name: str, title: str, task: Task, evaluation: str, twice: bool, folder: Path) -> None:
+    """Build a branch with each engine, or ``twice`` to compare the bytes; measure all, write the section."""
     import quantize
     from quantize.engines import known_engines
     from quantize.planning.foreign import environment_of
@@ -50,7 +50,7 @@ def compare(name: str, title: str, task: Task, evaluation: str, folder: Path) ->
         runs[item.label] = _build(recipe, dist, item.label)
         print(f"{name}: {item.label}: {runs[item.label].seconds:.0f} s", flush=True)
         place = item.folder.relative_to(dist)
-        if item.label in SLOW:
+        if item.label in SLOW or not twice:
             same[item.label] = "not tried"
             continue
         _build(recipe, again, item.label)
