@@ -447,8 +447,8 @@ def test_a_source_that_links_to_the_users_files_is_refused(invoke: Command, tiny
     recipe = write_recipe(tmp_path / "r.yaml", model)
     assert invoke("plan", recipe, "--dist", tmp_path / "dist").returncode == 0
     (model / "NOTICE").symlink_to(tmp_path / "id_rsa")
-    for command in ("plan", "build"):
-        assert_refused(invoke(command, recipe, "--dist", tmp_path / "dist"), "NOTICE", "is a link to", "id_rsa")
+    refused = invoke("build", recipe, "--dist", tmp_path / "dist", "--device", "cpu")
+    assert_refused(refused, "NOTICE", "is a link to", "id_rsa")
 
 
 def test_a_link_out_of_a_branch_is_not_given_away(dist: Path) -> None:
