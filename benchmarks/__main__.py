@@ -29,6 +29,7 @@ class Given:
 
     Attributes:
         demo, small: the embedded model, and the one that was named. held_out: a text to measure on.
+        limit: seconds after which another engine is stopped.
         folder: for everything unfinished.
     """
 
@@ -36,6 +37,7 @@ class Given:
     small: Task
     model: Path | None
     held_out: str
+    limit: float | None
     folder: Path
 
     @property
@@ -67,12 +69,15 @@ TABLES = {
     "gguf": Table(lambda it: gguf.compare(it.folder)),
     "engines-small": Table(
         lambda it: engines.compare(
-            "engines-small", f"All engines on {it.name}", it.small, it.held_out, True, it.folder
+            "engines-small", f"All engines on {it.name}", it.small, it.held_out, True, it.limit, it.folder
         ),
         ALL,
     ),
     "engines": Table(
-        lambda it: engines.compare("engines", f"All engines on {SMOLLM}", it.demo, it.held_out, False, it.folder), TEXTS
+        lambda it: engines.compare(
+            "engines", f"All engines on {SMOLLM}", it.demo, it.held_out, False, it.limit, it.folder
+        ),
+        TEXTS,
     ),
     "awq-small": Table(
         lambda it: awq.compare(
@@ -112,6 +117,7 @@ FILE = click.Path(exists=True, dir_okay=False)
 @click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A small model.")
 @click.option("--samples", default=32, show_default=True)
 @click.option("--length", default=512, show_default=True)
+@click.option("--limit", type=float, help="Seconds after which an engine is stopped (engines, engines-small).")
 def main(
     names: tuple[str, ...],
     calibration: str | None,
@@ -119,6 +125,7 @@ def main(
     model: Path | None,
     samples: int,
     length: int,
+    limit: float | None,
 ) -> None:
     """Measure the tables NAMES, or all of them; one whose text or model is not given is skipped, with a word."""
     options = {"calibration": calibration, "evaluation": evaluation, "model": model}
@@ -131,7 +138,7 @@ def main(
             click.echo(f"{name}: skipped, it needs {' and '.join(lacking)}", err=True)
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            table.measure(Given(demo, small, model, evaluation or "", Path(scratch)))
+            table.measure(Given(demo, small, model, evaluation or "", limit, Path(scratch)))
 
 
 if __name__ == "__main__":

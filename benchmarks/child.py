@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,11 +23,14 @@ class Run:
     output: str
 
 
-def run(*arguments: str, settings: dict[str, str] | None = None, cwd: Path | None = None) -> Run:
+def run(
+    *arguments: str, settings: dict[str, str] | None = None, cwd: Path | None = None, limit: float | None = None
+) -> Run:
     """Run ``python ARGUMENTS`` with pinned threads; a peer that litters its working directory does so in ``cwd``.
 
     Raises:
         RuntimeError: the child failed; its last lines are the message.
+        TimeoutError: it took more than ``limit`` seconds, and was stopped.
     """
     environment = {
         **os.environ,
@@ -41,11 +45,20 @@ def run(*arguments: str, settings: dict[str, str] | None = None, cwd: Path | Non
         peak = Path(scratch) / "peak"
         launcher = [sys.executable, "-S", str(Path(__file__).with_name("peak.py")), str(peak)]
         start = time.perf_counter()
-        done = subprocess.run(
-            [*launcher, sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=cwd
-        )
+        child = subprocess.Popen(
+            [*launcher, sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment, cwd=cwd, start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, errors = child.communicate(timeout=limit)
+        except BaseException as error:
+            os.killpg(child.pid, signal.SIGKILL)  # its children, too
+            child.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TimeoutError(f"{' '.join(arguments)[:200]} was stopped after {limit:.0f} s") from None
+            raise
         seconds = time.perf_counter() - start
-        if done.returncode:
-            last = "\n".join(done.stderr.splitlines()[-15:])
+        if child.returncode:
+            last = "\n".join(errors.splitlines()[-15:])
             raise RuntimeError(f"{' '.join(arguments)[:200]} failed:\n{last}")
-        return Run(seconds, int(peak.read_text()), done.stdout)
+        return Run(seconds, int(peak.read_text()), output)

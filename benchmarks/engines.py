@@ -19,8 +19,12 @@ SLOW = ("awq/gptqmodel", "gptq/auto-round")
 """Built last, and once in any case."""
 
 
-def compare(name: str, title: str, task: Task, evaluation: str, twice: bool, folder: Path) -> None:
-    """Build a branch with each engine, or ``twice`` to compare the bytes; measure all, write the section."""
+def compare(name: str, title: str, task: Task, evaluation: str, twice: bool, limit: float | None, folder: Path) -> None:
+    """Build a branch with each engine, or ``twice`` to compare the bytes; measure all, write the section.
+
+    Args:
+        limit: seconds after which an engine is stopped; its row then says no more.
+    """
     import quantize
     from quantize.engines import known_engines
     from quantize.planning.foreign import environment_of
@@ -47,13 +51,17 @@ def compare(name: str, title: str, task: Task, evaluation: str, twice: bool, fol
     same: dict[str, str] = {}
     planned = quantize.plan(quantize.load_recipe(recipe), dist).variants
     for item in sorted(planned, key=lambda item: item.label in SLOW):
-        runs[item.label] = _build(recipe, dist, item.label)
+        try:
+            runs[item.label] = _build(recipe, dist, item.label, limit)
+        except TimeoutError as error:
+            print(f"{name}: {item.label}: {error}", flush=True)
+            continue
         print(f"{name}: {item.label}: {runs[item.label].seconds:.0f} s", flush=True)
         place = item.folder.relative_to(dist)
         if item.label in SLOW or not twice:
             same[item.label] = "not tried"
             continue
-        _build(recipe, again, item.label)
+        _build(recipe, again, item.label, limit)
         same[item.label] = "yes" if _hashes(dist / place) == _hashes(again / place) else "no"
         shutil.rmtree(again)
     found = json.loads(run("-m", "quantize", "measure", str(recipe), "--dist", str(dist), "--json").output)
@@ -61,9 +69,13 @@ def compare(name: str, title: str, task: Task, evaluation: str, twice: bool, fol
     plan = quantize.plan(quantize.load_recipe(recipe), dist)
     body = []
     for item in plan.variants:
+        made_by = item.engine.title if item.engine else "native"
+        if item.label not in runs:
+            body.append([item.method.upper(), made_by, f"stopped after {limit:.0f}", *["-"] * 5])
+            continue
         row, done = rows[item.label], runs[item.label]
         body.append([
-            item.method.upper(), item.engine.title if item.engine else "native", f"{done.seconds:.0f}",
+            item.method.upper(), made_by, f"{done.seconds:.0f}",
             f"{done.peak_bytes / 1e9:.2f} GB", f"{row['perplexity']:.2f}", f"{row['kl_divergence']:.4f}",
             f"{item.nbytes / 1e6:.2f} MB", same[item.label],
         ])  # fmt: skip
@@ -84,9 +96,9 @@ of the whole `quantize build` with its children, one run. The last column: wheth
     )
 
 
-def _build(recipe: Path, dist: Path, label: str) -> Run:
+def _build(recipe: Path, dist: Path, label: str, limit: float | None) -> Run:
     options = ("--dist", str(dist), "--only", label, "--device", "cpu", "--no-measure", "--json")
-    return run("-m", "quantize", "build", str(recipe), *options)
+    return run("-m", "quantize", "build", str(recipe), *options, limit=limit)
 
 
 def _hashes(folder: Path) -> dict[str, str]:
