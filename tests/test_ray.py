@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Command
+from conftest import Command, Result
 from outcome import assert_refused, contents
 from tiny import write_recipe
 
@@ -58,6 +58,11 @@ def local(recipe: Path, invoke: Command, tmp_path_factory: pytest.TempPathFactor
     return contents(dist)
 
 
+def build(invoke: Command, recipe: Path, dist: Path) -> Result:
+    """On the cluster of these tests."""
+    return invoke("build", recipe, "--dist", dist, "--ray", "auto", *SHARDED)
+
+
 def kill(worker: Any) -> None:
     """End an actor's process the hard way."""
     os.kill(ray.get(worker.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
@@ -85,7 +90,7 @@ def killing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, int], None]:
 def test_the_cluster_gives_the_bytes_of_a_local_build(
     invoke: Command, recipe: Path, local: dict[str, str], tmp_path: Path
 ) -> None:
-    done = invoke("build", recipe, "--dist", tmp_path / "dist", "--ray", "auto", *SHARDED)
+    done = build(invoke, recipe, tmp_path / "dist")
     assert done.returncode == 0, done.stderr
     assert "Ray: 1 node, 2 CPUs" in done.stderr
     assert contents(tmp_path / "dist") == local
@@ -100,7 +105,7 @@ def test_killed_workers_are_replaced(
 ) -> None:
     killing("statistics", 1, 0)
     killing("advance", 1, 1)
-    done = invoke("build", recipe, "--dist", tmp_path / "dist", "--ray", "auto", *SHARDED)
+    done = build(invoke, recipe, tmp_path / "dist")
     assert done.returncode == 0, done.stderr
     assert "worker of shard 1 of 2 was lost; a new one goes on from block 1" in done.stderr
     assert "worker of shard 2 of 2 was lost" in done.stderr
@@ -123,7 +128,7 @@ def test_workers_that_do_not_share_the_folder_are_replaced_too(
 
     monkeypatch.setattr(ray_tasks, "probe", elsewhere)
     killing("statistics", 2, 1)
-    done = invoke("build", recipe, "--dist", tmp_path / "dist", "--ray", "auto", *SHARDED)
+    done = build(invoke, recipe, tmp_path / "dist")
     assert done.returncode == 0, done.stderr
     assert "a new one goes on from block 2" in done.stderr
     assert contents(tmp_path / "dist") == local
@@ -143,9 +148,9 @@ def test_a_worker_that_is_lost_again_and_again_ends_the_build_which_can_be_gone_
     with monkeypatch.context() as patched:
         patched.setattr(ray_workers, "MOST_LOSSES", 0)
         killing("statistics", 2, 1)
-        refused = invoke("build", recipe, "--dist", dist, "--ray", "auto", *SHARDED)
+        refused = build(invoke, recipe, dist)
     assert_refused(refused, "shard 2 of 2 was lost", "build again")
-    done = invoke("build", recipe, "--dist", dist, "--ray", "auto", *SHARDED)
+    done = build(invoke, recipe, dist)
     assert done.returncode == 0, done.stderr
     assert "going on after block 2 of 3" in done.stderr
     assert contents(dist) == local

@@ -14,24 +14,16 @@ from typing import Any
 
 import pytest
 from outcome import contents
-from tiny import write_recipe
+from tiny import EVERY_WAY, write_recipe
 
 KILLER = Path(__file__).with_name("killing.py")
-VARIANTS = """\
-  variants:
-    - {branch: main, bits: 4, group_size: 32}
-    - {branch: drifting, bits: 4, group_size: 64, desc_act: true, propagate: quantized}
-awq:
-  variants:
-    - {branch: main, bits: 4, group_size: 32}
-"""
 Build = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("resume") / "recipe.yaml"
-    return write_recipe(path, tiny_llama, VARIANTS, samples=2, compute_dtype="float32")
+    return write_recipe(path, tiny_llama, EVERY_WAY, samples=2, compute_dtype="float32")
 
 
 @pytest.fixture(scope="module")

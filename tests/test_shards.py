@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Command
 from outcome import assert_refused, contents
-from tiny import write_model, write_recipe
+from tiny import EVERY_WAY, write_model, write_recipe
 
 import quantize
 from quantize.calibration.parts import Packed, PackedStatistics, Part, add_part, cut
@@ -22,20 +22,12 @@ from quantize.recipe.schema import Model
 from quantize.source import resolve
 from quantize.source.streamed import StreamedModel
 
-VARIANTS = """\
-  variants:
-    - {branch: main, bits: 4, group_size: 32}
-    - {branch: drifting, bits: 4, group_size: 64, desc_act: true, propagate: quantized}
-awq:
-  variants:
-    - {branch: main, bits: 4, group_size: 32}
-"""
 SHARDED = ("--device", "cpu", "--shards", "2")
 
 
 @pytest.fixture
 def recipe(tiny_llama: Path, tmp_path: Path) -> Path:
-    return write_recipe(tmp_path / "recipe.yaml", tiny_llama, VARIANTS, samples=3, compute_dtype="float32")
+    return write_recipe(tmp_path / "recipe.yaml", tiny_llama, EVERY_WAY, samples=3, compute_dtype="float32")
 
 
 def test_statistics_of_parts_add_up_to_those_of_the_whole(recipe: Path, tmp_path: Path) -> None:

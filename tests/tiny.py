@@ -39,6 +39,15 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 6, "pad_token_id": 0},
 }
 """Mixtures of experts, of which two see each token."""
+EVERY_WAY = """\
+  variants:
+    - {branch: main, bits: 4, group_size: 32}
+    - {branch: drifting, bits: 4, group_size: 64, desc_act: true, propagate: quantized}
+awq:
+  variants:
+    - {branch: main, bits: 4, group_size: 32}
+"""
+"""Branches that go every way through a pass: shared statistics, a stream of its own, AWQ."""
 
 
 def write_model(folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float16, **changes: Any) -> Path:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quantize import __version__
 from quantize.calibration.tokens import Tokens
 from quantize.formats.manifest import MANIFEST_NAME, LedgerEntry, manifest
+from quantize.pipeline.versions import versions_of
 from quantize.planning import Plan, PlannedVariant
 from quantize.planning.keys import key_of
 from quantize.release.card import render_card
@@ -76,8 +74,4 @@ def versions(kernel: str) -> dict[str, str]:
     """Of this package and those that its results depend on."""
     packages = ["torch", "transformers", "tokenizers", "safetensors", "numpy", "numba"]
     packages += ["triton"] if kernel == "triton" else []
-    return {
-        "quantize": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-    }
+    return versions_of(packages)

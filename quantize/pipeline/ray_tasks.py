@@ -11,7 +11,6 @@ import platform
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from quantize import __version__
 from quantize.calibration.parts import Packed, PackedStatistics, Part
 from quantize.calibration.states import Place, States
 from quantize.errors import BuildError
 from quantize.gguf.quantize import start
 from quantize.methods.gptq import GptqParameters, Solution
 from quantize.pipeline.memory import give_back, return_large_buffers
+from quantize.pipeline.versions import versions_of
 from quantize.pipeline.workers import Job, solve_job
 from quantize.source.accelerator import make_repeatable
 from quantize.source.cache import cache_folder
@@ -187,12 +186,7 @@ def first_line(error: Exception) -> str:
 @functools.cache
 def versions() -> dict[str, str]:
     """Of all that decides bytes."""
-    packages = ("torch", "transformers", "numpy", "numba")
-    return {
-        "quantize": __version__,
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-    }
+    return versions_of(("torch", "transformers", "numpy", "numba"))
 
 
 def pack_solution(solution: Solution) -> dict[str, Any]:

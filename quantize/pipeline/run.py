@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -192,10 +192,17 @@ def _build_foreign(plan: Plan, work: Path, device: str, notify: Notify, result: 
     for made in make_branches(plan, plan.foreign_work, work, device, result.timed, notify):
         with result.timed("write"):
             data = complete(plan, made.item, made.folder, made.ledger, made.tokens, made.compute, made.engine)
-            publish(made.folder, made.item.folder, work)
-        result.built.append(made.item.label)
-        if odd := oddities(data["ledger"]):
-            result.oddities[made.item.label] = odd
+        _put_into_place(made.item, made.folder, data, work, result)
+
+
+def _put_into_place(
+    item: PlannedVariant, folder: Path, manifest: Mapping[str, Any], work: Path, result: BuildResult
+) -> None:
+    with result.timed("write"):
+        publish(folder, item.folder, work)
+    result.built.append(item.label)
+    if odd := oddities(manifest["ledger"]):
+        result.oddities[item.label] = odd
 
 
 def _build_branches(
@@ -231,9 +238,5 @@ def _build_branches(
         raise
     # every branch is complete before the first reaches its place, so that those left behind are found there
     for branch, data in zip(branches, manifests, strict=True):
-        with result.timed("write"):
-            publish(branch.folder, branch.item.folder, work)
-        result.built.append(branch.item.label)
-        if odd := oddities(data["ledger"]):
-            result.oddities[branch.item.label] = odd
+        _put_into_place(branch.item, branch.folder, data, work, result)
     return one.diagonals
