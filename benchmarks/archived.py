@@ -22,7 +22,7 @@ CELLS = [Variant(4, 64, False), Variant(4, 32, True), Variant(8, -1, True), Vari
 
 def environment() -> Path:
     """The Python of an environment with the archived packages, kept in the cache. Raises CalledProcessError."""
-    from quantize.source.cache import cache_folder
+    from quantize.files.cache import cache_folder
 
     folder = cache_folder() / "archived" / "auto-gptq"
     python = folder / "bin" / "python"

@@ -12,7 +12,7 @@ from benchmarks.document import machine, replace_section, table
 from benchmarks.ours import Built, Task, Variant, stages_table
 from benchmarks.peers import WINDOWS, figures, measure
 from quantize.formats.reader import BranchReader
-from quantize.measure.quality import Weights
+from quantize.measuring.quality import Weights
 from quantize.methods.gptq import GptqParameters, round_to_nearest
 from quantize.source.checkpoint import read_checkpoint
 from quantize.source.tensor_file import TensorFile

@@ -27,7 +27,7 @@ def compare(name: str, title: str, task: Task, evaluation: str, twice: bool, lim
     """
     import quantize
     from quantize.engines import known_engines
-    from quantize.planning.foreign import environment_of
+    from quantize.planning.engines import environment_of
 
     absent: dict[str, str] = {}
     variants: dict[str, list[dict[str, Any]]] = {"gptq": [{"branch": "native"}], "awq": [{"branch": "native"}]}

@@ -17,10 +17,10 @@ import numpy as np
 
 import quantize
 from benchmarks.document import machine, replace_section, table
+from quantize.files.cache import cache_folder
 from quantize.gguf.imatrix import read_importance
 from quantize.gguf.toolchain import VERSION, download_sdist
 from quantize.recipe.levels import LEVELS
-from quantize.source.cache import cache_folder
 
 TOOLS = ("llama-quantize", "llama-imatrix")
 SAMPLES, LENGTH = 16, 128

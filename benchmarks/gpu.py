@@ -22,7 +22,7 @@ def compare(variants: list[Variant], folder: Path, shape: dict[str, Any] = SHAPE
     """Build all ``variants`` twice, look whether the bytes are the same, and write the section ``gpu``."""
     import torch
 
-    from quantize.formats.manifest import MANIFEST_NAME
+    from quantize.dist.manifest import MANIFEST_NAME
 
     if device == "cuda" and not torch.cuda.is_available():
         print("gpu: skipped, torch sees no CUDA device here", flush=True)

@@ -118,7 +118,7 @@ class Task:
             Its own process, and the build.
         """
         from quantize.engines import find_engine
-        from quantize.planning.foreign import environment_of
+        from quantize.planning.engines import environment_of
 
         environment = environment_of(find_engine(engine))
         if environment.mark is None:

@@ -10,7 +10,7 @@ from benchmarks.document import machine, replace_section, table
 from benchmarks.ours import Built, Task, Variant, stages_table
 
 if TYPE_CHECKING:
-    from quantize.measure.quality import Quality, Weights
+    from quantize.measuring.quality import Quality, Weights
 
 WINDOWS = 8  # of the held-out text
 ROUNDS = 3  # of our short builds; gptqmodel's runs are many and alike, `quantized` is long: one each
@@ -22,7 +22,7 @@ def measure(recipe: Path, weights: dict[str, Weights], text: str, length: int) -
 
     import quantize
     from quantize.calibration.tokens import load_tokenizer, sample_tokens
-    from quantize.measure.quality import measure_quality
+    from quantize.measuring.quality import measure_quality
     from quantize.recipe.schema import Calibration, Corpus
     from quantize.source.streamed import StreamedModel
 

@@ -26,7 +26,7 @@ def compare(name: str, title: str, task: Task, cells: list[Variant], evaluation:
     """Build, measure, ask the others, write the section."""
     import quantize
     from quantize.calibration.tokens import load_tokenizer, sample_tokens
-    from quantize.measure.text import held_out
+    from quantize.measuring.text import held_out
 
     recipe = task.recipe(folder / "recipe.json", cells, awq=[{"group_size": 64}])
     data = json.loads(recipe.read_text(encoding="utf-8"))

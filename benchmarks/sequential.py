@@ -18,7 +18,7 @@ from benchmarks.peers import figures, measure
 from quantize.calibration.forward import Activations, block_statistics
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.formats.reader import BranchReader
-from quantize.measure.quality import Weights
+from quantize.measuring.quality import Weights
 from quantize.methods.gptq import GptqParameters, solve
 from quantize.source.streamed import StreamedModel
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from quantize.pipeline import build_recipe as build
-    from quantize.planning import plan_recipe as plan
+    from quantize.building import build_recipe as build
+    from quantize.planning.planner import plan_recipe as plan
     from quantize.recipe import load_recipe
 
 __all__ = ["__version__", "build", "load_recipe", "plan"]
@@ -26,7 +26,7 @@ __all__ = ["__version__", "build", "load_recipe", "plan"]
 _PUBLIC = {
     "load_recipe": ("quantize.recipe", "load_recipe"),
     "plan": ("quantize.planning", "plan_recipe"),
-    "build": ("quantize.pipeline", "build_recipe"),
+    "build": ("quantize.building", "build_recipe"),
 }
 
 

@@ -122,7 +122,7 @@ def run(hub: HubServer, tiny_recipe: Path) -> Command:
 
     def call(command: str, dist: Path | None, *options: str, token: str = TOKEN, recipe: Path = tiny_recipe) -> Result:
         environment = {**os.environ, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        code = "import quantize.release.push as push; push.FIRST_WAIT = 0.05\nfrom quantize.cli import main; main()"
+        code = "import quantize.publishing.push as push; push.FIRST_WAIT = 0.05\nfrom quantize.cli import main; main()"
         of_release = [str(recipe), "--dist", str(dist)] if dist else []
         arguments = [command, *of_release, "--endpoint", hub.url, *options]
         return subprocess.run(

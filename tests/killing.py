@@ -44,7 +44,7 @@ def build(recipe: str, wish: dict[str, Any]) -> dict[str, Any]:
     if child == 0:
         os.close(reader)
         said, moments, error = io.StringIO(), [], None
-        from quantize.pipeline import build_recipe
+        from quantize.building import build_recipe
         from quantize.recipe import load_recipe
 
         watch(moments, wish["moment"])
@@ -68,10 +68,10 @@ if __name__ == "__main__":
     import transformers.conversion_mapping
     import transformers.models.llama.modeling_llama
 
+    import quantize.building.branches
     import quantize.gguf.check
     import quantize.methods.kernel
-    import quantize.pipeline.branches
-    import quantize.release.card  # noqa: F401
+    import quantize.publishing.card  # noqa: F401
 
     transformers.AutoTokenizer, transformers.AutoModelForCausalLM  # noqa: B018  looked up on first use
 

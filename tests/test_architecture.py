@@ -15,19 +15,23 @@ import quantize
 PACKAGE = Path(quantize.__file__).parent
 FLOORS = (
     "cli",
-    "pipeline",
-    "verify",
-    "measure",
-    "lint",
-    "release",
+    "building",
+    "executors",
+    "verifying",
+    "measuring",
+    "linting",
+    "publishing",
     "planning",
     "gguf",
     "calibration",
     "source",
+    "dist",
+    "hub",
     "methods",
     "formats",
     "recipe",
     "engines",
+    "files",
 )
 """From top to bottom, as docs/architecture.md lists them."""
 

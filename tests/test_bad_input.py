@@ -22,8 +22,8 @@ from outcome import assert_refused, contents
 from safetensors.torch import load_file, save_file
 
 from quantize.errors import SolveError
+from quantize.executors import api as workers
 from quantize.methods.gptq import GptqParameters, solve
-from quantize.pipeline import workers
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -17,9 +17,9 @@ from snippets import run_snippets
 import quantize
 from quantize.formats.safetensors_header import write_hollow
 from quantize.formats.tensors import TensorSpec
-from quantize.release.card import render
-from quantize.release.prompt import prompt_as_python, prompt_template
-from quantize.release.source_card import absolute_links, source_card
+from quantize.publishing.card import render
+from quantize.publishing.prompt import prompt_as_python, prompt_template
+from quantize.publishing.source_card import absolute_links, source_card
 
 HUB_ID = "jondurbin/airoboros-l2-13b-gpt4-m2.0"
 REPO = "TheBloke/airoboros-l2-13b-gpt4-m2.0-GPTQ"

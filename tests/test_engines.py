@@ -31,7 +31,7 @@ from quantize.errors import EngineError
 from quantize.formats import compressed
 from quantize.formats.packing import pack
 from quantize.formats.reader import BranchReader
-from quantize.planning.foreign import environment_of
+from quantize.planning.engines import environment_of
 
 FAKE = Path(__file__).with_name("fake_engine.py")
 BODY = """\

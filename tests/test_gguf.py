@@ -20,8 +20,8 @@ from tiny import wide_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantize
+from quantize.executors import quantizers
 from quantize.gguf.imatrix import Importance, read_importance, write_importance
-from quantize.pipeline import quantizers
 
 pytestmark = needs.LLAMA_CPP
 

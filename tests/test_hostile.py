@@ -16,16 +16,16 @@ from outcome import assert_refused, contents
 from tiny import write_recipe
 
 from quantize.calibration.corpus import read_text
+from quantize.dist.manifest import MANIFEST_NAME, read_manifest
 from quantize.errors import CalibrationError, GgufError, RecipeError, ReleaseError, SourceError
 from quantize.formats.gguf_reader import open_gguf
-from quantize.formats.manifest import MANIFEST_NAME, read_manifest
 from quantize.formats.safetensors_header import read_header
 from quantize.gguf.imatrix import Importance, read_importance, write_importance
+from quantize.publishing.finished import files_of
+from quantize.publishing.prompt import prompt_template
+from quantize.publishing.source_card import front_matter, source_card, texts_of
 from quantize.recipe import load_recipe
 from quantize.recipe.schema import Corpus
-from quantize.release.finished import files_of
-from quantize.release.prompt import prompt_template
-from quantize.release.source_card import front_matter, source_card, texts_of
 from quantize.source import checkpoint
 from quantize.source.resolved import safe_name
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.formats.reader import BranchReader
-from quantize.measure import store
+from quantize.measuring import store
 from quantize.recipe.schema import Calibration, Corpus
 from quantize.source.streamed import StreamedModel
 

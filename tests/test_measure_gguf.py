@@ -20,7 +20,7 @@ import quantize
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.errors import GgufError
 from quantize.gguf import worker_logits
-from quantize.measure.gguf import open_levels
+from quantize.measuring.gguf import open_levels
 from quantize.recipe.schema import Calibration, Corpus
 
 pytestmark = needs.LLAMA_CPP

@@ -30,8 +30,8 @@ from quantize.planning.modules import find_linears
 from quantize.recipe.schema import Model
 from quantize.source import resolve
 from quantize.source.streamed import StreamedModel
-from quantize.verify.forward import logits_of
-from quantize.verify.tensors import check_tensors
+from quantize.verifying.forward import logits_of
+from quantize.verifying.tensors import check_tensors
 
 SILENT = (4, 5)
 """The experts to which :func:`silence` has no token sent."""
@@ -189,7 +189,7 @@ def test_drift_is_of_the_tokens_that_both_models_send_to_an_expert(tmp_path: Pat
 class Built:
     architecture: str
     source: Path
-    result: quantize.pipeline.BuildResult
+    result: quantize.building.BuildResult
     recipe: Path
 
     def folder(self, label: str) -> Path:

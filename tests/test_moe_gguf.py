@@ -17,7 +17,7 @@ import quantize
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.gguf.imatrix import read_importance
 from quantize.gguf.stacks import targets_of
-from quantize.measure.gguf import open_levels
+from quantize.measuring.gguf import open_levels
 
 pytestmark = needs.LLAMA_CPP
 RECIPE = """\

@@ -27,7 +27,7 @@ SETTINGS = {"samples": 4, "compute_dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
-def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> quantize.pipeline.BuildResult:
+def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> quantize.building.BuildResult:
     folder = tmp_path_factory.mktemp("propagate")
     recipe = write_recipe(folder / "recipe.yaml", tiny_llama, VARIANTS, **SETTINGS)
     return quantize.build(quantize.load_recipe(recipe), dist=folder / "dist", device="cpu")
@@ -37,7 +37,7 @@ def weights(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-def folder_of(built: quantize.pipeline.BuildResult, branch: str) -> Path:
+def folder_of(built: quantize.building.BuildResult, branch: str) -> Path:
     return next(item.folder for item in built.plan.variants if item.branch == branch)
 
 
@@ -60,7 +60,7 @@ def linear_inputs(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, torch.
     return inputs
 
 
-def test_equals_a_block_by_block_reference(built: quantize.pipeline.BuildResult) -> None:
+def test_equals_a_block_by_block_reference(built: quantize.building.BuildResult) -> None:
     """Whole-model hooks: quantize block after block in a plain model, each from what it is really fed."""
     source = built.plan.source
     calibration = built.plan.recipe.calibration
@@ -87,7 +87,7 @@ def test_equals_a_block_by_block_reference(built: quantize.pipeline.BuildResult)
 
 
 def test_differs_from_the_sources_statistics_after_the_first_block(
-    built: quantize.pipeline.BuildResult, tiny_llama: Path, tmp_path: Path
+    built: quantize.building.BuildResult, tiny_llama: Path, tmp_path: Path
 ) -> None:
     shared = write_recipe(
         tmp_path / "shared.yaml",
@@ -104,7 +104,7 @@ def test_differs_from_the_sources_statistics_after_the_first_block(
 
 @pytest.mark.parametrize("branch", ["main", "own", "own-too"])
 def test_a_branch_alone_equals_the_branch_in_company(
-    built: quantize.pipeline.BuildResult, tmp_path: Path, branch: str
+    built: quantize.building.BuildResult, tmp_path: Path, branch: str
 ) -> None:
     alone = quantize.build(built.plan.loaded, dist=tmp_path, only=[branch], device="cpu")
     assert weights(folder_of(alone, branch)) == weights(folder_of(built, branch))
@@ -119,7 +119,7 @@ def test_auto_shares_the_sources_statistics_from_four_bits_up(tiny_llama: Path, 
 
 
 def test_auto_and_what_it_becomes_are_the_same_branch(
-    built: quantize.pipeline.BuildResult, tiny_llama: Path, tmp_path: Path
+    built: quantize.building.BuildResult, tiny_llama: Path, tmp_path: Path
 ) -> None:
     body = VARIANTS.replace("desc_act: true, propagate: quantized", "desc_act: true, propagate: auto")
     silent = write_recipe(tmp_path / "recipe.yaml", tiny_llama, body, **SETTINGS)
@@ -127,6 +127,6 @@ def test_auto_and_what_it_becomes_are_the_same_branch(
     assert {item.branch: item.state for item in again.variants}["own"] == "fresh"
 
 
-def test_stages_share_out_the_time_of_the_build(built: quantize.pipeline.BuildResult) -> None:
+def test_stages_share_out_the_time_of_the_build(built: quantize.building.BuildResult) -> None:
     assert {"load", "forward", "statistics", "solve", "pack", "write"} <= built.seconds.keys()
     assert min(built.seconds.values()) >= 0

@@ -71,7 +71,7 @@ def kill(worker: Any) -> None:
 @pytest.fixture
 def killing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, int], None]:
     """``killing(method, block, shard)``: the worker of that shard dies just before this call for that block."""
-    from quantize.pipeline.ray_workers import RayStreams
+    from quantize.executors.ray_driver import RayStreams
 
     def arrange(method: str, block: int, shard: int) -> None:
         real, waiting = getattr(RayStreams, method), [True]
@@ -120,7 +120,7 @@ def test_workers_that_do_not_share_the_folder_are_replaced_too(
     killing: Callable[[str, int, int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from quantize.pipeline import ray_tasks
+    from quantize.executors import ray_tasks
 
     @contextlib.contextmanager
     def elsewhere(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -142,7 +142,7 @@ def test_a_worker_that_is_lost_again_and_again_ends_the_build_which_can_be_gone_
     killing: Callable[[str, int, int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from quantize.pipeline import ray_workers
+    from quantize.executors import ray_driver as ray_workers
 
     dist = tmp_path / "dist"
     with monkeypatch.context() as patched:
@@ -157,7 +157,7 @@ def test_a_worker_that_is_lost_again_and_again_ends_the_build_which_can_be_gone_
 
 
 def test_an_error_of_a_worker_is_the_same_sentence() -> None:
-    from quantize.pipeline.ray_workers import _get
+    from quantize.executors.ray_driver import _get
 
     @ray.remote(max_retries=0)
     def fail() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from conftest import Command
 
-from quantize.release.picture import COLOURS, INK, draw
-from quantize.release.quality import Point, pareto_front, recommendation, recommended, summary
+from quantize.publishing.picture import COLOURS, INK, draw
+from quantize.publishing.quality import Point, pareto_front, recommendation, recommended, summary
 
 LIGHT, DARK = (255, 255, 255), (11, 15, 25)
 

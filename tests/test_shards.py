@@ -14,9 +14,9 @@ from outcome import assert_refused, contents
 from tiny import EVERY_WAY, write_model, write_recipe
 
 import quantize
+from quantize.building.calibration_pass import CalibrationPass
 from quantize.calibration.parts import Packed, PackedStatistics, Part, add_part, cut
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
-from quantize.pipeline.calibration_pass import CalibrationPass
 from quantize.planning.modules import find_linears
 from quantize.recipe.schema import Model
 from quantize.source import resolve

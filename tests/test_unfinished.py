@@ -13,9 +13,9 @@ from conftest import Command
 from outcome import assert_refused, contents
 from tiny import write_recipe
 
+from quantize.building.calibration_pass import CalibrationPass
 from quantize.calibration import parts
-from quantize.pipeline import workers
-from quantize.pipeline.calibration_pass import CalibrationPass
+from quantize.executors import api as workers
 
 VARIANTS = """\
   variants:

@@ -118,7 +118,7 @@ def test_consumers_say_what_the_weights_say(
     def other(folder: Path, ids: list[int]) -> torch.Tensor:
         return torch.nn.functional.one_hot((torch.tensor(ids) + 7) % 384, 384) * 20.0
 
-    monkeypatch.setattr("quantize.verify.forward.logits_of", other)
+    monkeypatch.setattr("quantize.verifying.forward.logits_of", other)
     outcome, detail = checks(invoke, folder)["transformers"]
     assert (outcome, "is not what the weights say" in detail) == ("failed", True)
 
@@ -140,8 +140,8 @@ def test_a_consumer_that_cannot_load_it_is_a_failure(
     invoke: Command, branch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "worker_transformers.py").write_text("raise SystemExit('no kernel for this')")
-    monkeypatch.setattr("quantize.verify.loaders.__file__", str(tmp_path / "loaders.py"))
-    monkeypatch.setattr("quantize.verify.loaders.find_spec", lambda name: object() if name != "vllm" else None)
+    monkeypatch.setattr("quantize.verifying.loaders.__file__", str(tmp_path / "loaders.py"))
+    monkeypatch.setattr("quantize.verifying.loaders.find_spec", lambda name: object() if name != "vllm" else None)
     found = checks(invoke, branch)
     assert found["transformers"] == ("failed", "cannot load it: no kernel for this")
 

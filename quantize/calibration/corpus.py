@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import CalibrationError
+from quantize.files.digest import cached_sha256
 from quantize.recipe.presets import PRESETS
 from quantize.recipe.schema import Corpus
-from quantize.source.cache import cached_sha256
 
 SEPARATOR = "\n\n"
 DOCUMENTED = (

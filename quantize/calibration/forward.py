@@ -14,8 +14,9 @@ from torch import nn
 from quantize.calibration.states import Place, States
 from quantize.calibration.statistics import Collector, InputStatistics, Timed, untimed
 from quantize.errors import CalibrationError
+from quantize.files.atomic import write_atomically
+from quantize.files.cache import cache_folder
 from quantize.source.accelerator import make_repeatable
-from quantize.source.cache import cache_folder, write_atomically
 from quantize.source.streamed import StreamedModel
 
 CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")

@@ -14,8 +14,8 @@ import torch
 
 from quantize.calibration.statistics import InputStatistics, panels
 from quantize.errors import CalibrationError
-from quantize.source.cache import write_atomically
-from quantize.source.space import touch
+from quantize.files.atomic import write_atomically
+from quantize.files.space import touch
 from quantize.source.streamed import Linear
 from quantize.source.tensor_file import TensorFile, save_whole
 

@@ -55,8 +55,8 @@ def build(
 ) -> None:
     """Build every branch of RECIPE that is not up to date, all from one calibration pass, and measure it."""
     quiet_libraries()
-    from quantize.measure import check_text, measure_recipe
-    from quantize.pipeline import build_recipe
+    from quantize.building import build_recipe
+    from quantize.measuring import check_text, measure_recipe
     from quantize.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)

@@ -13,9 +13,9 @@ from quantize.cli.options import dist_option, recipe_options, say
 @click.option("--print", "method", type=click.Choice(["gptq", "awq", "gguf"]), help="Print one card, write nothing.")
 def card(recipe: str, overrides: tuple[str, ...], dist: str, method: str | None) -> None:
     """Render the model cards of RECIPE again, into the finished branches in dist; nothing else is touched."""
-    from quantize.planning import plan_recipe
+    from quantize.planning.planner import plan_recipe
+    from quantize.publishing.card import refresh_cards, render
     from quantize.recipe import load_recipe
-    from quantize.release.card import refresh_cards, render
 
     plan = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
     if method:

@@ -23,8 +23,8 @@ def clean(dist: str, dry_run: bool, yes: bool, as_json: bool) -> None:
 
     Finished branches and levels are not touched.
     """
-    from quantize.pipeline.unfinished import find_unfinished
-    from quantize.release.tree import locked
+    from quantize.dist.layout import locked
+    from quantize.dist.resume import find_unfinished
 
     if not Path(dist).is_dir():
         say(f"{dist}: nothing unfinished")
@@ -60,8 +60,8 @@ def gc(days: float, parts: tuple[str, ...], dry_run: bool, yes: bool, as_json: b
 
     Do not run it beside a build with --older-than 0: the build may be using what it removes.
     """
-    from quantize.source.cache import cache_folder
-    from quantize.source.space import PARTS, entries, free
+    from quantize.files.cache import cache_folder
+    from quantize.files.space import PARTS, entries, free
 
     for part in parts:
         if part not in PARTS:

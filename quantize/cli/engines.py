@@ -92,7 +92,7 @@ def _described(environment: Environment) -> dict[str, Any]:
 
 def _environments() -> list[Environment]:
     from quantize.engines import known_engines
-    from quantize.planning.foreign import environment_of
+    from quantize.planning.engines import environment_of
 
     return [environment_of(engine) for engine in known_engines().values()]
 

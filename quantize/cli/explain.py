@@ -16,8 +16,9 @@ from quantize.cli.options import dist_option, json_option, only_option, print_js
 @json_option
 def explain(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], as_json: bool) -> None:
     """Say for each branch of RECIPE why it is fresh or stale: every input of its key that changed."""
-    from quantize.planning import plan_recipe
-    from quantize.planning.keys import differences, key_of
+    from quantize.files.digest import key_of
+    from quantize.planning.keys import differences
+    from quantize.planning.planner import plan_recipe
     from quantize.recipe import load_recipe
 
     planned = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)

@@ -34,9 +34,9 @@ def git(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...
     Each format is one bare repo below --out, each variant a branch with a history of its own. Weights are hard links
     to dist. `git clone --branch NAME` (with git-lfs) checks a variant out, `git push` sends it anywhere.
     """
-    from quantize.planning import plan_recipe
+    from quantize.planning.planner import plan_recipe
+    from quantize.publishing.git import write_repos
     from quantize.recipe import load_recipe
-    from quantize.release.git import write_repos
 
     plan = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
     written = write_repos(plan, Path(out), notify=say)

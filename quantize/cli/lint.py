@@ -24,7 +24,7 @@ def lint(target: str, source: str | None, strict: bool, endpoint: str | None, as
     REPO_OR_DIR is a branch's folder, a folder of branches as in dist, owner/name or owner/name@branch on the hub, of
     which headers and small files alone are read. Exits with code 2 if there are errors.
     """
-    from quantize.lint import lint as check
+    from quantize.linting import lint as check
 
     reports = check(target, source=source, endpoint=endpoint, notify=say)
     counts: Counter[str] = Counter(finding.severity for report in reports for finding in report.findings)

@@ -20,8 +20,8 @@ def matrix(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, 
     Each job runs `quantize build RECIPE` with its own `--only` patterns. One job calibrates once for everything; more
     jobs calibrate once each.
     """
-    from quantize.planning import plan_recipe
     from quantize.planning.matrix import job_matrix
+    from quantize.planning.planner import plan_recipe
     from quantize.recipe import load_recipe
 
     plan = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)

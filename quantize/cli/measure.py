@@ -18,7 +18,7 @@ from quantize.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from quantize.measure import Measured
+    from quantize.measuring import Measured
 
 
 @click.command()
@@ -43,7 +43,7 @@ def measure(
     manifests and the model cards.
     """
     quiet_libraries()
-    from quantize.measure import measure_recipe
+    from quantize.measuring import measure_recipe
     from quantize.recipe import load_recipe
 
     found = measure_recipe(load_recipe(recipe, overrides), dist, only, again=again, device=device, notify=say)

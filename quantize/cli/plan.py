@@ -22,8 +22,8 @@ from quantize.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from quantize.planning import Plan, PlannedVariant
     from quantize.planning.levels import PlannedLevel
+    from quantize.planning.plan import Plan, PlannedVariant
 
 WORK_IS_LEFT = 2
 LEVEL_HEADING = ["file", "size", "fallbacks", "state", "why"]
@@ -55,7 +55,7 @@ def plan(
 
     Reads the model's config and headers only, not its weights.
     """
-    from quantize.planning import plan_recipe
+    from quantize.planning.planner import plan_recipe
     from quantize.recipe import load_recipe
 
     planned = plan_recipe(load_recipe(recipe, overrides), dist, only, budget=budget, shards=shards or 1, notify=say)

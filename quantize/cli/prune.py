@@ -44,10 +44,10 @@ def prune(
 
     Only what quantize built itself (it carries its manifest) is removed, and never a `main`.
     """
-    from quantize.planning import plan_recipe
+    from quantize.hub.client import Hub
+    from quantize.planning.planner import plan_recipe
+    from quantize.publishing.prune import orphans_in_dist, orphans_on_hub, remove
     from quantize.recipe import load_recipe
-    from quantize.release.hub import Hub
-    from quantize.release.prune import orphans_in_dist, orphans_on_hub, remove
 
     plan = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
     hub = Hub(endpoint) if where != "dist" else None

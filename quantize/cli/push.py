@@ -21,7 +21,7 @@ from quantize.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from quantize.release.push import BranchChange
+    from quantize.publishing.push import BranchChange
 
 DIFFERS = 2
 
@@ -52,9 +52,9 @@ def push(
 
     Uploads only what differs. The token comes from HF_TOKEN or `hf auth login`.
     """
-    from quantize.planning import plan_recipe
+    from quantize.planning.planner import plan_recipe
+    from quantize.publishing.push import Pusher
     from quantize.recipe import load_recipe
-    from quantize.release.push import Pusher
 
     plan = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
     pusher = Pusher(plan, endpoint, notify=say)
@@ -84,9 +84,9 @@ def diff(
     recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], endpoint: str | None, as_json: bool
 ) -> None:
     """Show how the hub's branches of RECIPE differ from the finished ones in dist."""
-    from quantize.planning import plan_recipe
+    from quantize.planning.planner import plan_recipe
+    from quantize.publishing.push import Pusher
     from quantize.recipe import load_recipe
-    from quantize.release.push import Pusher
 
     plan = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
     _show(Pusher(plan, endpoint).changes(), as_json)

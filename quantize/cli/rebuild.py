@@ -43,7 +43,7 @@ def rebuild(
     MANIFEST is a quantize-manifest.json, or a folder: all manifests below it are built from one calibration pass.
     """
     quiet_libraries()
-    from quantize.pipeline.rebuild import rebuild as repeat
+    from quantize.building.rebuild import rebuild as repeat
 
     found = repeat(manifest, into, source, texts, trust_remote_code=trust_remote_code, device=device, notify=say)
     if as_json:

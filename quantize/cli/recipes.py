@@ -26,9 +26,9 @@ def recipes(context: click.Context) -> None:
 def copy(name: str, target: str | None, force: bool) -> None:
     """Copy the recipe NAME to TARGET (default: its own name in this folder)."""
     from quantize.errors import RecipeError
+    from quantize.files.atomic import write_atomically
     from quantize.recipe.located import read_located
     from quantize.recipe.shipped import find_shipped, shipped_recipes
-    from quantize.source.cache import write_atomically
 
     source = find_shipped(name)
     if source is None:

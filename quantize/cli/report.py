@@ -17,10 +17,10 @@ from quantize.cli.options import dist_option, recipe_options, say
 )  # fmt: skip
 def report(recipe: str, overrides: tuple[str, ...], dist: str, out: str | None) -> None:
     """Write the measured quality of RECIPE as one HTML page that needs nothing else: table, plot, errors by module."""
-    from quantize.planning import plan_recipe
+    from quantize.files.atomic import write_atomically
+    from quantize.planning.planner import plan_recipe
+    from quantize.publishing.report import render_report
     from quantize.recipe import load_recipe
-    from quantize.release.report import render_report
-    from quantize.source.cache import write_atomically
 
     plan = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
     path = Path(out) if out else Path(dist) / "report.html"

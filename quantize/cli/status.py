@@ -19,7 +19,7 @@ from quantize.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from quantize.planning import Plan
+    from quantize.planning.plan import Plan
 
 
 @click.command()
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 @json_option
 def status(recipe: str, overrides: tuple[str, ...], dist: str, hub: bool, endpoint: str | None, as_json: bool) -> None:
     """Show which branches of RECIPE are built, how well they came out, and what lies beside them in dist."""
-    from quantize.formats.manifest import oddities
-    from quantize.pipeline.unfinished import find_unfinished
-    from quantize.planning import plan_recipe
+    from quantize.dist.ledger import oddities
+    from quantize.dist.resume import find_unfinished
+    from quantize.files.space import entries
+    from quantize.planning.planner import plan_recipe
     from quantize.recipe import load_recipe
-    from quantize.source.space import entries
 
     planned = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
     there = _published(planned, endpoint) if hub or endpoint else {}
@@ -97,8 +97,8 @@ def status(recipe: str, overrides: tuple[str, ...], dist: str, hub: bool, endpoi
 
 
 def _published(planned: Plan, endpoint: str | None) -> dict[str, Any]:
-    from quantize.release.compare import published
-    from quantize.release.hub import Hub
+    from quantize.hub.client import Hub
+    from quantize.publishing.compare import published
 
     return dict(published(Hub(endpoint), planned))
 

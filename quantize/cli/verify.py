@@ -26,7 +26,7 @@ def verify(target: str, source: str | None, load: bool, download: bool, endpoint
     code 2 if a check fails.
     """
     quiet_libraries()
-    from quantize.verify import verify as check
+    from quantize.verifying import verify as check
 
     verdicts = check(target, source=source, load=load, download=download, endpoint=endpoint, notify=say)
     if as_json:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quantize.formats import awq, compressed, gptq
-from quantize.formats.manifest_schema import is_file_name
+from quantize.formats.names import is_file_name
 from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME
 
 PARTS = {

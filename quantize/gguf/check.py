@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from quantize.errors import GgufError
-from quantize.source.cache import write_atomically
-from quantize.source.resolved import Notify, Source
+from quantize.files.atomic import write_atomically
+from quantize.files.notify import Notify
+from quantize.source.resolved import Source
 
 TEXT = (
     "The ship had been at sea for three weeks when the cook noticed that the last barrel of flour was damp. "

@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import GgufError
+from quantize.files.atomic import write_atomically
+from quantize.files.cache import cache_folder
+from quantize.files.notify import Notify
+from quantize.files.space import touch
 from quantize.formats.safetensors_header import write_hollow
 from quantize.formats.tensors import TensorSpec
 from quantize.gguf.toolchain import require_library, tree, tree_identity
-from quantize.source.cache import cache_folder, write_atomically
 from quantize.source.checkpoint import Checkpoint
-from quantize.source.resolved import Notify, Source
-from quantize.source.space import touch
+from quantize.source.resolved import Source
 
 SLACK = 64 * 2**20  # what a header may take
 

@@ -16,8 +16,9 @@ import tempfile
 from pathlib import Path
 
 from quantize.errors import GgufError
-from quantize.source.cache import cache_folder, sha256_of_file
-from quantize.source.resolved import Notify
+from quantize.files.cache import cache_folder
+from quantize.files.digest import sha256_of_file
+from quantize.files.notify import Notify
 
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -45,12 +44,6 @@ def key_inputs(
         "method": {"name": method, **section.model_dump(include=as_a_whole)},
         "max_shard_size": release.max_shard_size,
     }
-
-
-def key_of(inputs: Mapping[str, Any]) -> str:
-    """SHA-256 of the inputs as canonical JSON."""
-    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:

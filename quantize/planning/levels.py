@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantize.calibration.corpus import title
+from quantize.dist.manifest import is_complete, read_manifest
 from quantize.errors import GgufError
-from quantize.formats.manifest import is_complete, read_manifest
+from quantize.files.atomic import write_atomically
+from quantize.files.digest import key_of, sha256_of_file
+from quantize.files.notify import Notify
 from quantize.gguf.convert import Conversion, Header, outtype_of
 from quantize.gguf.quantize import ANY, Outcome, predict, request
 from quantize.gguf.toolchain import VERSION, missing_library
-from quantize.planning.keys import differences, key_of
+from quantize.planning.keys import differences
 from quantize.recipe.methods import Gguf
 from quantize.recipe.schema import Recipe
-from quantize.source.cache import sha256_of_file, write_atomically
-from quantize.source.resolved import Notify, Source, safe_name
+from quantize.source.resolved import Source, safe_name
 
 BRANCH = "main"
 State = Literal["missing", "stale", "fresh"]

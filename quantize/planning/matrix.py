@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantize.planning import Plan
+from quantize.planning.plan import Plan
 
 
 def job_matrix(plan: Plan, jobs: int = 1) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from quantize.errors import PlanError
 from quantize.formats.tensors import SINGLE_NAME, TensorSpec
-from quantize.planning.foreign import layout_of
+from quantize.planning.engines import layout_of
 from quantize.planning.modules import LinearSpec, ModuleTable
 from quantize.recipe.methods import AWQ_GROUP_SIZES, GROUP_SIZES, AwqVariant, GptqVariant, Variant
 from quantize.source.checkpoint import Checkpoint

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import SourceError
-from quantize.formats.manifest_schema import is_file_name
+from quantize.formats.names import is_file_name
 from quantize.formats.safetensors_header import file_header
 from quantize.formats.tensors import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, TensorSpec
 

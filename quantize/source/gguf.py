@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import SourceError
+from quantize.files.cache import cache_folder
+from quantize.files.digest import cached_sha256
+from quantize.files.notify import Notify
+from quantize.files.space import touch
 from quantize.formats.gguf_reader import check_gguf
 from quantize.formats.gguf_reader import open_gguf as open_reader
-from quantize.source.cache import cache_folder, cached_sha256
 from quantize.source.checkpoint import read_checkpoint
-from quantize.source.resolved import Notify, Source, safe_name
-from quantize.source.space import touch
+from quantize.source.resolved import Source, safe_name
 
 CONVERSION = "1"  # raise when the conversion's result changes
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import SourceError
+from quantize.files.digest import cached_sha256
+from quantize.files.notify import Notify
 from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME, TensorSpec
+from quantize.hub.client import is_network
 from quantize.recipe.schema import Model
-from quantize.source.cache import cached_sha256
 from quantize.source.checkpoint import (
     Checkpoint,
     check_dtypes,
@@ -18,7 +20,7 @@ from quantize.source.checkpoint import (
     read_config,
     read_index,
 )
-from quantize.source.resolved import Notify, Source, safe_name
+from quantize.source.resolved import Source, safe_name
 
 
 def open_hub(model: Model, *, weights: bool, small_files: bool = False, notify: Notify) -> Source:
@@ -123,11 +125,6 @@ def _headers(repo: str, api: Any, commit: str) -> Checkpoint:
     }
     check_dtypes(tensors, repo)
     return Checkpoint(config, tensors, None, tuple(sorted(metadata.files_metadata)))
-
-
-def is_network(error: Exception) -> bool:
-    """Errors of the HTTP library below the hub client, which has changed names between its versions."""
-    return type(error).__module__.split(".")[0].rstrip("2") in {"httpx", "httpcore", "requests", "urllib3"}
 
 
 def _explain(model: Model, error: Exception) -> str:

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantize.errors import SourceError
+from quantize.files.notify import Notify
 from quantize.recipe.schema import REPO_NAME, Model
 from quantize.source import gguf, hub
 from quantize.source.checkpoint import read_checkpoint
-from quantize.source.resolved import Notify, Source, safe_name
+from quantize.source.resolved import Source, safe_name
 
 
 def resolve(model: Model, *, weights: bool, small_files: bool = False, notify: Notify = lambda line: None) -> Source:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from quantize.errors import SourceError
-from quantize.source.cache import cached_sha256
+from quantize.files.digest import cached_sha256
 from quantize.source.checkpoint import Checkpoint, is_carried_over, non_weight_files
-
-Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,5 @@
+"""Runs a plan; the only place that knows the order of things."""
+
+from quantize.building.run import BuildResult, build_recipe
+
+__all__ = ["BuildResult", "build_recipe"]

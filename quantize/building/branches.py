@@ -1,0 +1,155 @@
+"""The branches of a build: one streamed pass solves all that are stale, and each is put into place whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from quantize.building.branch import Branch
+from quantize.building.calibration_pass import CalibrationPass
+from quantize.building.completion import complete, versions
+from quantize.calibration.forward import choose_device, choose_dtype
+from quantize.calibration.statistics import Timed
+from quantize.calibration.store import STATISTICS_VERSION, StatisticsStore
+from quantize.calibration.tokens import load_tokenizer, sample_tokens
+from quantize.dist.resume import State, open_unfinished
+from quantize.executors.api import Workers
+from quantize.executors.memory import return_large_buffers
+from quantize.files.cache import cache_folder
+from quantize.files.digest import key_of
+from quantize.files.notify import Notify
+from quantize.methods.columns import kernel_of
+from quantize.planning.plan import Plan, PlannedVariant
+from quantize.recipe.methods import GptqVariant
+from quantize.source.streamed import StreamedModel
+
+Diagonals = dict[str, tuple[np.ndarray, int]]
+
+
+class Pass:
+    """One pass for the branches ``todo``, begun or gone on with.
+
+    Args:
+        imatrix: gather an importance matrix too.
+        keep_statistics: keep them for later variants. Those that are there already are used in any case.
+        timed: a context manager factory that books time to a stage.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        todo: Sequence[PlannedVariant],
+        imatrix: bool,
+        device: str,
+        keep_statistics: bool,
+        timed: Timed,
+        notify: Notify,
+    ) -> None:
+        # compiled kernels belong into our cache, not beside the source, which may be read-only
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
+        return_large_buffers()
+        self.plan, self.todo, self.timed, self.notify = plan, todo, timed, notify
+        calibration = plan.recipe.calibration
+        self.device = choose_device(device)
+        shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]
+        self.dtype = choose_dtype(calibration.compute_dtype, self.device, shapes)
+        self.compute: dict[str, Any] = {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "kernel": kernel_of(self.device),
+            # how sums are split up: other numbers give other last bits
+            "batch_tokens": plan.memory.batch_tokens,
+            **({"row_budget": plan.memory.row_budget} if plan.memory.row_budget else {}),
+            **({"shards": plan.shards} if plan.shards > 1 else {}),
+        }
+        self.store = self._statistics_store(keep_statistics)
+        inputs = {
+            "versions": versions(self.compute["kernel"]),
+            "compute": self.compute,
+            "source": plan.source.hashes,
+            "calibration": plan.calibration,
+        }
+        keys = {item.label: key_of(plan.key_inputs(item)) for item in todo}
+        ways = ["kept", "gathered"] if self._needs_no_forward else ["gathered"]
+        wishes = [State(inputs | {"statistics": way}, keys, imatrix, plan.table.blocks) for way in ways]
+        self.kept = open_unfinished(plan.dist, wishes)
+        self.diagonals: Diagonals | None = self.kept.diagonals() if imatrix else None
+
+    def run(self, workers: Workers, progress: bool | None) -> list[Branch]:
+        """Have ``workers`` solve every branch to its end, in the folder of what is unfinished.
+
+        Raises:
+            QuantizeError: one of its kinds. The finished blocks are kept.
+        """
+        recipe, source, state = self.plan.recipe, self.plan.source, self.kept.state
+        with self.timed("tokens"):
+            self.tokens = sample_tokens(recipe.calibration, load_tokenizer(source, recipe.model.trust_remote_code))
+        if state.is_over:
+            self.notify("every block is solved already; putting into place")
+        else:
+            doing = "kept statistics serve" if state.from_store else "calibrating once"
+            going_on = f", going on after block {state.next_block} of {state.blocks}" if state.next_block else ""
+            self.notify(
+                f"{doing} on {self.tokens.ids.size} tokens for {self._what()} "
+                f"({self.compute['device']}, {self.compute['dtype']}, solver in {self.compute['kernel']}){going_on}"
+            )
+        with ExitStack() as stack:
+            try:
+                branches = [stack.enter_context(self._branch(item)) for item in self.todo]
+            except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+                raise self.kept.damaged(error) from None
+            if not state.is_over:
+                with self.timed("load"):
+                    model = StreamedModel(
+                        source, self.plan.table.prefix, self.dtype, self.device, recipe.model.trust_remote_code
+                    )
+                kept, store = self.kept, self.store
+                CalibrationPass(
+                    self.plan, model, self.tokens, branches, self.diagonals, kept, store, workers, self.timed, progress
+                ).run()
+            with self.timed("write"):
+                for branch in branches:
+                    branch.writer.finish()
+        return branches
+
+    def complete(self, branch: Branch) -> dict[str, Any]:
+        """Write everything of a branch beside its weights; returns the manifest."""
+        return complete(self.plan, branch.item, branch.folder, branch.ledger, self.tokens, self.compute)
+
+    def _branch(self, item: PlannedVariant) -> Branch:
+        folder = self.kept.branch(item.label)
+        section = self.plan.recipe.section(item.method)
+        settings = (tuple(section.fail_on), section.min_expert_tokens)
+        if not self.kept.state.next_block:
+            return Branch(item, folder, *settings)
+        for path in folder.rglob("*"):  # of an attempt to complete it
+            if path.is_file() and path.name not in item.layout.shards:
+                path.unlink()
+        return Branch(item, folder, *settings, self.kept.rows(item.label), self.kept.state.missing[item.label])
+
+    @property
+    def _needs_no_forward(self) -> bool:
+        """Whether the pass needs no forward: all statistics are kept, and no branch has a stream of its own."""
+        own = any(isinstance(item.variant, GptqVariant) and item.variant.propagate == "quantized" for item in self.todo)
+        return self.store is not None and not own and self.store.is_complete(self.plan.table.blocks)
+
+    def _statistics_store(self, keep: bool) -> StatisticsStore | None:
+        """Where the source's statistics lie or shall lie; None where there are none, and none are wanted."""
+        installed = versions(self.compute["kernel"])
+        depends = {
+            "version": STATISTICS_VERSION,
+            "versions": {name: installed[name] for name in ("torch", "transformers", "tokenizers")},
+            "compute": {name: value for name, value in self.compute.items() if name != "row_budget"},
+            "source": self.plan.source.hashes,
+            "calibration": self.plan.calibration,
+        }
+        store = StatisticsStore(cache_folder() / "statistics" / key_of(depends)[:32])
+        return store if keep or store.is_complete(self.plan.table.blocks) else None
+
+    def _what(self) -> str:
+        parts = [f"{len(self.todo)} branch{'es' if len(self.todo) != 1 else ''}"] if self.todo else []
+        return " and ".join([*parts, *(["an importance matrix"] if self.diagonals is not None else [])])

@@ -1,0 +1,205 @@
+"""The calibration pass: blocks stream by once; their inputs' statistics serve every branch of every method.
+
+Peak memory is one block, its statistics, the activations and the solver's workspace, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from quantize.building.awq_blocks import AwqBlocks, kind_of
+from quantize.building.branch import Branch
+from quantize.building.gptq_blocks import GptqBlocks
+from quantize.calibration.parts import cut
+from quantize.calibration.statistics import InputStatistics, Timed
+from quantize.calibration.store import StatisticsStore
+from quantize.calibration.tokens import Tokens
+from quantize.dist.resume import Unfinished
+from quantize.errors import PlanError, SourceError
+from quantize.executors.api import Streams, Windows, Workers
+from quantize.executors.memory import give_back
+from quantize.planning.plan import Plan
+from quantize.recipe.methods import GptqVariant
+from quantize.source.streamed import StreamedModel
+
+
+class CalibrationPass:
+    """One pass over a model for several branches.
+
+    Args:
+        diagonals: where to put the diagonal of each linear's H, for an importance matrix; None gathers none.
+        kept: where it is noted how far the pass has come, and where to go on from.
+        store: where the source's statistics are kept, or None. What it holds of all blocks is taken from there.
+        workers: who runs the blocks and solves.
+        timed: a context manager factory that books time to a stage.
+        progress: True, False, or None for a bar on a terminal only.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: StreamedModel,
+        tokens: Tokens,
+        branches: Sequence[Branch],
+        diagonals: dict[str, tuple[np.ndarray, int]] | None,
+        kept: Unfinished,
+        store: StatisticsStore | None,
+        workers: Workers,
+        timed: Timed,
+        progress: bool | None = None,
+    ) -> None:
+        self.diagonals, self.kept, self.store, self.workers = diagonals, kept, store, workers
+        self._kinds: set[object] = set()  # of blocks whose statistics were written to the store
+        self.plan, self.model, self.tokens, self.branches, self.timed = plan, model, tokens, branches, timed
+        self.disable = None if progress is None else not progress
+        self.sharing = [branch for branch in branches if _propagate(branch) == "source"]
+        self.drifting = [branch for branch in branches if _propagate(branch) == "quantized"]
+        self.awq = [branch for branch in branches if branch.item.method == "awq"]
+
+    def run(self) -> None:
+        """Write every tensor of every branch.
+
+        Raises:
+            PlanError: the model's linears are not the plan's.
+            SourceError, CalibrationError, SolveError: naming the tensor or module.
+        """
+        self._check_modules()
+        done = self.kept.state.next_block
+        if not done:
+            with self.timed("write"):
+                self._copy_unquantized()
+        recipe = self.plan.recipe
+        batch = max(1, self.plan.memory.batch_tokens // recipe.calibration.sequence_length)
+        rows = self.plan.memory.row_budget
+        gptq = GptqBlocks(self.model, recipe.gptq, self.timed, rows, self.workers) if recipe.gptq else None
+        awq = AwqBlocks(self.model, self.plan.table, recipe.awq, self.timed) if recipe.awq else None
+        with ExitStack() as ending, ExitStack() as stack:
+            with self.timed("forward"):
+                if streams := self._streams(batch):
+                    ending.callback(streams.close)
+                self.model.drop_outside()
+            bar = tqdm(total=len(self.model), initial=done, desc="blocks", unit="block", disable=self.disable)
+            ending.enter_context(bar)
+            for index in range(done, len(self.model)):
+                with self.timed("load"):
+                    stack.close()  # drops the block before
+                    block = stack.enter_context(self.model.block(index))
+                self._solve_block(index, block, streams, gptq, awq)
+                with self.timed("write"):
+                    self._keep(index + 1, streams)
+                give_back()
+                bar.update()
+        self.kept.drop_states()
+
+    def _streams(self, batch: int) -> Streams | None:
+        """The windows' states as they enter the first block that is to do; None where kept statistics take the place
+        of a forward pass."""
+        parts = cut(self.tokens.ids, self.plan.shards)
+        if self.kept.state.from_store:
+            self.model.embed(torch.from_numpy(parts[0][:batch]))  # AWQ tries scales on a batch of this size
+            return None
+        trust, spilled = self.plan.recipe.model.trust_remote_code, self.plan.memory.spilled
+        return self.workers.streams(
+            Windows(self.model, parts, batch, 1 + len(self.drifting), self.kept, spilled, trust), self.timed
+        )
+
+    def _keep(self, next_block: int, streams: Streams | None) -> None:
+        if streams and next_block < len(self.model):
+            streams.keep(next_block)
+        for branch in self.branches:
+            branch.writer.sync()
+        ledgers = {branch.item.label: branch.ledger for branch in self.branches}
+        missing = {branch.item.label: branch.writer.missing for branch in self.branches}
+        shape = streams.shape if streams else ()
+        self.kept.keep(next_block, shape, ledgers, missing, self.diagonals)
+
+    def _statistics(
+        self, index: int, block: nn.Module, streams: Streams | None, awq: AwqBlocks | None
+    ) -> tuple[list[InputStatistics], list[list[InputStatistics]], torch.Tensor | None]:
+        """Statistics of the source and of each stream, and what entered the block, where AWQ asks for it."""
+        wanted = bool(awq and self.awq and awq.wants_input(block))
+        if not streams:
+            assert self.store
+            with self.timed("statistics"):
+                shared, entered = self.store.read(index, self.model.linears(block), self.model.device)
+            return shared, [], entered if wanted else None
+        store = self.store if self.store and not self.store.has(index) else None
+        first = store is not None and kind_of(block) not in self._kinds
+        gather = bool(self.sharing or self.awq or self.diagonals is not None or store)
+        with self.timed("forward"):
+            gathered = streams.statistics(index, block, gather, wanted or first)
+        shared, *own = gathered.streams
+        if store:
+            with self.timed("write"):
+                store.write(index, shared, gathered.entered if first else None)
+            self._kinds.add(kind_of(block))
+        return shared, own, gathered.entered if wanted else None
+
+    def _solve_block(
+        self,
+        index: int,
+        block: nn.Module,
+        streams: Streams | None,
+        gptq: GptqBlocks | None,
+        awq: AwqBlocks | None,
+    ) -> None:
+        shared, own, entered = self._statistics(index, block, streams, awq)
+        if self.diagonals is not None:
+            for group in shared:
+                diagonal = group.hessian.diagonal().cpu().numpy() * np.float32(group.tokens > 0)
+                for linear in group.linears:
+                    self.diagonals[self.model.checkpoint_name(index, linear.local)] = diagonal, group.tokens
+        # other workers solve while AWQ is solved here
+        common = gptq.begin(index, shared, self.sharing) if gptq and self.sharing else []
+        drifting = []
+        if gptq:
+            pairs = zip(self.drifting, own, strict=True)
+            drifting = [gptq.begin(index, groups, [branch]) for branch, groups in pairs]
+        if awq and self.awq:
+            awq.solve_block(index, block, shared, entered, self.awq)
+        if gptq:
+            gptq.finish(index, common, self.sharing)
+            for number, (branch, begun) in enumerate(zip(self.drifting, drifting, strict=True), 1):
+                weights = gptq.finish_own(index, begun, branch)
+                if streams and index + 1 < len(self.model):
+                    with self.timed("forward"):
+                        streams.advance(index, block, number, weights)
+
+    def _copy_unquantized(self) -> None:
+        """Embeddings, norms, head: the source's bytes, in every branch. AWQ changes what lies in the blocks."""
+        table = self.plan.table
+        for name in self.plan.source.checkpoint.tensors:
+            if name in table.quantized_tensors:
+                continue
+            tensor = self.model.read(name)
+            for branch in self.branches:
+                if not (branch.item.method == "awq" and table.is_in_block(name)):
+                    branch.writer.write(name, tensor)
+
+    def _check_modules(self) -> None:
+        """The plan found its linears by name and shape; they must be the model's real ones."""
+        model, source = self.model, self.plan.source
+        real = set()
+        for index in range(len(model)):
+            for linear in model.linears(model.blocks[index]):
+                try:
+                    real.add(model.checkpoint_name(index, linear.local))
+                except KeyError:
+                    name = f"{model.block_prefix}{index}.{linear.local}.weight"
+                    raise SourceError(f"{source.named}: the checkpoint lacks the tensor {name}") from None
+        odd = sorted(real ^ {linear.name for linear in self.plan.table.linears})
+        if odd:
+            where = "not in the checkpoint's blocks" if odd[0] in real else "no linear of the model"
+            raise PlanError(f"architecture '{source.checkpoint.model_type}' cannot be quantized: {odd[0]} is {where}")
+
+
+def _propagate(branch: Branch) -> str | None:
+    """Whose activations a GPTQ branch is solved from; None for other methods."""
+    variant = branch.item.variant
+    return variant.propagate if isinstance(variant, GptqVariant) else None

@@ -1,0 +1,1 @@
+"""The folder of finished and unfinished work: layout, lock, manifests, resumption."""

@@ -1,0 +1,96 @@
+"""This process does the work, one thing after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quantize.calibration.parts import Part, add_part
+from quantize.calibration.statistics import Timed
+from quantize.errors import SolveError
+from quantize.executors.api import Gathered, Job, Solved, Streams, Wait, Windows
+from quantize.executors.quantizers import Children, Quantizers
+from quantize.files.notify import Notify
+from quantize.methods.asymmetric import toward_source
+from quantize.methods.gptq import solve
+
+
+class Here:
+    """This process, which does one thing after another."""
+
+    def room(self, device: str) -> int:
+        return 1
+
+    def streams(self, windows: Windows, timed: Timed) -> Streams:
+        return LocalStreams(windows, timed)
+
+    def start(self, job: Callable[[], Job]) -> Wait:
+        return lambda: solve_job(job())
+
+    def quantizers(self, folders: Sequence[Path], budget: int | None, notify: Notify) -> Quantizers:
+        return Children(budget)
+
+
+class LocalStreams:
+    """Windows that run in this process, one part after the other."""
+
+    def __init__(self, windows: Windows, timed: Timed) -> None:
+        self._timed = timed
+        self._parts = list(self._begin(windows))
+        first = self._parts[0].source.states.shape
+        self.shape = (sum(len(ids) for ids in windows.parts), *first[1:])
+
+    @staticmethod
+    def _begin(windows: Windows) -> Iterator[Part]:
+        done = windows.kept.state.next_block
+        for number, ids in enumerate(windows.parts):
+            if done:
+                yield Part.going_on(windows.model, ids, windows.batch, windows.states(number, done))
+            else:
+                yield Part.at_start(windows.model, ids, windows.batch, windows.places(number))
+
+    def statistics(self, index: int, block: nn.Module, gather: bool, first: bool) -> Gathered:
+        entered = self._parts[0].source.first() if first else None
+        total, *others = (part.statistics for part in self._parts)
+        streams = total(index, block, gather, self._timed)
+        for statistics in others:
+            for one, other in zip(streams, statistics(index, block, gather, self._timed), strict=True):
+                add_part(one, other)
+        return Gathered(streams, entered)
+
+    def advance(self, index: int, block: nn.Module, stream: int, weights: Mapping[str, torch.Tensor]) -> None:
+        for part in self._parts:
+            part.advance(index, block, stream, weights)
+
+    def keep(self, next_block: int) -> None:
+        """They lie there since the block was through."""
+
+    def close(self) -> None:
+        """Nothing is left of them."""
+
+
+def solve_job(job: Job, with_energy: bool = True) -> Solved:
+    """Solve a job, and where it is asked for compute the energy, which is the same for all branches.
+
+    Raises:
+        SolveError: as :func:`solve`.
+    """
+    with torch.inference_mode():
+        weight = job.weight
+        if job.drift is not None:
+            try:
+                weight = toward_source(weight, job.hessian, job.drift)
+            except SolveError:
+                if not job.rtn_fallback:
+                    raise
+                # the solve meets the same Hessian, rounds to nearest and says so
+        energy = energy_of(weight, job.hessian) if with_energy else torch.zeros(0, dtype=torch.float64)
+        return Solved(solve(weight, job.hessian, job.wishes, job.rtn_fallback, row_budget=job.row_budget), energy)
+
+
+def energy_of(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """tr(W H W^T) split by the rows of W, [N] float64."""
+    return ((weight @ hessian) * weight).sum(dim=1, dtype=torch.float64).cpu()

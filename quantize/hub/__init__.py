@@ -1,0 +1,1 @@
+"""The hub: its client, and its errors as sentences."""

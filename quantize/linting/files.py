@@ -1,0 +1,171 @@
+"""A repo's files behind one door, whether they lie in a folder or on the hub. The hub is read by ranges of bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import SourceError
+from quantize.formats.safetensors_header import Header, read_header
+from quantize.formats.tensors import DTYPE_BYTES
+from quantize.hub.client import Hub
+from quantize.recipe.schema import REPO_NAME
+
+MOST_TEXT = 64_000_000
+"""Bytes of a JSON or Markdown file that are read; tokenizers of large vocabularies take 20 to 40 MB."""
+
+
+class RepoFiles(ABC):
+    """The files of one branch.
+
+    Attributes:
+        name: of the repo. branch: None where a folder does not tell.
+        sizes: bytes by name.
+        is_local: whether reading much costs little.
+    """
+
+    name: str
+    branch: str | None
+    sizes: dict[str, int]
+    is_local: bool
+
+    @abstractmethod
+    def read(self, name: str, first: int, last: int) -> bytes:
+        """Bytes of a file from a first (inclusive) to a last (exclusive) position; fewer where it ends."""
+
+    def text(self, name: str) -> str | None:
+        """A small file's text; None where there is none, or it is no text."""
+        if name not in self.sizes or self.sizes[name] > MOST_TEXT:
+            return None
+        try:
+            return self.read(name, 0, self.sizes[name]).decode("utf-8")
+        except UnicodeDecodeError:
+            return None
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A JSON object; None where the file is missing or holds something else."""
+        text = self.text(name)
+        try:
+            data = json.loads(text) if text is not None else None
+        except (ValueError, RecursionError):
+            return None
+        return data if isinstance(data, dict) else None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return self.json("config.json") or {}
+
+    @cached_property
+    def headers(self) -> dict[str, Header | str]:
+        """Headers of the safetensors files by name; for one that cannot be read, why."""
+        found: dict[str, Header | str] = {}
+        for name in sorted(self.sizes):
+            if name.endswith(".safetensors"):
+                try:
+                    found[name] = read_header(partial(self.read, name), name)
+                except ValueError as error:
+                    found[name] = str(error)
+        return found
+
+    def tensor(self, name: str) -> Any:
+        """A tensor as a numpy array; None where it cannot be had so (BF16, or cut short)."""
+        import numpy as np
+
+        kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "<u1", "I8": "<i1"}
+        for file, header in self.headers.items():
+            if isinstance(header, Header) and name in header.tensors:
+                spec, (first, last) = header.tensors[name], header.places[name]
+                kind = kinds.get(spec.dtype)
+                if kind is None or last - first != spec.nbytes or DTYPE_BYTES[spec.dtype] != np.dtype(kind).itemsize:
+                    return None
+                data = self.read(file, first, last)
+                return np.frombuffer(data, kind).reshape(spec.shape) if len(data) == last - first else None
+        return None
+
+
+class LocalFiles(RepoFiles):
+    """A branch that lies in a folder."""
+
+    is_local = True
+
+    def __init__(self, folder: Path, branch: str | None = None) -> None:
+        self.folder = folder
+        self.name = folder.name if branch is None else folder.parent.name
+        self.branch = branch
+        self.sizes = {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and ".git" not in path.relative_to(folder).parts
+        }
+
+    def read(self, name: str, first: int, last: int) -> bytes:
+        with (self.folder / name).open("rb") as file:
+            file.seek(first)
+            return file.read(last - first)
+
+
+class HubFiles(RepoFiles):
+    """A branch on the hub, at the commit that its listing was read at."""
+
+    is_local = False
+
+    def __init__(self, hub: Hub, repo: str, branch: str, head: str) -> None:
+        from huggingface_hub import HfFileSystem
+
+        self.name, self.branch, self.hub, self.head = repo, branch, hub, head
+        listed = hub.files(repo, head)
+        self.sizes = {name: int(file.size) for name, file in listed.items()}
+        self.sha256 = {name: str(file.lfs.sha256) for name, file in listed.items() if file.lfs is not None}
+        self.system = HfFileSystem(endpoint=hub.api.endpoint, token=hub.api.token)
+
+    def read(self, name: str, first: int, last: int) -> bytes:
+        last = min(last, self.sizes[name])
+        if last <= first:
+            return b""
+        where = f"{self.name}@{self.head}/{name}"
+        # no cache: it would read megabytes ahead
+        with self.hub.explained(self.name), self.system.open(where, "rb", cache_type="none") as file:
+            file.seek(first)
+            return bytes(file.read(last - first))
+
+
+def open_target(target: str, endpoint: str | None, *, local: bool = True) -> list[RepoFiles]:
+    """The branches that a folder or a hub id names.
+
+    Args:
+        target: a branch's folder, a folder of branches as in dist, ``owner/name``, or ``owner/name@branch``.
+        local: whether it may be a folder; a name that a card gives may not.
+
+    Raises:
+        SourceError: there is no such folder, repo or branch. PushError: the hub refuses, or cannot be reached.
+    """
+    path = Path(os.path.expanduser(target))
+    if local and os.path.isdir(path):
+        return _local(path.resolve())
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", target)
+    if not match or not all(map(REPO_NAME.fullmatch, match[1].split("/"))):
+        raise SourceError(f"{target}: no such directory, and no hub id; give a folder, owner/name or owner/name@branch")
+    hub, (repo, branch) = Hub(endpoint), match.groups()
+    heads = hub.heads(repo)
+    if not heads:
+        raise SourceError(f"{repo}: no such directory and no such repo on the hub; check the name, or log in")
+    if branch and branch not in heads:
+        raise SourceError(f"{repo}: has no branch {branch}; its branches are {', '.join(sorted(heads))}")
+    chosen = [branch] if branch else sorted(heads, key=lambda name: (name != "main", name))
+    return [HubFiles(hub, repo, name, heads[name]) for name in chosen]
+
+
+def _local(path: Path) -> list[RepoFiles]:
+    marks = ("config.json", "README.md", "*.gguf", "*.safetensors")
+    if any(any(path.glob(mark)) for mark in marks):
+        return [LocalFiles(path)]
+    branches = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    found = [LocalFiles(folder, folder.name) for folder in branches if any(any(folder.glob(mark)) for mark in marks)]
+    if not found:
+        raise SourceError(f"{path}: holds neither a model nor branches of one (no config.json, no .gguf file)")
+    return [*found]

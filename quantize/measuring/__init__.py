@@ -1,0 +1,220 @@
+"""Measured quality of finished branches and levels, read back from their own bytes, noted in their manifests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.calibration.corpus import title
+from quantize.calibration.tokens import calibration_identity, load_tokenizer, sample_tokens
+from quantize.dist.layout import locked
+from quantize.dist.manifest import MANIFEST_NAME, is_complete, read_manifest
+from quantize.errors import BuildError, CalibrationError, SourceError
+from quantize.files.atomic import write_atomically
+from quantize.files.digest import key_of
+from quantize.files.notify import Notify
+from quantize.measuring.text import held_out
+from quantize.planning.estimate import measuring_seconds
+from quantize.planning.levels import PlannedLevel
+from quantize.planning.plan import Plan, PlannedVariant
+from quantize.planning.planner import plan_recipe
+from quantize.publishing.card import refresh_cards
+from quantize.publishing.config import as_json
+from quantize.recipe import LoadedRecipe
+
+if TYPE_CHECKING:
+    from quantize.measuring.quality import Quality, Weights
+
+__all__ = ["Measured", "check_text", "measure_recipe"]
+
+VERSION = 1
+"""Raised when the same bytes on the same tokens give other figures: what was measured before is measured again."""
+
+Item = PlannedVariant | PlannedLevel
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measurement found.
+
+    Attributes:
+        text: its name. tokens: how many. on_calibration_text: whether it is the text of the calibration.
+        rows: figures by label, as the manifests hold them; ``source`` is the first.
+    """
+
+    text: str
+    tokens: int
+    on_calibration_text: bool
+    rows: Mapping[str, Mapping[str, Any]]
+
+    def as_data(self) -> dict[str, Any]:
+        """The figures for machines."""
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "on_calibration_text": self.on_calibration_text,
+            "branches": [{"branch": label, **row} for label, row in self.rows.items()],
+        }
+
+
+def check_text(
+    loaded: LoadedRecipe, dist: Path | str, only: Sequence[str], device: str, notify: Notify = lambda line: None
+) -> None:
+    """Read the measuring text before hours of work depend on it; not if everything is built and measured already.
+
+    Raises:
+        CalibrationError: it cannot be had, or is the calibration text.
+    """
+    from quantize.calibration.corpus import read_text
+
+    task = _Task(plan_recipe(loaded, dist, only, notify=notify), device)
+    if all(item.state == "fresh" for item in task.selected) and not task.unmeasured():
+        return
+    for corpus in task.text.dataset:
+        try:
+            read_text(corpus, 1)
+        except CalibrationError as error:
+            reason = str(error).removeprefix("calibration.dataset: ")
+            raise CalibrationError(
+                f"measure.dataset: {reason}; branches are measured after the build: name another text, or --no-measure"
+            ) from None
+
+
+class _Task:
+    """What is to be measured, how, and what identifies the figures."""
+
+    def __init__(self, plan: Plan, device: str) -> None:
+        from quantize.calibration.forward import choose_device, choose_dtype
+
+        self.plan, self.device = plan, choose_device(device)
+        self.text, self.on_calibration_text = held_out(plan)
+        shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]
+        self.dtype = choose_dtype(plan.recipe.calibration.compute_dtype, self.device, shapes)
+        self.title = ", ".join(title(corpus) for corpus in self.text.dataset)
+        self.tokens = self.text.samples * self.text.sequence_length
+        self.key = key_of({
+            "version": VERSION, "source": dict(plan.source.hashes), "text": calibration_identity(self.text),
+            "dtype": str(self.dtype), "device": self.device.type,
+        })  # fmt: skip
+
+    @property
+    def selected(self) -> list[Item]:
+        return [item for item in self.plan.everything if item.label in self.plan.selected]
+
+    @property
+    def built(self) -> list[Item]:
+        """The selected items that lie whole in dist."""
+        return [item for item in self.selected if self._is_whole(item)]
+
+    def known(self, item: Item) -> Mapping[str, Any]:
+        """An item's figures in its manifest, if they are of this text."""
+        quality: dict[str, Any] = self.plan.finished(item).get("quality") or {}
+        return quality if quality.get("key") == self.key else {}
+
+    def unmeasured(self) -> list[Item]:
+        return [item for item in self.built if not self.known(item)]
+
+    def _is_whole(self, item: Item) -> bool:
+        found = self.plan.finished(item)
+        return bool(found) and item.folder.is_dir() and is_complete(item.folder, found)
+
+
+def measure_recipe(
+    loaded: LoadedRecipe,
+    dist: Path | str = "dist",
+    only: Sequence[str] = (),
+    *,
+    again: bool = False,
+    device: str = "auto",
+    progress: bool | None = None,
+    notify: Notify = lambda line: None,
+) -> Measured:
+    """Measure the finished, selected branches and levels of a recipe, note it in their manifests and cards.
+
+    Args:
+        again: measure also what is known already.
+        device, progress, notify: as for a build.
+
+    Raises:
+        CalibrationError: the text is the calibration text, or cannot be had. BuildError: nothing is built.
+        GgufError: a level's tensors cannot be brought in the source's order.
+    """
+    with locked(Path(dist)):
+        task = _Task(plan_recipe(loaded, dist, only, weights=True, notify=notify), device)
+        built = task.built
+        if not built:
+            raise BuildError(f"{dist}: no branch of this recipe is built yet; run `quantize build` first")
+        todo = built if again else task.unmeasured()
+        if todo:
+            for item, row in zip(todo, _measure(task, todo, progress, notify), strict=True):
+                _note(item, row)
+        refresh_cards(task.plan)
+    rows = {item.label: task.known(item) for item in built}
+    source = next(iter(rows.values()))["source"]
+    return Measured(task.title, task.tokens, task.on_calibration_text, {"source": source, **rows})
+
+
+def _measure(task: _Task, todo: Sequence[Item], progress: bool | None, notify: Notify) -> list[dict[str, Any]]:
+    """Manifest entries of ``todo``, in its order."""
+    import numpy as np
+
+    from quantize.measuring.quality import AGAIN, SOURCE, measure_quality
+    from quantize.measuring.store import Store
+    from quantize.source.streamed import StreamedModel
+
+    plan, recipe = task.plan, task.plan.recipe
+    trust = recipe.model.trust_remote_code
+    ids = np.ascontiguousarray(sample_tokens(task.text, load_tokenizer(plan.source, trust)).ids)
+    seconds = measuring_seconds(plan.source.checkpoint, plan.table, len(ids), ids.shape[1], len(todo))
+    spent = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    notify(f"measuring {len(todo)} branches on {ids.size} tokens of {task.title}, in about {spent}")
+    model = StreamedModel(plan.source, plan.table.prefix, task.dtype, task.device, trust, head=True)
+    artefacts = {item.label: plan.finished(item).get("files") for item in todo}
+    source_key = key_of({"source": task.key, "tokens": hashlib.sha256(ids.tobytes()).hexdigest()})
+    store = Store(source_key, key_of({"source": source_key, "artefacts": artefacts}))
+    batch = max(1, recipe.calibration.batch_tokens // ids.shape[1])
+    found = measure_quality(model, ids, _readers(plan, todo, model.read), batch, progress, store)
+    rows = {row.branch: _figures(row) for row in found}
+    common = {
+        "key": task.key,
+        "text": task.title,
+        "tokens": task.tokens,
+        "sequence_length": task.text.sequence_length,
+        "on_calibration_text": task.on_calibration_text,
+        "source": {name: rows[SOURCE][name] for name in ("perplexity", "perplexity_error")},
+        "noise_floor": rows[AGAIN]["kl_divergence"] if AGAIN in rows else None,
+    }
+    return [{**common, **rows[item.label]} for item in todo]
+
+
+def _readers(plan: Plan, todo: Sequence[Item], read: Any) -> dict[str, Weights]:
+    from quantize.formats.reader import BranchReader
+    from quantize.measuring.gguf import open_levels
+
+    readers: dict[str, Weights] = {
+        item.label: BranchReader(item.folder) for item in todo if isinstance(item, PlannedVariant)
+    }
+    levels = [item for item in todo if isinstance(item, PlannedLevel)]
+    if levels and plan.gguf:
+        conversion = plan.gguf.conversion
+        path, header = conversion.make(), conversion.header()
+        files = {item.label: [item.folder / name for name in sorted(plan.finished(item)["files"])] for item in levels}
+        readers |= open_levels(files, path, header.became, read)
+    return readers
+
+
+def _figures(row: Quality) -> dict[str, Any]:
+    """Five digits are more than the figures are worth."""
+    return {name: float(f"{value:.5g}") for name, value in row.as_data().items() if name != "branch"}
+
+
+def _note(item: Item, quality: Mapping[str, Any]) -> None:
+    data = read_manifest(item.folder)
+    if data is None:
+        raise SourceError(f"{item.folder / MANIFEST_NAME}: cannot be read any more")
+    holder = data["levels"][item.level] if isinstance(item, PlannedLevel) else data
+    holder["quality"] = dict(quality)
+    write_atomically(item.folder / MANIFEST_NAME, as_json(data))

@@ -1,0 +1,34 @@
+"""The text that branches are measured on: held out from calibration, unless the user insists. Imports no torch."""
+
+from __future__ import annotations
+
+from quantize.calibration.corpus import identity, title
+from quantize.errors import CalibrationError
+from quantize.planning.plan import Plan
+from quantize.recipe.schema import Calibration
+
+
+def held_out(plan: Plan) -> tuple[Calibration, bool]:
+    """The text and its windows, and whether it is the calibration text after all.
+
+    Raises:
+        CalibrationError: it is the calibration text, and the recipe does not allow that.
+    """
+    wish, calibration = plan.recipe.measure, plan.recipe.calibration
+    corpora = wish.corpora(calibration)
+    calibrated = [identity(corpus) for corpus in calibration.dataset]
+    shared = next((corpus for corpus in corpora if identity(corpus) in calibrated), None)
+    if shared is not None and not wish.allow_calibration_text:
+        raise CalibrationError(
+            f"measure.dataset: {title(shared)} is the calibration text of this recipe, which flatters every branch; "
+            "name another one, or set measure.allow_calibration_text: true (the card then says so)"
+        )
+    length = min(wish.sequence_length, _positions(plan) or wish.sequence_length)
+    text = Calibration(dataset=corpora, samples=wish.samples, sequence_length=length, seed=wish.seed)
+    return text, shared is not None
+
+
+def _positions(plan: Plan) -> int | None:
+    config = plan.source.checkpoint.text_config
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    return limit if isinstance(limit, int) else None

@@ -1,0 +1,232 @@
+"""A plan: what a build of a recipe would do. Plain data; nothing of it reads weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from quantize.calibration.corpus import title
+from quantize.calibration.tokens import calibration_identity
+from quantize.dist.manifest import read_manifest
+from quantize.engines import Engine
+from quantize.planning.engines import engine_of, identity_of, layout_of, obstacles
+from quantize.planning.estimate import Estimate, estimate
+from quantize.planning.keys import key_inputs
+from quantize.planning.levels import LevelPlan, PlannedLevel
+from quantize.planning.memory import Memory, MemoryModel
+from quantize.planning.modules import ModuleTable
+from quantize.planning.sizes import Layout
+from quantize.recipe import LoadedRecipe
+from quantize.recipe.methods import Method, Variant
+from quantize.recipe.schema import Recipe
+from quantize.source.resolved import Source
+
+State = Literal["missing", "stale", "fresh"]
+
+
+@dataclass(frozen=True)
+class PlannedVariant:
+    """One branch to build.
+
+    Attributes:
+        method: the method, whose repo ``repo`` it belongs to.
+        variant: its parameters.
+        layout: its tensors, shard by shard; ``layout.nbytes`` is exact.
+        folder: where it will lie, ``dist/<repo name>/<branch>``.
+        state: ``missing``, ``stale`` or ``fresh``; ``why`` says why in one line.
+    """
+
+    method: Method
+    repo: str
+    variant: Variant
+    layout: Layout
+    folder: Path
+    state: State
+    why: str
+
+    @property
+    def branch(self) -> str:
+        assert self.variant.branch
+        return self.variant.branch
+
+    @property
+    def label(self) -> str:
+        """What commands and reports call it: ``gptq/main``. Every method's repo has a ``main``."""
+        return f"{self.method}/{self.branch}"
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+    @property
+    def format(self) -> str:
+        """The checkpoint format that it is published in: ``gptq``, ``awq`` or ``compressed-tensors``."""
+        return layout_of(self.variant)
+
+    @property
+    def engine(self) -> Engine | None:
+        """What makes it; None for our own solvers."""
+        return engine_of(self.variant)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build of this recipe would do."""
+
+    loaded: LoadedRecipe
+    source: Source
+    table: ModuleTable
+    repos: Mapping[str, str]
+    dist: Path
+    variants: tuple[PlannedVariant, ...]
+    gguf: LevelPlan | None
+    selected: frozenset[str]
+    budget: int | None = None
+    """Bytes of memory that a build of it has to keep to."""
+    shards: int = 1
+    """Parts that the calibration windows are run in; sums over them depend on it in their last bits."""
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    @property
+    def work(self) -> list[PlannedVariant]:
+        """The selected branches that are not fresh."""
+        return [item for item in self.variants if item.state != "fresh" and item.label in self.selected]
+
+    @property
+    def native_work(self) -> list[PlannedVariant]:
+        """Of the work, what our own solvers make, all from one pass."""
+        return [item for item in self.work if not item.engine]
+
+    @property
+    def foreign_work(self) -> list[PlannedVariant]:
+        """Of the work, what other engines make, each by itself."""
+        return [item for item in self.work if item.engine]
+
+    @cached_property
+    def obstacles(self) -> dict[str, str]:
+        """Branches of the work that their engine cannot make here as things are, by label, and why."""
+        return obstacles(self.foreign_work)
+
+    @property
+    def everything(self) -> list[PlannedVariant | PlannedLevel]:
+        """Branches, then GGUF levels."""
+        return [*self.variants, *(self.gguf.levels if self.gguf else ())]
+
+    @property
+    def level_work(self) -> list[PlannedLevel]:
+        """The selected GGUF levels that are not fresh."""
+        levels = self.gguf.levels if self.gguf else ()
+        return [item for item in levels if item.state != "fresh" and item.label in self.selected]
+
+    @property
+    def gathers_imatrix(self) -> bool:
+        """Whether the pass has to gather an importance matrix for the levels that are left."""
+        wanting = any(item.wants_imatrix for item in self.level_work)
+        return self.gguf is not None and wanting and self.gguf.needs_pass
+
+    def of(self, method: Method) -> list[PlannedVariant]:
+        """The branches of one method's repo."""
+        return [item for item in self.variants if item.method == method]
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        return estimate(
+            self.source.checkpoint,
+            self.table,
+            self.recipe.calibration,
+            [item.variant for item in self.native_work],
+            [(item.level, self.source.checkpoint.nbytes) for item in self.level_work],
+            self.gathers_imatrix,
+            self.budget,
+            self.shards,
+        )
+
+    @cached_property
+    def memory(self) -> Memory:
+        """How a build keeps to the budget.
+
+        Raises:
+            PlanError: it cannot.
+        """
+        variants = [item.variant for item in self.native_work]
+        calibration, imatrix = self.recipe.calibration, self.gathers_imatrix
+        model = MemoryModel(self.source.checkpoint, self.table, calibration, variants, imatrix, self.shards)
+        return model.within(self.budget)
+
+    @cached_property
+    def calibration(self) -> dict[str, Any]:
+        return calibration_identity(self.recipe.calibration)
+
+    def finished(self, item: PlannedVariant | PlannedLevel) -> dict[str, Any]:
+        """What the manifest on disk says of an item; empty where there is none."""
+        data = read_manifest(item.folder) or {}
+        if isinstance(item, PlannedVariant):
+            return data
+        entry: dict[str, Any] = (data.get("levels") or {}).get(item.level) or {}
+        return entry
+
+    def key_inputs(self, item: PlannedVariant | PlannedLevel) -> dict[str, Any]:
+        """What the item's bytes depend on."""
+        if isinstance(item, PlannedLevel):
+            return dict(item.key_inputs)
+        return variant_key_inputs(self.recipe, self.source, self.calibration, item.method, item.variant)
+
+    def as_data(self) -> dict[str, Any]:
+        """The plan for machines."""
+        return {
+            "repos": dict(self.repos),
+            "source": {"named": self.source.named, "commit": self.source.commit},
+            "calibration": {
+                "dataset": [title(corpus) for corpus in self.recipe.calibration.dataset],
+                "samples": self.recipe.calibration.samples,
+                "sequence_length": self.recipe.calibration.sequence_length,
+            },
+            "linears": len(self.table.linears),
+            "blocks": self.table.blocks,
+            "seconds": round(self.estimate.seconds, 1),
+            "peak_bytes": self.estimate.peak_bytes,
+            "gpu_bytes": self.estimate.gpu_bytes,
+            "memory": dict(self.memory.parts) if self.native_work or self.gathers_imatrix else {},
+            "variants": [
+                {
+                    "method": item.method,
+                    "repo": item.repo,
+                    "branch": item.branch,
+                    **item.variant.model_dump(exclude={"branch"}),
+                    "tensor_bytes": item.nbytes,
+                    "shards": len(item.layout.shards),
+                    "state": item.state,
+                    "why": item.why,
+                    "selected": item.label in self.selected,
+                    **({"obstacle": self.obstacles[item.label]} if item.label in self.obstacles else {}),
+                }
+                for item in self.variants
+            ],
+            "levels": [
+                {
+                    "repo": item.repo,
+                    "level": item.level,
+                    "file": item.file,
+                    "bytes": item.outcome.nbytes if item.outcome else None,
+                    "fallbacks": list(item.outcome.fallbacks) if item.outcome else None,
+                    "state": item.state,
+                    "why": item.why,
+                    "selected": item.label in self.selected,
+                }
+                for item in (self.gguf.levels if self.gguf else ())
+            ],
+        }
+
+
+def variant_key_inputs(
+    recipe: Recipe, source: Source, calibration: dict[str, Any], method: Method, variant: Variant
+) -> dict[str, Any]:
+    settings = {**calibration, "compute_dtype": recipe.calibration.compute_dtype}
+    section, engine = recipe.section(method), identity_of(variant)
+    return key_inputs(source.hashes, settings, method, section, variant, recipe.release, engine)

@@ -1,0 +1,134 @@
+"""Planning: a recipe held against a model's headers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from quantize.calibration.tokens import calibration_identity
+from quantize.dist.manifest import is_complete, read_manifest
+from quantize.errors import PlanError
+from quantize.files.digest import key_of
+from quantize.files.notify import Notify
+from quantize.planning.keys import differences
+from quantize.planning.levels import PlannedLevel, plan_levels
+from quantize.planning.modules import find_linears
+from quantize.planning.plan import Plan, PlannedVariant, State, variant_key_inputs
+from quantize.planning.propagation import with_propagation
+from quantize.planning.sizes import check_variant, variant_layout
+from quantize.recipe import LoadedRecipe
+from quantize.recipe.methods import Gptq
+from quantize.recipe.schema import RepoNameError, repo_id
+from quantize.source.resolve import resolve
+from quantize.source.resolved import Source
+
+
+def plan_recipe(
+    loaded: LoadedRecipe,
+    dist: Path | str = "dist",
+    only: Sequence[str] = (),
+    *,
+    weights: bool = False,
+    budget: int | None = None,
+    shards: int = 1,
+    notify: Notify = lambda line: None,
+) -> Plan:
+    """Plan a build.
+
+    Args:
+        loaded: a recipe from :func:`quantize.load_recipe`.
+        dist: where finished branches lie.
+        only: patterns of branches, such as ``gptq-4bit*`` or ``awq/*``; none selects all.
+        budget: bytes of memory that a build has to keep to; None sets no limit.
+        shards: parts that the calibration windows are run in.
+        weights: fetch a hub model's weights too (a build), not only its headers (a plan).
+        notify: told in one line before anything slow begins.
+
+    Raises:
+        SourceError: the model. PlanError: recipe and model do not fit. CalibrationError: no such text.
+    """
+    recipe = loaded.recipe
+    source = resolve(recipe.model, weights=weights, small_files=recipe.gguf is not None, notify=notify)
+    table = find_linears(source.checkpoint)
+    _check_length(loaded, source)
+    if shards > recipe.calibration.samples:
+        raise PlanError(
+            f"--shards {shards}: there are {recipe.calibration.samples} windows to share out (calibration.samples); "
+            f"use at most {recipe.calibration.samples}"
+        )
+    repos = _repos(loaded, source)
+    identity = calibration_identity(recipe.calibration)
+    planned = []
+    for method in recipe.methods:
+        repo, section = repos[method], recipe.section(method)
+        for asked, place in zip(recipe.variants(method), loaded.variant_places[method], strict=True):
+            variant = with_propagation(asked)
+            try:
+                check_variant(table, variant)
+            except PlanError as error:
+                raise loaded.error(place, f"branch {variant.branch}: {error}") from None
+            zero_bias = isinstance(section, Gptq) and section.zero_bias
+            layout = variant_layout(source.checkpoint, table, variant, recipe.release.max_shard_size, zero_bias)
+            folder = Path(dist) / repo.rsplit("/", 1)[-1] / str(variant.branch)
+            state, why = _state(folder, lambda m=method, v=variant: variant_key_inputs(recipe, source, identity, m, v))
+            planned.append(PlannedVariant(method, repo, variant, layout, folder, state, why))
+    gguf = plan_levels(recipe, source, identity, repos["gguf"], Path(dist), notify) if recipe.gguf else None
+    everything: list[PlannedVariant | PlannedLevel] = [*planned, *(gguf.levels if gguf else ())]
+    for folder in {item.folder for item in everything}:
+        if not folder.resolve().is_relative_to(Path(dist).resolve()):
+            raise PlanError(f"{folder}: is a link that leads out of {dist}; put the folder itself there, or remove it")
+    selected = _select(everything, only)
+    return Plan(loaded, source, table, repos, Path(dist), tuple(planned), gguf, selected, budget, shards)
+
+
+def _state(folder: Path, inputs: Any) -> tuple[State, str]:
+    if not folder.exists():
+        return "missing", "not built yet"
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return "stale", "has no manifest that can be read"
+    if not is_complete(folder, manifest):
+        return "stale", "files of it are missing or cut short"
+    now = inputs()
+    if manifest.get("key") == key_of(now):
+        return "fresh", "up to date"
+    changed = differences(manifest.get("key_inputs") or {}, now)
+    return "stale", "changed: " + (changed[0] if changed else "its key") + (
+        f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+    )
+
+
+def _check_length(loaded: LoadedRecipe, source: Source) -> None:
+    length = loaded.recipe.calibration.sequence_length
+    config = source.checkpoint.text_config
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(limit, int) and length > limit:
+        raise loaded.error(
+            ("calibration", "sequence_length"),
+            f"{length} is more than the {limit} positions of this model; use at most {limit}",
+        )
+
+
+def _repos(loaded: LoadedRecipe, source: Source) -> dict[str, str]:
+    release = loaded.recipe.release
+    methods = [*loaded.recipe.methods, *(["gguf"] if loaded.recipe.gguf else [])]
+    try:
+        return {method: repo_id(release.repo, release.owner, source.short_name, method) for method in methods}
+    except RepoNameError as error:
+        raise loaded.error(("release", "repo"), str(error)) from None
+
+
+def _select(items: Sequence[PlannedVariant | PlannedLevel], only: Sequence[str]) -> frozenset[str]:
+    """Labels that match a pattern: one with a slash is of method and branch, others are of the branch alone."""
+
+    def matches(item: PlannedVariant | PlannedLevel, pattern: str) -> bool:
+        return fnmatchcase(item.label if "/" in pattern else item.branch, pattern)
+
+    for pattern in only:
+        if not any(matches(item, pattern) for item in items):
+            raise PlanError(
+                f"--only '{pattern}' matches no branch; the branches are {', '.join(item.label for item in items)}"
+            )
+    return frozenset(item.label for item in items if not only or any(matches(item, pattern) for pattern in only))

@@ -1,0 +1,225 @@
+"""Finished branches as git repos on this machine: one bare repo a format, a branch of its own history a variant.
+
+Weights are LFS pointers whose objects are hard links to dist, so a whole release takes no more room. Written by git's
+plumbing; git-lfs is needed by who clones or pushes, not here.
+Format: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantize.errors import ReleaseError
+from quantize.files.notify import Notify
+from quantize.planning.plan import Plan
+from quantize.publishing.finished import LocalFile, commit_message, files_of, finished_folders
+
+LFS_SUFFIXES = (".safetensors", ".gguf")
+LFS_BYTES = 10_000_000
+"""The hub takes no larger file, and no binary one, outside LFS."""
+WHO = {"NAME": "quantize", "EMAIL": "quantize@localhost", "DATE": "1970-01-01T00:00:00Z"}
+"""Author and committer where git's own variables name no other: the same files make the same commit."""
+HOOK = """\
+#!/bin/sh
+# sends the LFS objects before the branches, as `git lfs install` would set it up
+command -v git-lfs >/dev/null 2>&1 || { echo >&2 "git-lfs is missing; install it to push this repo"; exit 2; }
+git lfs pre-push "$@"
+"""
+
+
+@dataclass(frozen=True)
+class WrittenBranch:
+    """A branch in a git repo on this machine.
+
+    Attributes:
+        folder: the bare repo. commit: the branch's head.
+        state: ``new``, ``updated`` or ``unchanged``.
+        lfs_files, lfs_bytes: what it holds in LFS. copied: LFS files that could not be hard-linked.
+    """
+
+    repo: str
+    branch: str
+    folder: Path
+    commit: str
+    state: str
+    lfs_files: int
+    lfs_bytes: int
+    copied: int
+
+
+def write_repos(plan: Plan, out: Path, notify: Notify = lambda line: None) -> list[WrittenBranch]:
+    """Bring the git repos below ``out`` to what lies finished in dist.
+
+    A branch that is new starts without a parent; one that differs gets one commit more; one that is the same stays.
+
+    Args:
+        out: holds ``<repo name>.git``, one bare repo for each of the plan's repos.
+
+    Raises:
+        ReleaseError: a branch is not built or stale, git is missing or refuses, or the disk does.
+    """
+    folders = finished_folders(plan)
+    if shutil.which("git") is None:
+        raise ReleaseError("git is not installed, and `quantize git` writes through it; install it (Debian: git)")
+    written = []
+    for repo in dict.fromkeys(repo for repo, _ in folders.values()):
+        bare = _Bare.open(out / f"{repo.rsplit('/', 1)[-1]}.git")
+        for folder, (owner, branch) in folders.items():
+            if owner == repo:
+                written.append(_write_branch(bare, repo, branch, folder, commit_message(plan, branch), notify))
+        known = {item.folder.name for item in plan.everything if item.repo == repo}
+        for other in sorted(bare.branches() - known):
+            notify(f"{bare.folder}: its branch {other} is not in this recipe")
+    return written
+
+
+def _write_branch(
+    bare: _Bare, repo: str, branch: str, folder: Path, message: str, notify: Notify
+) -> WrittenBranch:  # fmt: skip
+    notify(f"writing {repo} {branch}")
+    files = files_of(folder)
+    large = {name: file for name, file in files.items() if _wants_lfs(name, file)}
+    copied = sum(not bare.link(file) for file in large.values())
+    blobs = bare.store({name: file.path for name, file in files.items() if name not in large})
+    blobs |= {name: bare.store_text(_pointer(file)) for name, file in large.items()}
+    blobs[".gitattributes"] = bare.store_text(_attributes(large))
+    tree, head = bare.tree(blobs), bare.head(branch)
+    state = "new" if head is None else "updated"
+    if head is not None and bare.tree_of(head) == tree:
+        state, commit = "unchanged", head
+    else:
+        commit = bare.commit(tree, head, branch, message)
+    nbytes = sum(file.nbytes for file in large.values())
+    return WrittenBranch(repo, branch, bare.folder, commit, state, len(large), nbytes, copied)
+
+
+class _Bare:
+    """A bare git repo, through git's plumbing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # set by git for its hooks; they would point the commands here at another repo
+        inherited = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR"}
+        self.environment = {key: value for key, value in os.environ.items() if key not in inherited}
+        for role in ("AUTHOR", "COMMITTER"):
+            for part, value in WHO.items():
+                self.environment.setdefault(f"GIT_{role}_{part}", value)
+
+    @classmethod
+    def open(cls, folder: Path) -> _Bare:
+        if folder.exists() and not (folder / "objects").is_dir():
+            raise ReleaseError(f"{folder}: exists and is no bare git repo; choose another --out")
+        bare = cls(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "HEAD").is_file():
+                bare.run("init", "--quiet", "--bare", "--initial-branch=main", str(folder))
+            hook = folder / "hooks" / "pre-push"
+            hook.parent.mkdir(exist_ok=True)
+            hook.write_text(HOOK, encoding="utf-8")
+            hook.chmod(0o755)
+        except OSError as error:
+            raise ReleaseError(f"{folder}: cannot be written: {error.strerror}") from None
+        return bare
+
+    def run(self, *arguments: str, given: bytes = b"", index: str | None = None, tolerate: bool = False) -> str:
+        """Output of a git command; empty where it fails and ``tolerate`` is set."""
+        environment = {**self.environment, **({"GIT_INDEX_FILE": index} if index else {})}
+        command = ["git", "--git-dir", str(self.folder), *arguments]
+        done = subprocess.run(command, input=given, env=environment, capture_output=True)
+        if done.returncode and not tolerate:
+            reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise ReleaseError(f"{self.folder}: git {arguments[0]} failed: {reason}")
+        return "" if done.returncode else done.stdout.decode().strip()
+
+    def store(self, files: Mapping[str, Path]) -> dict[str, str]:
+        """Blob ids of files, which are put into the repo byte for byte."""
+        return {name: self.run("hash-object", "-w", "--no-filters", str(path)) for name, path in files.items()}
+
+    def store_text(self, text: str) -> str:
+        return self.run("hash-object", "-w", "--stdin", given=text.encode())
+
+    def link(self, file: LocalFile) -> bool:
+        """Put a file among the LFS objects. Returns False where it had to be copied, as on another filesystem."""
+        digest = file.sha256
+        place = self.folder / "lfs" / "objects" / digest[:2] / digest[2:4] / digest
+        if place.is_file() and place.stat().st_size == file.nbytes:
+            return True
+        temporary = place.with_name(f".{digest}.tmp")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            linked = _linked(file.path, temporary)
+            if not linked:
+                shutil.copyfile(file.path, temporary)
+                with temporary.open("rb+") as written:
+                    os.fsync(written.fileno())
+            os.replace(temporary, place)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ReleaseError(f"{place.parent}: cannot be written: {error.strerror}") from None
+        return linked
+
+    def tree(self, blobs: Mapping[str, str]) -> str:
+        """Id of a tree with these files."""
+        entries = "".join(f"100644 blob {blob}\t{name}\0" for name, blob in sorted(blobs.items()))
+        with tempfile.TemporaryDirectory() as scratch:
+            index = str(Path(scratch) / "index")
+            self.run("update-index", "-z", "--index-info", given=entries.encode(), index=index)
+            return self.run("write-tree", index=index)
+
+    def head(self, branch: str) -> str | None:
+        return self.run("rev-parse", "--verify", "--quiet", f"refs/heads/{branch}", tolerate=True) or None
+
+    def tree_of(self, commit: str) -> str:
+        return self.run("rev-parse", f"{commit}^{{tree}}")
+
+    def branches(self) -> set[str]:
+        return set(self.run("for-each-ref", "--format=%(refname:lstrip=2)", "refs/heads").split())
+
+    def commit(self, tree: str, parent: str | None, branch: str, message: str) -> str:
+        """A commit of a tree; the branch moves to it only if it still is where it was read."""
+        parents = ["-p", parent] if parent else []
+        commit = self.run("commit-tree", tree, *parents, "-m", message)
+        self.run("update-ref", f"refs/heads/{branch}", commit, parent or "0" * 40)
+        return commit
+
+
+def _linked(source: Path, target: Path) -> bool:
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        if error.errno in {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP}:
+            return False
+        raise
+    return True
+
+
+def _wants_lfs(name: str, file: LocalFile) -> bool:
+    if name.endswith(LFS_SUFFIXES) or file.nbytes >= LFS_BYTES:
+        return True
+    with file.path.open("rb") as opened:
+        return b"\0" in opened.read(8000)  # what git itself calls binary
+
+
+def _pointer(file: LocalFile) -> str:
+    return f"version https://git-lfs.github.com/spec/v1\noid sha256:{file.sha256}\nsize {file.nbytes}\n"
+
+
+def _attributes(large: Mapping[str, LocalFile]) -> str:
+    others = [name for name in large if not name.endswith(LFS_SUFFIXES)]
+    patterns = [*(f"*{suffix}" for suffix in LFS_SUFFIXES), *(f"/{_literally(name)}" for name in others)]
+    return "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in patterns)
+
+
+def _literally(name: str) -> str:
+    """A file's name as a pattern that matches it alone."""
+    return re.sub(r"\s", "[[:space:]]", re.sub(r"([\\*?\[\]\"])", r"\\\1", name))

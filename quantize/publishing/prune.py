@@ -1,0 +1,137 @@
+"""What earlier builds and pushes left behind: branches and levels that the recipe names no more.
+
+Only what carries our manifest is ever offered for removal; other people's branches are not ours to judge.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from quantize.dist.layout import locked
+from quantize.dist.manifest import MANIFEST_NAME, described_files, read_manifest
+from quantize.errors import PushError
+from quantize.files.atomic import write_atomically
+from quantize.hub.client import Hub
+from quantize.planning.plan import Plan
+from quantize.publishing.config import as_json
+
+Where = Literal["dist", "hub"]
+
+
+@dataclass(frozen=True)
+class Orphan:
+    """A branch, or a level of GGUF, that the recipe names no more.
+
+    Attributes:
+        where: ``dist`` or ``hub``. repo: its folder's name in dist, its id on the hub.
+        branch: the branch. level: the level of a GGUF repo, else None.
+        nbytes: what it takes. head: the hub's commit that was read.
+    """
+
+    where: Where
+    repo: str
+    branch: str
+    nbytes: int
+    level: str | None = None
+    head: str | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.repo} {self.branch}" + (f" {self.level}" if self.level else "")
+
+    def as_data(self) -> dict[str, Any]:
+        """The orphan for machines."""
+        return asdict(self)
+
+
+def orphans_in_dist(plan: Plan) -> list[Orphan]:
+    """Built branches and levels in the repos' folders that are not in the plan."""
+    known = {item.folder for item in plan.everything}
+    found = []
+    for parent in sorted({folder.parent for folder in known}):
+        for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
+            # a link is not ours to follow
+            if (
+                folder not in known
+                and folder.is_dir()
+                and not folder.is_symlink()
+                and read_manifest(folder) is not None
+            ):
+                nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                found.append(Orphan("dist", parent.name, folder.name, nbytes))
+    if plan.gguf:
+        folder, wanted = plan.gguf.folder, {item.level for item in plan.gguf.levels}
+        for level, entry in ((read_manifest(folder) or {}).get("levels") or {}).items():
+            if level not in wanted:
+                paths = [folder / name for name in _names(entry)]
+                nbytes = sum(path.stat().st_size for path in paths if path.is_file())
+                found.append(Orphan("dist", folder.parent.name, folder.name, nbytes, level))
+    return found
+
+
+def orphans_on_hub(plan: Plan, hub: Hub) -> list[Orphan]:
+    """Branches of the plan's repos that were built by quantize and are not in the plan; never ``main``.
+
+    Levels of GGUF are files of ``main``: a push takes away those that dist has no more.
+
+    Raises:
+        PushError: the hub refuses, or cannot be reached.
+    """
+    found = []
+    for repo in sorted(set(plan.repos.values())):
+        known = {item.folder.name for item in plan.everything if item.repo == repo} | {"main"}
+        for branch, head in sorted(hub.heads(repo).items()):
+            if branch not in known:
+                files = hub.files(repo, head)
+                if MANIFEST_NAME in files:
+                    nbytes = sum(file.size for file in files.values())
+                    found.append(Orphan("hub", repo, branch, nbytes, head=head))
+    return found
+
+
+def remove(plan: Plan, orphans: Sequence[Orphan], hub: Hub | None) -> None:
+    """Remove orphans. A branch of the hub goes only while its head is the one that was read.
+
+    Raises:
+        BuildError: a build is running in dist. PushError: the hub refuses, or somebody moved a branch meanwhile.
+    """
+    local = [orphan for orphan in orphans if orphan.where == "dist"]
+    if local:
+        with locked(plan.dist) as work:
+            for orphan in local:
+                _remove_level(plan, orphan) if orphan.level else _remove_folder(plan, orphan, work)
+    for orphan in orphans:
+        if orphan.where == "hub" and hub is not None:
+            with hub.explained(orphan.repo):
+                if hub.heads(orphan.repo).get(orphan.branch) != orphan.head:
+                    raise PushError(
+                        f"{orphan.label}: somebody moved the branch meanwhile; look at it, then prune again"
+                    )
+                hub.api.delete_branch(orphan.repo, branch=orphan.branch)
+
+
+def _remove_folder(plan: Plan, orphan: Orphan, work: Path) -> None:
+    # first out of sight in one step: a killed prune leaves no half branch under a real name
+    gone = work / "pruned" / orphan.repo / orphan.branch
+    gone.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(plan.dist / orphan.repo / orphan.branch, gone)
+    shutil.rmtree(gone)
+
+
+def _remove_level(plan: Plan, orphan: Orphan) -> None:
+    folder = plan.dist / orphan.repo / orphan.branch
+    data = read_manifest(folder) or {}
+    entry = data["levels"].pop(orphan.level)
+    write_atomically(folder / MANIFEST_NAME, as_json(data))
+    for name in sorted({*_names(entry)} - {*described_files(data), MANIFEST_NAME}):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _names(entry: dict[str, Any]) -> list[str]:
+    """A level's files, which lie beside its manifest and are GGUF."""
+    return [name for name in entry.get("files", {}) if Path(name).name == name and name.endswith(".gguf")]

@@ -1,0 +1,145 @@
+"""What the manifests say of a release's measured quality: one point a variant, who is on the front, whom to take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantize.planning.plan import Plan, PlannedVariant
+
+NAMES = {"gptq": "GPTQ", "awq": "AWQ", "gguf": "GGUF"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured variant.
+
+    Attributes:
+        label: ``gptq/main``. method, name: ``gptq`` and ``main``; of a GGUF its level.
+        nbytes: of its weights. quality: its entry in the manifest.
+    """
+
+    label: str
+    method: str
+    name: str
+    nbytes: int
+    quality: Mapping[str, Any]
+
+    @property
+    def kl_divergence(self) -> float:
+        return float(self.quality["kl_divergence"])
+
+    @property
+    def title(self) -> str:
+        """What readers call it."""
+        return f"{NAMES[self.method]} {self.name}"
+
+
+def measured(plan: Plan) -> list[Point]:
+    """The measured variants of a release, those that were measured on the text that most were."""
+    points = []
+    for item in plan.everything:
+        found = plan.finished(item)
+        quality = found.get("quality")
+        if quality and item.nbytes:  # without llama.cpp a level's size is not known
+            name = item.branch if isinstance(item, PlannedVariant) else item.level
+            points.append(Point(item.label, item.method, name, item.nbytes, quality))
+    keys = [point.quality["key"] for point in points]
+    common = max(keys, key=keys.count, default=None)
+    return [point for point in points if point.quality["key"] == common]
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both size and divergence, smallest first."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.nbytes, point.kl_divergence)):
+        if not front or point.kl_divergence < front[-1].kl_divergence:
+            front.append(point)
+    return front
+
+
+def recommended(points: Sequence[Point]) -> Point | None:
+    """The knee of the front: nearest to smallest size and least divergence at once, both on logarithmic scales."""
+    front = pareto_front(points)
+    if not front:
+        return None
+    sizes = [math.log(point.nbytes) for point in front]
+    losses = [math.log(max(point.kl_divergence, 1e-9)) for point in front]
+
+    def distance(index: int) -> float:
+        return math.hypot(_share(sizes, index), _share(losses, index))
+
+    return front[min(range(len(front)), key=distance)]
+
+
+def recommendation(points: Sequence[Point]) -> str | None:
+    """One sentence, from the data alone."""
+    best = recommended(points)
+    if best is None:
+        return None
+    front = pareto_front(points)
+    sentence = (
+        f"**{best.title}** is the best trade of size for quality here: {best.nbytes / 1e9:.2f} GB, "
+        f"{float(best.quality['top1_agreement']):.1%} of its next tokens are the original's"
+    )
+    nearest, smallest = front[-1], front[0]
+    others = []
+    if nearest != best:
+        others.append(f"nearest to the original is {nearest.title} ({nearest.nbytes / 1e9:.2f} GB)")
+    if smallest != best:
+        others.append(f"the smallest is {smallest.title} ({smallest.nbytes / 1e9:.2f} GB)")
+    return sentence + ("; " + ", ".join(others) if others else "") + "."
+
+
+def cells(quality: Mapping[str, Any] | None) -> dict[str, str]:
+    """A card's columns PPL, KLD and Top-1."""
+    if not quality:
+        return {"perplexity": "-", "divergence": "-", "top1": "-"}
+    return {
+        "perplexity": f"{quality['perplexity']:.3f}",
+        "divergence": f"{quality['kl_divergence']:.4f}",
+        "top1": f"{quality['top1_agreement']:.1%}",
+    }
+
+
+def loads_in(manifest: Mapping[str, Any], file: str | None = None) -> str:
+    """A card's column of the consumers that loaded a branch, or one file of it, as ``quantize verify`` noted."""
+    found = []
+    for consumer, outcome in (manifest.get("loads_in") or {}).items():
+        name, _, of_file = consumer.partition(": ")
+        if outcome == "ok" and (of_file or None) == file:
+            found.append(name)
+    return ", ".join(found) or "-"
+
+
+def summary(points: Sequence[Point]) -> dict[str, Any] | None:
+    """What a card says below its table; None where nothing was measured."""
+    if not points:
+        return None
+    first = points[0].quality
+    noise = first.get("noise_floor")
+    return {
+        "text": first["text"],
+        "tokens": f"{first['tokens']:,}",
+        "length": first["sequence_length"],
+        "on_calibration_text": first["on_calibration_text"],
+        "perplexity": f"{first['source']['perplexity']:.3f}",
+        "error": f"{first['source']['perplexity_error']:.3f}",
+        "noise": f"{noise:.1g}" if noise is not None else None,
+        "recommendation": recommendation(points),
+        "alternative": alternative_text(points),
+    }
+
+
+def alternative_text(points: Sequence[Point]) -> str:
+    """The picture in words, for who cannot see it."""
+    front = ", ".join(f"{point.title} ({point.nbytes / 1e9:.2f} GB, {point.kl_divergence:.4f})" for point in
+                      pareto_front(points))  # fmt: skip
+    return f"Size against KL divergence of {len(points)} variants; on the front from small to good: {front}"
+
+
+def _share(values: Sequence[float], index: int) -> float:
+    low, high = min(values), max(values)
+    return (values[index] - low) / (high - low) if high > low else 0.0

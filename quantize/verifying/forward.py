@@ -1,0 +1,79 @@
+"""Finished branches and levels run from their own bytes: tensors dequantized on reading, blocks streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantize.calibration.forward import Activations
+from quantize.formats.reader import PARTS, BranchReader
+from quantize.formats.tensors import TensorSpec
+from quantize.gguf.convert import Conversion, outtype_of
+from quantize.measuring.gguf import open_levels
+from quantize.measuring.quality import branch_logits, divided_activations
+from quantize.planning.modules import find_linears
+from quantize.source.checkpoint import Checkpoint, read_header
+from quantize.source.resolved import Source
+from quantize.source.streamed import StreamedModel
+
+
+class _Dequantized(StreamedModel):
+    """A streamed model whose weights come out of a branch's reader."""
+
+    def __init__(self, source: Source, prefix: str, reader: BranchReader, packed: set[str]) -> None:
+        self._reader, self._packed = reader, packed
+        super().__init__(source, prefix, torch.float32, torch.device("cpu"), head=True)
+
+    def read(self, name: str) -> torch.Tensor:
+        module = name.removesuffix(".weight")
+        return self._reader.weight(module) if module in self._packed else self._reader.tensor(name)
+
+
+def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
+    """Logits [length, vocabulary] of a branch for token ids; memory is one block at a time.
+
+    Raises:
+        SourceError, OSError, KeyError, ValueError: it cannot be read, or its architecture not be streamed.
+    """
+    reader = BranchReader(folder)
+    stored: dict[str, TensorSpec] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        stored |= read_header(file)
+    packed = reader.packed
+    tensors = {name: spec for name, spec in stored.items() if name.rpartition(".")[0] not in packed}
+    tensors |= {f"{name}.bias": stored[f"{name}.bias"] for name in packed if f"{name}.bias" in stored}
+    for module in packed:
+        shape = tuple(reader.weight(module).shape)
+        tensors[f"{module}.weight"] = TensorSpec("F32", shape, stored[f"{module}.{PARTS[reader.method][0]}"].file)
+    checkpoint = Checkpoint(_config(folder), tensors, folder, tuple(sorted({spec.file for spec in stored.values()})))
+    model = _Dequantized(Source(str(folder), folder.name, checkpoint), find_linears(checkpoint).prefix, reader, packed)
+    state = Activations(model, np.array([ids], dtype=np.int64), 1)
+    for index in range(len(model)):
+        with model.block(index) as block, divided_activations(model, index, block, reader.activation_scales):
+            state.advance(index, block)
+    return model.logits(state.ids, state.hidden)[0].float()
+
+
+def level_logits(source: Source, files: Sequence[Path]) -> Callable[[list[int]], torch.Tensor]:
+    """A function from token ids to the logits of a GGUF level, whose tensors are brought in the source's order.
+
+    Raises:
+        GgufError: llama.cpp is missing, or the source cannot be converted for the comparison.
+    """
+    conversion = Conversion(source, outtype_of(source.checkpoint, "auto"), source.short_name, {})
+    prefix = find_linears(source.checkpoint).prefix
+    model = StreamedModel(source, prefix, torch.float32, torch.device("cpu"), head=True)
+    readers = open_levels({"level": files}, conversion.make(), conversion.header().became, model.read)
+    return lambda ids: branch_logits(model, ids, readers["level"])
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    import json
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    return dict(config)

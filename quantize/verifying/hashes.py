@@ -1,0 +1,42 @@
+"""Every file against the manifest: bytes and SHA-256. On the hub by the hashes it lists, without a download."""
+
+from __future__ import annotations
+
+from quantize.dist.manifest import MANIFEST_NAME, described_files
+from quantize.dist.manifest_schema import problem
+from quantize.files.digest import sha256_of_file
+from quantize.linting.files import HubFiles, LocalFiles, RepoFiles
+from quantize.verifying.checks import Check
+
+
+def check_hashes(files: RepoFiles) -> Check:
+    """Files that the manifest names, one by one; others are counted."""
+    if MANIFEST_NAME not in files.sizes:
+        return Check("hashes", "skipped", f"there is no {MANIFEST_NAME}, so nobody knows what the files should be")
+    manifest = files.json(MANIFEST_NAME)
+    if manifest is None or (wrong_at := problem(manifest)) is not None:
+        reason = wrong_at if manifest is not None else "it is no JSON object"
+        return Check("hashes", "failed", f"{MANIFEST_NAME} cannot be gone by ({reason})")
+    entries = described_files(manifest)
+    wrong, unread = [], 0
+    for name, entry in sorted(entries.items()):
+        if files.sizes.get(name) != entry["bytes"]:
+            wrong.append(f"{name} " + ("is missing" if name not in files.sizes else "has another length"))
+            continue
+        digest = _sha256(files, name)
+        if digest is None:
+            unread += 1
+        elif digest != entry["sha256"]:
+            wrong.append(f"{name} has another SHA-256")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        return Check("hashes", "failed", ", ".join(wrong[:3]) + more)
+    by_length = f" ({unread} small ones by their length)" if unread else ""
+    return Check("hashes", "ok", f"{len(entries)} files are those of the manifest{by_length}")
+
+
+def _sha256(files: RepoFiles, name: str) -> str | None:
+    """None where the hub does not tell it."""
+    if isinstance(files, LocalFiles):
+        return sha256_of_file(files.folder / name)
+    return files.sha256.get(name) if isinstance(files, HubFiles) else None

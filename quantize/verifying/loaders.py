@@ -1,0 +1,153 @@
+"""Real consumers, each in a process of its own: does it load the branch, and does it say what the branch says?
+
+The consumer writes a few tokens greedily. They are then run through the branch's own dequantized weights, once: each
+has to be the most likely one there too, or so near to it that rounding decides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import QuantizeError
+from quantize.formats import compressed
+from quantize.source.checkpoint import read_header
+from quantize.source.resolved import Source
+from quantize.source.routing import expert_of
+from quantize.verifying.checks import Check
+
+PROMPT = "The ship had been at sea for three weeks when the cook"
+TOKENS = 12
+SLACK = 0.5
+"""Nats below the most likely token at which a written one still counts as the same: loaders compute in 16 bits, and
+llama.cpp rounds activations to 8."""
+TIMEOUT = 1800
+
+
+def check_gptq_or_awq(folder: Path) -> list[Check]:
+    """transformers with what the branch's format needs, and vLLM where a GPU is.
+
+    transformers stacks the experts of a mixture before it replaces linears, so that it meets none to replace: such
+    branches are loaded by gptqmodel itself.
+    """
+    from quantize.verifying.forward import logits_of
+
+    checks = []
+    kind, renamed = _experts(folder)
+    kernels: tuple[str, ...] = ("gptqmodel", "optimum")
+    if _quant_method(folder) == compressed.METHOD:
+        kernels = ("compressed_tensors",)
+    for name, packages, worker in (
+        (_named("gptqmodel"), ("gptqmodel",), "worker_gptqmodel.py")
+        if kind
+        else (_named("transformers", kernels[0]), ("transformers", *kernels), "worker_transformers.py"),
+        (_named("vllm"), ("vllm",), "worker_vllm.py"),
+    ):
+        if renamed and worker == "worker_gptqmodel.py":
+            checks.append(Check(name, "skipped", f"it knows the experts of {kind} by other names than their authors'"))
+            continue
+        missing = [package for package in packages if find_spec(package) is None]
+        if missing:
+            checks.append(Check(name, "skipped", f"{', '.join(missing)} is not installed here"))
+            continue
+        if worker == "worker_vllm.py" and not _has_gpu():
+            checks.append(Check(name, "skipped", "it needs a GPU"))
+            continue
+        checks.append(_check(name, worker, folder, lambda ids: logits_of(folder, ids)))
+    return checks
+
+
+def _experts(folder: Path) -> tuple[str, bool]:
+    """The model type of a mixture of experts (else nothing), and whether gptqmodel asks for other tensor names."""
+    names = [name for file in sorted(folder.glob("*.safetensors")) for name in read_header(file)]
+    if not any(expert_of(name) for name in names):
+        return "", False
+    kind = str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
+    return kind, any(".block_sparse_moe.experts." in name for name in names)
+
+
+def _quant_method(folder: Path) -> str:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(config["quantization_config"]["quant_method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def check_gguf(folder: Path, files: Mapping[str, Sequence[str]], source: Source | None) -> list[Check]:
+    """llama.cpp through llama-cpp-python, for each file (the first part of a split one).
+
+    Args:
+        files: all parts by the first. source: what to run the dequantized tensors in; None compares nothing.
+    """
+    from quantize.verifying.forward import level_logits
+
+    name = _named("llama_cpp_python")
+    if find_spec("llama_cpp") is None:
+        return [Check(name, "skipped", "llama-cpp-python is not installed here (`make setup`)")]
+    checks = []
+    for first, parts in files.items():
+        logits = level_logits(source, [folder / part for part in parts]) if source else None
+        checks.append(_check(f"{name}: {first}", "worker_llama.py", folder / first, logits))
+    return checks
+
+
+def _check(name: str, worker: str, target: Path, logits: Any) -> Check:
+    command = [sys.executable, str(Path(__file__).with_name(worker)), str(target), PROMPT, str(TOKENS)]
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return Check(name, "failed", f"gave no answer in {TIMEOUT // 60} minutes")
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
+        return Check(name, "failed", f"cannot load it: {lines[-1][:200]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    ids, start, text = answer["ids"], answer["prompt"], " ".join(answer["text"].split())
+    if logits is None:
+        return Check(name, "ok", f"loads, and writes '{text}'")
+    try:
+        expected = logits(ids)
+    except (QuantizeError, OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
+        return Check(name, "failed", f"loads, but its own tensors cannot be run: {error}")
+    return _compared(name, expected, ids, start, text)
+
+
+def _compared(name: str, logits: Any, ids: list[int], start: int, text: str) -> Check:
+    written = list(range(start, len(ids)))
+    chances = logits.log_softmax(-1)
+    behind = [float(chances[place - 1].max() - chances[place - 1, ids[place]]) for place in written]
+    same = sum(gap == 0.0 for gap in behind)
+    if max(behind, default=0.0) > SLACK:
+        place = next(number for number, gap in enumerate(behind) if gap > SLACK)
+        return Check(
+            name, "failed",
+            f"loads, but token {place + 1} of what it writes ('{text}') is not what the weights say "
+            f"({behind[place]:.2f} nats behind)",
+        )  # fmt: skip
+    return Check(name, "ok", f"loads, and writes what the weights say: '{text}' ({same} of {len(written)} tokens)")
+
+
+def _named(*packages: str) -> str:
+    parts = []
+    for package in packages:
+        try:
+            parts.append(f"{package.replace('_', '-')} {version(package)}")
+        except PackageNotFoundError:
+            parts.append(package.replace("_", "-"))
+    return " + ".join(parts)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

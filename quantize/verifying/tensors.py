@@ -1,0 +1,113 @@
+"""Every tensor of a GPTQ or AWQ branch against its source: name, shape, finite, how far the values are off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from quantize.dist.manifest import read_manifest
+from quantize.errors import SourceError
+from quantize.formats.reader import BranchReader
+from quantize.source.checkpoint import read_header
+from quantize.source.resolved import Source
+from quantize.source.tensor_file import TensorFile
+from quantize.verifying.checks import Check
+
+MOST_ERROR = {2: 0.9, 3: 0.5, 4: 0.3, 8: 0.05}
+"""||W - Q|| / ||W|| beyond which a linear was not quantized but destroyed; rounding alone gives half of it and less."""
+
+
+def check_tensors(folder: Path, source: Source | None) -> Check:
+    """Tensors of ``folder`` against the source's; skipped without one."""
+    if source is None:
+        return Check("tensors", "skipped", "the source is not at hand; name it with --source")
+    try:
+        reader = BranchReader(folder)
+        stored = {name for file in sorted(folder.glob("*.safetensors")) for name in read_header(file)}
+        packed = reader.packed
+    except (SourceError, OSError, KeyError, ValueError) as error:
+        return Check("tensors", "failed", f"cannot be read: {error}")
+    original, folds = _Original(source), _Folds(folder, reader.method)
+    wrong, quantized, worst, farthest = [], 0, 0.0, ""
+    for name in source.checkpoint.tensors:
+        module = name.removesuffix(".weight")
+        is_packed = name.endswith(".weight") and module in packed
+        if not is_packed and name not in stored:
+            wrong.append(f"{name} is missing")
+            continue
+        try:
+            values = reader.weight(module) if is_packed else reader.tensor(name).float()
+            problem, share = _compare(values, original.tensor(name).float(), name, folds)
+        except (OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
+            wrong.append(f"{name} cannot be read ({error})")
+            continue
+        limit = MOST_ERROR[reader.bits] if is_packed else 0.0
+        if problem or share > limit:
+            wrong.append(f"{name} {problem or f'is off by {share:.3f} of its norm'}")
+        quantized += is_packed
+        if is_packed and share > worst:
+            worst, farthest = share, module
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        return Check("tensors", "failed", ", ".join(wrong[:3]) + more)
+    tail = f", the farthest is {farthest} with a relative error of {worst:.3f}" if farthest else ""
+    return Check("tensors", "ok", f"{quantized} linears are those of the source{tail}; all others are equal")
+
+
+class _Folds:
+    """AWQ: whose inputs were multiplied by scales, and which modules were divided by them, as the ledger says."""
+
+    def __init__(self, folder: Path, method: str) -> None:
+        data = read_manifest(folder) or {}
+        ledger = data.get("ledger", [])
+        # another engine does not tell what it scaled: any column, row and norm may be
+        self.unknown = bool(data.get("engine")) and method == "awq"
+        self.multiplied = {entry["module"] for entry in ledger if entry.get("scale_folded_into")}
+        self.divided = {entry["scale_folded_into"] for entry in ledger if entry.get("scale_folded_into")}
+
+    def undo(self, values: torch.Tensor, wanted: torch.Tensor, name: str) -> torch.Tensor:
+        """``values`` [N, K] with the best scale of each column, or row, taken out; a norm becomes the source's."""
+        module = name.rpartition(".")[0]
+        if (module in self.divided or self.unknown) and values.dim() == 1:
+            return wanted
+        if (module in self.multiplied or self.unknown) and values.dim() == 2:
+            values = values * _fit(values, wanted, 0)
+        if module in self.divided or self.unknown:
+            values = values * _fit(values, wanted, 1)
+        return values
+
+
+def without_scales(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """``values`` [N, K] with the best scale of each column, and then of each row, taken out."""
+    values = values * _fit(values, wanted, 0)
+    return values * _fit(values, wanted, 1)
+
+
+def _fit(values: torch.Tensor, wanted: torch.Tensor, over: int) -> torch.Tensor:
+    product, square = (values * wanted).sum(over, keepdim=True), values.square().sum(over, keepdim=True)
+    return torch.where(square > 0, product / square.clamp(min=1e-30), torch.ones_like(square))
+
+
+class _Original:
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.files: dict[str, TensorFile] = {}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        file = self.source.checkpoint.tensors[name].file
+        if file not in self.files:
+            self.files[file] = TensorFile(self.source.folder / file)
+        return self.files[file].read(name)
+
+
+def _compare(values: torch.Tensor, wanted: torch.Tensor, name: str, folds: _Folds) -> tuple[str, float]:
+    """What is wrong with a tensor, and how far it is off, as a share of the source's norm."""
+    if values.shape != wanted.shape:
+        if values.shape != wanted.t().shape:
+            return f"has shape {list(values.shape)}, the source {list(wanted.shape)}", 0.0
+        wanted = wanted.t()  # a Conv1D stores its transpose
+    if not bool(torch.isfinite(values).all()):
+        return "holds NaN or infinity", 0.0
+    off = folds.undo(values, wanted, name) - wanted
+    return "", float(off.norm() / wanted.norm().clamp(min=1e-12))
