@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import BuildError
+from quantize.files.atomic import sync_folder
 from quantize.files.digest import sha256_of_file
 
 WORK_FOLDER = ".quantize"

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from quantize.dist.ledger import LedgerEntry
 from quantize.dist.manifest_schema import SCHEMA, problem
 
 MANIFEST_NAME = "quantize-manifest.json"
