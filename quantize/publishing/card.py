@@ -16,7 +16,7 @@ from quantize.files.atomic import write_atomically
 from quantize.formats.tensors import DTYPE_BYTES
 from quantize.planning.engines import layout_of
 from quantize.planning.plan import Plan, PlannedVariant
-from quantize.publishing.picture import FILES, draw
+from quantize.publishing.picture import FILE, FORMER_FILES, draw
 from quantize.publishing.prompt import prompt_as_python, prompt_template
 from quantize.publishing.quality import cells, loads_in, measured, summary
 from quantize.publishing.source_card import HUB, absolute_links, source_card, text_of, texts_of
@@ -86,7 +86,8 @@ def refresh_cards(plan: Plan) -> list[Path]:
         The files that changed.
     """
     cards = {method: render(plan, method).encode() for method in plan.repos}
-    pictures = draw(measured(plan))
+    picture = draw(measured(plan))
+    pictures = {FILE: picture} if picture else {}
     changed = []
     for folder, method in {item.folder: item.method for item in plan.everything}.items():
         if not folder.is_dir():
@@ -96,8 +97,8 @@ def refresh_cards(plan: Plan) -> list[Path]:
             if not path.is_file() or path.read_bytes() != data:
                 write_atomically(path, data)
                 changed.append(path)
-        for name in FILES:
-            if not pictures and (folder / name).is_file():  # its figures are no longer this release's
+        for name in [*FORMER_FILES, *([] if picture else [FILE])]:
+            if (folder / name).is_file():  # its figures are no longer this release's
                 (folder / name).unlink()
                 changed.append(folder / name)
     return changed

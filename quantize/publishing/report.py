@@ -24,7 +24,6 @@ def render_report(plan: Plan) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     points = measured(plan)
-    picture = draw(points).get("quality.svg", b"").decode()
     environment = Environment(
         loader=PackageLoader("quantize.publishing"), autoescape=select_autoescape(default=True),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -34,8 +33,7 @@ def render_report(plan: Plan) -> str:
         version=__version__,
         repos=dict(plan.repos),
         rows=_rows(plan, points),
-        # the XML declaration has no place inside HTML
-        picture=picture[picture.find("<svg") :] if picture else "",
+        picture=(draw(points) or b"").decode(),
         quality=summary(points),
         maps=[_heat_map(_map_title(item), plan.finished(item)) for item in plan.variants if plan.finished(item)],
     )
