@@ -6,7 +6,17 @@ import difflib
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from quantize.engines import NATIVE, engine_names
 from quantize.recipe.levels import LEVEL_SETS, LEVELS, TENSOR_TYPES
@@ -20,16 +30,15 @@ Bits = Literal[2, 3, 4, 8]
 
 
 def _size(value: Any) -> Any:
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMGT]?)B?\s*", value, re.IGNORECASE)
-        if not match:
-            raise ValueError("must be a size such as 5GB")
-        return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
-    return value
+    # pydantic would also take a float, and its own message names no example
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(value if isinstance(value, str) else str(value)))
+    except ValidationError:
+        raise ValueError("must be a size such as 5GB, 500MB or 8GiB") from None
 
 
-Size = Annotated[int, BeforeValidator(_size), Field(ge=1_000_000)]
-"""Bytes, also written as 5GB or 500MB."""
+Size = Annotated[int, BeforeValidator(_size), Field(ge=1_000_000, le=10**15)]
+"""Bytes, also written as 5GB (decimal) or 5GiB (binary)."""
 
 
 def _desc_act(value: Any) -> Any:
