@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from outcome import assert_refused, contents
 from tiny import write_recipe
 
-from quantize.calibration.corpus import read_text
+from quantize.calibration.corpus import read_pieces
 from quantize.dist.manifest import MANIFEST_NAME, read_manifest
 from quantize.errors import CalibrationError, GgufError, RecipeError, ReleaseError, SourceError
 from quantize.formats.gguf_reader import open_gguf
@@ -515,4 +515,4 @@ def test_a_hostile_row_of_a_calibration_text_is_named(tmp_path: Path, line: str)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(CalibrationError, match=r"rows\.jsonl:2: "):
-        read_text(Corpus(file=str(path)), 10)
+        list(read_pieces(Corpus(file=str(path))))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from quantize.errors import CalibrationError
 from quantize.files.digest import cached_sha256
@@ -25,7 +28,7 @@ DOCUMENTED = (
     "urllib/request", "uuid", "weakref", "zipfile",
 )  # fmt: skip
 SHORTEST_DOCSTRING = 200  # characters; shorter ones are signatures rather than text
-CHARACTERS_PER_TOKEN = 24  # generous: reading stops once a corpus surely holds enough tokens
+PIECE = 100_000  # characters that are read and tokenized together
 
 
 def title(corpus: Corpus) -> str:
@@ -53,20 +56,42 @@ def identity(corpus: Corpus) -> dict[str, Any]:
             raise CalibrationError(f"{corpus.file}: cannot be read: {error.strerror}") from None
     if corpus.preset in CARRIED:
         return {"preset": corpus.preset, "sha256": hashlib.sha256(CARRIED[corpus.preset]().encode()).hexdigest()}
-    return {"hub": dict(zip(("name", "config", "split", "column", "revision"), _hub_parts(corpus), strict=True))}
+    parts = dict(zip(("name", "config", "split", "column", "revision"), _hub_parts(corpus), strict=True))
+    return {"hub": parts | ({"data_files": list(corpus.data_files)} if corpus.data_files else {})}
 
 
-def read_text(corpus: Corpus, tokens: int) -> str:
-    """The text, as long as ``tokens`` random tokens can be cut from it.
+def read_pieces(corpus: Corpus) -> Iterator[str]:
+    """The text in pieces of about ``PIECE`` characters, read as they are asked for; a piece ends with a line or record
+    where it can.
 
     Raises:
-        CalibrationError: not found, not reachable, empty, or without the column.
+        CalibrationError: not found, not reachable, or without the column.
     """
     if corpus.file is not None:
-        return _read_file(_file(corpus.file), corpus.column)
+        path = _file(corpus.file)
+        return _read_records(path, corpus.column) if path.suffix == ".jsonl" else _read_plain(path)
     if corpus.preset in CARRIED:
-        return CARRIED[corpus.preset]()
-    return _read_hub(corpus, tokens * CHARACTERS_PER_TOKEN)
+        return _cut(io.StringIO(CARRIED[corpus.preset](), newline=""))
+    return _joined(_read_hub(corpus))
+
+
+def _cut(file: IO[str]) -> Iterator[str]:
+    while piece := file.read(PIECE):
+        yield piece + file.readline(PIECE)
+
+
+def _joined(records: Iterable[str]) -> Iterator[str]:
+    """Records put together to pieces, a blank line between them."""
+    waiting: list[str] = []
+    length = 0
+    for record in records:
+        waiting.append(record)
+        length += len(record) + len(SEPARATOR)
+        if length >= PIECE:
+            yield SEPARATOR.join([*waiting, ""])
+            waiting, length = [], 0
+    if waiting:
+        yield SEPARATOR.join(waiting)
 
 
 def _pydoc() -> str:
@@ -106,18 +131,23 @@ def _file(name: str) -> Path:
     return path
 
 
-def _read_file(path: Path, column: str | None) -> str:
+def _read_plain(path: Path) -> Iterator[str]:
+    with _reading(path), path.open(encoding="utf-8", newline="") as file:
+        yield from _cut(file)
+
+
+def _read_records(path: Path, column: str | None) -> Iterator[str]:
+    with _reading(path), path.open(encoding="utf-8", newline="") as file:
+        lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        yield from _joined(_record(line, column or "text", f"{path}:{number}") for number, line in lines)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix != ".jsonl":
-                return file.read()
-            texts = []
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    texts.append(_record(line, column or "text", f"{path}:{number}"))
-            return SEPARATOR.join(texts)
+        yield
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+        raise CalibrationError(f"{path}: is not UTF-8 text (byte {error.start} of a part of it)") from None
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -144,26 +174,25 @@ def _hub_parts(corpus: Corpus) -> tuple[str, str | None, str, str, str | None]:
     return str(corpus.hub), corpus.config, corpus.split or "train", corpus.column or "text", corpus.revision
 
 
-def _read_hub(corpus: Corpus, characters: int) -> str:
+def _read_hub(corpus: Corpus) -> Iterator[str]:
+    """Records of a hub dataset as they stream in: of a large one only what is asked for is downloaded."""
     from datasets import load_dataset
 
     name, config, split, column, revision = _hub_parts(corpus)
+    files = list(corpus.data_files) or None
     try:
-        dataset = load_dataset(name, config, split=split, revision=revision)
+        dataset = load_dataset(name, config, split=split, revision=revision, data_files=files, streaming=True)
+        for number, record in enumerate(dataset):
+            if number == 0 and column not in record:
+                raise CalibrationError(
+                    f"calibration.dataset: {name} has no column '{column}'; it has {', '.join(map(str, record))[:300]}"
+                )
+            yield str(record[column])
+    except (CalibrationError, GeneratorExit):
+        raise
     except Exception as error:  # the library raises whatever its readers raise
         reason = " ".join(str(error).split())[:300]
         raise CalibrationError(
             f"calibration.dataset: {name} could not be loaded ({type(error).__name__}: {reason}); without a hub "
             "use `pydoc` or a text file"
         ) from None
-    if column not in dataset.column_names:
-        raise CalibrationError(
-            f"calibration.dataset: {name} has no column '{column}'; it has {', '.join(dataset.column_names)}"
-        )
-    texts, length = [], 0
-    for record in dataset:
-        texts.append(str(record[column]))
-        length += len(texts[-1]) + len(SEPARATOR)
-        if length > characters:
-            break
-    return SEPARATOR.join(texts)

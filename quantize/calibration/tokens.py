@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from quantize.calibration.corpus import identity, read_text, title
+from quantize.calibration.corpus import identity, read_pieces, title
 from quantize.errors import CalibrationError
 from quantize.recipe.schema import Calibration, Corpus
 from quantize.source.resolved import Source
 
-SAMPLER_VERSION = 1  # raise when the same recipe would give other windows
+SAMPLER_VERSION = 2  # raise when the same recipe would give other windows
+SURPLUS = 4  # how many times the tokens of the windows are read, so that random windows hardly overlap
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,7 @@ def sample_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
 def _windows(
     corpus: Corpus, tokenizer: Any, count: int, length: int, bos: int | None, generator: np.random.Generator
 ) -> np.ndarray:
-    text = read_text(corpus, count * length)
-    ids = np.asarray(encode(tokenizer, text), dtype=np.int64)
+    ids = _ids(corpus, tokenizer, SURPLUS * count * length)
     body = length - (bos is not None)
     if len(ids) < body:
         raise CalibrationError(
@@ -91,6 +91,18 @@ def _windows(
     starts = generator.integers(0, len(ids) - body + 1, size=count)
     windows = ids[starts[:, None] + np.arange(body)]
     return windows if bos is None else np.concatenate([np.full((count, 1), bos), windows], axis=1)
+
+
+def _ids(corpus: Corpus, tokenizer: Any, most: int) -> np.ndarray:
+    """Token ids of a text, int64; no more of it is read than gives ``most``."""
+    found: list[np.ndarray] = []
+    count = 0
+    for piece in read_pieces(corpus):
+        found.append(np.asarray(encode(tokenizer, piece), dtype=np.int64))
+        count += len(found[-1])
+        if count >= most:
+            break
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -68,14 +68,14 @@ def check_text(
     Raises:
         CalibrationError: it cannot be had, or is the calibration text.
     """
-    from quantize.calibration.corpus import read_text
+    from quantize.calibration.corpus import read_pieces
 
     task = _Task(plan_recipe(loaded, dist, only, notify=notify), device)
     if all(item.state == "fresh" for item in task.selected) and not task.unmeasured():
         return
     for corpus in task.text.dataset:
         try:
-            read_text(corpus, 1)
+            next(read_pieces(corpus), None)
         except CalibrationError as error:
             reason = str(error).removeprefix("calibration.dataset: ")
             raise CalibrationError(

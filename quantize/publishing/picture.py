@@ -154,7 +154,7 @@ class _Picture:
                 left = x + 8 if side > 0 else x - 8 - width
                 box = _Box(left, y - lift + 2, left + width, y - lift + 2 + SMALL)
                 inside = (
-                    LEFT <= box.left and box.right <= WIDTH - 4 and TOP <= box.top and box.bottom <= HEIGHT - BOTTOM
+                    box.left >= LEFT and box.right <= WIDTH - 4 and box.top >= TOP and box.bottom <= HEIGHT - BOTTOM
                 )
                 if inside and not any(box.meets(other) for other in taken):
                     taken.append(box)

@@ -109,14 +109,21 @@ class Corpus(Strict):
     split: str | None = None
     column: str | None = None
     revision: str | None = None
+    data_files: tuple[str, ...] = ()
+    """Of a hub dataset: the files to read, such as ``en/c4-train.00000-of-01024.json.gz``."""
+
+    @field_validator("data_files", mode="before")
+    @classmethod
+    def _one_file(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one(self) -> Corpus:
         if sum(value is not None for value in (self.preset, self.hub, self.file)) != 1:
             raise ValueError("name exactly one of preset, hub or file")
-        if self.preset and any((self.config, self.split, self.column, self.revision)):
-            raise ValueError("a preset takes no config, split, column or revision; use hub: instead")
-        if self.file and any((self.config, self.split, self.revision)):
+        if self.preset and any((self.config, self.split, self.column, self.revision, self.data_files)):
+            raise ValueError("a preset takes no config, split, column, revision or data_files; use hub: instead")
+        if self.file and any((self.config, self.split, self.revision, self.data_files)):
             raise ValueError("a file takes only column (of a .jsonl file)")
         return self
 
