@@ -1,4 +1,5 @@
-"""An engine for the tests: rounds to nearest in 8 bits with numpy alone. FAKE_ENGINE names what it does wrong."""
+"""An engine for the tests: rounds to nearest in 8 bits with numpy alone. TORCH_FAKE_ENGINE names what it does wrong; a
+child is passed variables of that prefix."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    wrong = os.environ.get("FAKE_ENGINE", "")
+    wrong = os.environ.get("TORCH_FAKE_ENGINE", "")
     print("the log of the fake engine")
     if wrong == "fails":
         raise RuntimeError("out of\n\x1b[31mluck")

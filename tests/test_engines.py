@@ -28,6 +28,7 @@ from quantize.engines import Engine, known_engines
 from quantize.engines.environment import MARK, Environment
 from quantize.engines.process import WORKER
 from quantize.errors import EngineError
+from quantize.files.child import MAIN
 from quantize.formats import compressed
 from quantize.formats.packing import pack
 from quantize.formats.reader import BranchReader
@@ -102,7 +103,7 @@ def test_every_engine_pins_what_it_asks_for(name: str) -> None:
 
 
 def test_what_runs_in_an_engines_environment_imports_nothing_of_ours() -> None:
-    for path in [WORKER, *WORKER.parent.glob("tools/*.py")]:
+    for path in [MAIN, WORKER, *WORKER.parent.glob("tools/*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         imported += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
@@ -453,7 +454,7 @@ def test_what_goes_wrong_is_one_sentence_and_leaves_nothing(
     theirs: Path, fake: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Command,
     wrong: str, message: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("FAKE_ENGINE", wrong)
+    monkeypatch.setenv("TORCH_FAKE_ENGINE", wrong)
     result = invoke("build", theirs, "--dist", tmp_path)
     assert result.returncode == 2
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -469,7 +470,7 @@ def test_what_goes_wrong_is_one_sentence_and_leaves_nothing(
 def test_what_was_finished_before_a_failure_stays(
     recipe: Path, fake: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Command
 ) -> None:
-    monkeypatch.setenv("FAKE_ENGINE", "fails")
+    monkeypatch.setenv("TORCH_FAKE_ENGINE", "fails")
     assert invoke("build", recipe, "--dist", tmp_path).returncode == 2
     assert [path.name for path in (tmp_path / "tiny-llama-GPTQ").iterdir()] == ["main"]
 

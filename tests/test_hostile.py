@@ -327,6 +327,10 @@ TEMPLATES = {
     "file": "{% include '/etc/passwd' %}{prompt}",
     "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}{prompt}",
     "half a character": "{prompt}\ud800",
+    "an object's address": "{{ cycler('a') }}{{ messages[0].content }}",
+    "a macro's address": "{% macro m() %}{% endmacro %}{{ m }}{{ messages[0].content }}",
+    "a generator's address": "{{ messages | map('upper') }}{{ messages[0].content }}",
+    "an address by a filter": "{{ range | string }}{{ messages.pop | string }}{{ messages[0].content }}",
 }
 
 

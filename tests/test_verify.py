@@ -139,7 +139,7 @@ def test_what_loaded_is_in_the_card(invoke: Command, both: Path, tiny_recipe: Pa
 def test_a_consumer_that_cannot_load_it_is_a_failure(
     invoke: Command, branch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "worker_transformers.py").write_text("raise SystemExit('no kernel for this')")
+    (tmp_path / "worker_load.py").write_text("raise SystemExit('no kernel for this')")
     monkeypatch.setattr("quantize.verifying.loaders.__file__", str(tmp_path / "loaders.py"))
     monkeypatch.setattr("quantize.verifying.loaders.find_spec", lambda name: object() if name != "vllm" else None)
     found = checks(invoke, branch)

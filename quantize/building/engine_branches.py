@@ -77,7 +77,7 @@ def make_branches(
         notify(f"{item.label}: {engine.title} is at work, alone; its log is {log}")
         try:
             with timed(engine.name), log.open("w", encoding="utf-8") as file:
-                answer = run_worker(engine, environment.python, request, place, file)
+                answer = run_worker(engine, environment.python, request, file)
             cost = f"{answer['seconds']:.0f} s and {answer['peak_bytes'] / 1e9:.2f} GB of memory"
             notify(f"{item.label}: {engine.name} took {cost}")
             folder = work / "building" / item.label

@@ -9,7 +9,7 @@ import errno
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from quantize.dist.layout import locked, publish
 from quantize.dist.ledger import oddities
 from quantize.dist.resume import Unfinished, find_unfinished
 from quantize.errors import BuildError, CalibrationError, SourceError
+from quantize.files.child import without_secrets
 from quantize.files.notify import Notify
 from quantize.planning.engines import require_engines
 from quantize.planning.plan import Plan, PlannedVariant
@@ -95,6 +96,8 @@ def build_recipe(
         raise BuildError(f"--ray {ray}: Ray is not installed; install it with: pip install 'quantize[ray]'")
     with locked(Path(dist)) as work:
         plan = plan_recipe(loaded, dist, only, weights=True, budget=budget, shards=shards or 1, notify=notify)
+        # code of the model's repo, where the recipe lets it run, finds no token: everything is fetched by now
+        alone = without_secrets() if loaded.recipe.model.trust_remote_code else nullcontext()
         result = BuildResult(plan)
         result.fresh = [item.label for item in plan.everything if item.state == "fresh" and item.label in plan.selected]
         try:
@@ -102,7 +105,7 @@ def build_recipe(
                 plan.gguf.require()
             require_engines(plan.foreign_work)
             if plan.work or plan.level_work:
-                with _workers(ray, notify) as workers:
+                with alone, _workers(ray, notify) as workers:
                     if shards is None:
                         room = workers.room(device)
                         plan = result.plan = replace(plan, shards=min(room, loaded.recipe.calibration.samples))

@@ -21,6 +21,7 @@ from typing import Any
 from quantize.engines.engine import Engine
 from quantize.engines.process import SHOWN, run_worker
 from quantize.errors import EngineError
+from quantize.files.child import computing_environment
 
 MARK = "environment.json"
 GPU_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
@@ -143,7 +144,7 @@ class Environment:
         """
         python = python or self.python
         with (self.folder / "check.log").open("w", encoding="utf-8") as log:
-            return run_worker(self.engine, python, {"action": "check"}, self.folder, log)
+            return run_worker(self.engine, python, {"action": "check"}, log)
 
     def _pip(self, notify: Callable[[str], None], log: Path) -> None:
         constraints = self.folder / "constraints.txt"
@@ -157,7 +158,11 @@ class Environment:
             named = [word for word in step if "==" in word]
             notify(f"{self.engine.title}: installing {', '.join(named)}")
             with log.open("a", encoding="utf-8") as file:
-                done = subprocess.run([*pip, *step], stdout=file, stderr=subprocess.STDOUT)
+                environment = {
+                    **computing_environment(network=True),
+                    "HOME": str(Path.home()),
+                }  # pip keeps its cache there
+                done = subprocess.run([*pip, *step], stdout=file, stderr=subprocess.STDOUT, env=environment)
             if done.returncode:
                 raise EngineError(f"{self.engine.title}: pip cannot install it: {_pip_reason(log)}; see {log}")
 

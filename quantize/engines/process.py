@@ -2,69 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from quantize.engines.engine import Engine
 from quantize.errors import EngineError
+from quantize.files.child import ChildFailed, Task, run_child
 
 WORKER = Path(__file__).with_name("worker.py")
 SHOWN = 300
 """Characters of a foreign message that go into an error."""
 
 
-def run_worker(engine: Engine, python: Path, request: Mapping[str, Any], folder: Path, log: IO[str]) -> dict[str, Any]:
+def run_worker(engine: Engine, python: Path, request: Mapping[str, Any], log: IO[str]) -> dict[str, Any]:
     """Run one request in an engine's environment.
-
-    Args:
-        folder: its working directory, which engines like to litter.
 
     Raises:
         EngineError: it failed, died or gave no answer; its log says more.
     """
-    threads = _threads()
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "answer.json"
-        whole = {**request, "answer": str(answer), "packages": list(engine.packages), "threads": threads}
-        done = subprocess.run(
-            [str(python), "-I", "-u", str(WORKER), str(engine.file)],
-            input=json.dumps(whole), stdout=log, stderr=subprocess.STDOUT, text=True, cwd=folder,
-            env=_environment(threads),
-        )  # fmt: skip
+    threads = str(_threads())
+    arguments = {**request, "tool": str(engine.file), "packages": list(engine.packages), "threads": int(threads)}
+    task = Task(
+        WORKER, arguments, python, home=Path.home(),  # where engines keep the kernels that they compile
+        variables={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        allow_remote_code=bool(request.get("trust_remote_code")),
+    )  # fmt: skip
+    try:
+        answer: dict[str, Any] = run_child(task, log=log)
+    except ChildFailed as error:
+        did = f"failed: {error.kind}: " if error.kind else ""
+        raise EngineError(f"{engine.title} {did}{error.reason}; its log is {log.name}") from None
+    except OSError as error:
+        raise EngineError(f"{engine.title}: {python} cannot be run: {error.strerror}") from None
+    finally:
         log.flush()
-        if done.returncode < 0:
-            name = signal.Signals(-done.returncode).name
-            hint = ": the machine may have run out of memory" if name == "SIGKILL" else ""
-            raise EngineError(f"{engine.title} was killed by {name}{hint}; its log is {log.name}")
-        try:
-            said: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise EngineError(
-                f"{engine.title} ended without an answer (exit code {done.returncode}); its log is {log.name}"
-            ) from None
-        if "error" in said:
-            raise EngineError(f"{engine.title} failed: {said['error'][:SHOWN]}; its log is {log.name}")
-        return said
+    return answer
 
 
 def _threads() -> int:
     """Of arithmetic: what OMP_NUM_THREADS says, as it does for us, else all cores."""
     said = os.environ.get("OMP_NUM_THREADS", "")
     return int(said) if said.isdigit() and int(said) else os.cpu_count() or 1
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Ours without what would lead it to our packages, and without tokens; no hub, no telemetry."""
-    withheld = ("PYTHON", "VIRTUAL_ENV", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(withheld)}
-    count = str(threads)
-    return {
-        **kept, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip

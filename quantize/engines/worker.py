@@ -1,57 +1,28 @@
-"""Runs inside an engine's own environment: ``ENGINE_FILE``, a request in JSON on stdin. Imports nothing of quantize.
+"""In a child, inside an engine's own environment. Imports nothing of quantize.
 
-Keys of the request: ``answer``, the file to write the result to; ``packages``, whose versions are told; ``action``,
-``check`` or ``run``. For ``run`` the engine's file is executed and its ``run(request)`` called, with ``source`` (a
-checkpoint's folder), ``ids`` (a ``.npy`` of token ids, int64 [samples, length]), ``out`` (an empty folder that takes
-the result), ``method``, ``parameters``, ``device`` and ``threads``. What it prints is its log. What it returns goes
-into the answer as ``said``.
+Keys of the arguments: ``tool``, the engine's file; ``packages``, whose versions are told; ``action``, ``check`` or
+``run``. For ``run`` the engine's file is executed and its ``run(request)`` called, with ``source`` (a checkpoint's
+folder), ``ids`` (a ``.npy`` of token ids, int64 [samples, length]), ``out`` (an empty folder that takes the result),
+``method``, ``parameters``, ``device`` and ``threads``. What it prints is its log. What it returns is told as ``said``.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import random
 import resource
-import sys
-import threading
 import time
 from importlib import metadata, util
 from typing import Any
 
 
-def main() -> None:
-    request = json.load(sys.stdin)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    answer: dict[str, Any] = {"python": platform.python_version()}
-    try:
-        answer.update(_answer(request))
-    except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        answer["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    with open(request["answer"], "w", encoding="utf-8") as file:
-        json.dump(answer, file)
-    sys.stdout.flush()
-    sys.exit(1 if "error" in answer else 0)
-
-
-def _end_with(parent: int) -> None:
-    """An engine works for hours; it must not go on for a build that was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    spec = util.spec_from_file_location("quantize_engine_tool", sys.argv[1])
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    spec = util.spec_from_file_location("quantize_engine_tool", request["tool"])
     assert spec
     assert spec.loader
     tool = util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    answer: dict[str, Any] = {"packages": _versions(request["packages"])}
+    answer: dict[str, Any] = {"python": platform.python_version(), "packages": _versions(request["packages"])}
     if request["action"] == "check":
         answer["said"] = tool.check()
         return answer
@@ -95,7 +66,3 @@ def _versions(packages: list[str]) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
-
-
-if __name__ == "__main__":
-    main()

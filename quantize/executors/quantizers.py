@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from subprocess import Popen
 from typing import Any, Protocol
 
-from quantize.gguf.quantize import start
+from quantize.files.child import Child
+from quantize.gguf.quantize import finish, start
 
 LEVEL_MEMORY = 512 * 2**20  # of one running quantizer
 
@@ -26,7 +26,7 @@ class Quantizers(Protocol):
             wish: from :func:`quantize.gguf.quantize.request`. told: hears every line of llama.cpp's log.
 
         Returns:
-            The exit code, negative where a signal ended it, and the whole log.
+            The exit code, negative where a signal ended it, and the end of the log.
         """
 
     def stop(self) -> None:
@@ -38,7 +38,7 @@ class Children:
 
     def __init__(self, budget: int | None = None) -> None:
         self._budget = budget
-        self._running: set[Popen[str]] = set()
+        self._running: set[Child] = set()
         self._lock = threading.Lock()
 
     def lanes(self, count: int) -> tuple[int, int]:
@@ -49,20 +49,15 @@ class Children:
         return lanes, max(1, cores // lanes)
 
     def run(self, wish: Mapping[str, Any], told: Callable[[str], None]) -> tuple[int, str]:
-        log = []
         with self._lock:
             child = start(wish)
             self._running.add(child)
         try:
             with child:
-                assert child.stderr is not None
-                for line in child.stderr:
-                    log.append(line)
-                    told(line)
+                return finish(child, told)
         finally:
             with self._lock:
                 self._running.discard(child)
-        return child.returncode, "".join(log)
 
     def stop(self) -> None:
         with self._lock:

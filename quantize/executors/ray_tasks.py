@@ -26,7 +26,7 @@ from quantize.executors.local import solve_job
 from quantize.executors.memory import give_back, return_large_buffers
 from quantize.files.cache import cache_folder
 from quantize.files.versions import versions_of
-from quantize.gguf.quantize import start
+from quantize.gguf.quantize import finish, start
 from quantize.methods.gptq import GptqParameters, Solution
 from quantize.source.accelerator import make_repeatable
 from quantize.source.resolved import Source
@@ -235,14 +235,8 @@ def quantize_level(wish: Mapping[str, Any]) -> tuple[int, str]:
     target = Path(wish["target"])
     own = target.with_name(f"{target.name}.{platform.node()}.{os.getpid()}")  # another try may still be writing
     try:
-        with start({**wish, "target": str(own)}) as child:
-            assert child.stderr is not None
-            try:
-                log = child.stderr.read()
-                code = child.wait()
-            except BaseException:  # the task was cancelled
-                child.kill()
-                raise
+        with start({**wish, "target": str(own)}) as child:  # ended where the task is cancelled
+            code, log = finish(child)
         if code == 0:
             with own.open("rb+") as file:
                 os.fsync(file.fileno())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 
 from quantize.errors import GgufError
 from quantize.files.atomic import write_atomically
+from quantize.files.child import ChildFailed, Task, run_child
 from quantize.files.notify import Notify
 from quantize.source.resolved import Source
 
@@ -89,10 +88,12 @@ def _run_llama(source: Source, path: Path, ids: np.ndarray) -> tuple[np.ndarray,
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch) / "ids.npy", Path(scratch) / "logits.npy"
         np.save(asked, ids)
-        worker = Path(__file__).with_name("worker_logits.py")
-        command = [sys.executable, str(worker), str(path), str(asked), str(answered), str(os.cpu_count() or 1), TEXT]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
-            raise GgufError(f"{source.named}: llama.cpp cannot load the converted file: {lines[-1][:300]}")
-        return np.load(answered), json.loads(done.stdout.splitlines()[-1])
+        arguments = {
+            "model": str(path.resolve()), "ids": str(asked), "logits": str(answered), "threads": os.cpu_count() or 1,
+            "text": TEXT,
+        }  # fmt: skip
+        try:
+            tokens = run_child(Task(Path(__file__).with_name("worker_logits.py"), arguments))
+        except ChildFailed as error:
+            raise GgufError(f"{source.named}: llama.cpp cannot load the converted file: {error.reason}") from None
+        return np.load(answered), tokens

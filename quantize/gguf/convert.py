@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,6 +17,7 @@ from typing import Any
 from quantize.errors import GgufError
 from quantize.files.atomic import write_atomically
 from quantize.files.cache import cache_folder
+from quantize.files.child import ChildFailed, Task, run_child
 from quantize.files.notify import Notify
 from quantize.files.space import touch
 from quantize.formats.safetensors_header import write_hollow
@@ -55,12 +54,14 @@ class Conversion:
     Attributes:
         outtype: F16, BF16 or F32. name: ``general.name``.
         authorship: further ``general.`` keys of the file, such as ``general.quantized_by``.
+        trust_remote_code: let the converter run code of the model's repo.
     """
 
     source: Source
     outtype: str
     name: str
     authorship: Mapping[str, Any]
+    trust_remote_code: bool = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -71,6 +72,8 @@ class Conversion:
             "converter": tree_identity(),
             "name": self.name,
             "authorship": dict(self.authorship),
+            # a tokenizer of the repo's own may give another vocabulary than the library's
+            **({"trust_remote_code": True} if self.trust_remote_code else {}),
         }
 
     @property
@@ -123,30 +126,25 @@ class Conversion:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         authorship = path.with_name(f".{path.name}.{os.getpid()}.json")
         authorship.write_text(json.dumps(dict(self.authorship)), encoding="utf-8")
-        worker = Path(__file__).with_name("worker_convert.py")
-        stack = ExitStack()
-        model = stack.enter_context(_outline(self.source)) if mode == "header" else self.source.folder
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(code), str(code / "gguf-py")]),
-            "TRANSFORMERS_VERBOSITY": "error",
-            "HF_HUB_OFFLINE": "1",
-        }
-        command = [sys.executable, str(worker), str(model), str(temporary), self.outtype, mode]
-        try:
-            done = subprocess.run(
-                [*command, self.name, str(authorship)], capture_output=True, text=True, env=environment
-            )
-            if done.returncode:
-                raise GgufError(f"{self.source.named}: llama.cpp cannot convert this model: {_reason(done.stderr)}")
+        with ExitStack() as stack:
+            stack.callback(temporary.unlink, missing_ok=True)
+            stack.callback(authorship.unlink, missing_ok=True)
+            model = stack.enter_context(_outline(self.source)) if mode == "header" else self.source.folder
+            arguments = {
+                "model": str(model.resolve()), "out": str(temporary.resolve()), "outtype": self.outtype, "mode": mode,
+                "name": self.name, "metadata": str(authorship.resolve()),
+            }  # fmt: skip
+            worker = Path(__file__).with_name("worker_convert.py")
+            imports = (code.resolve(), code.resolve() / "gguf-py")
+            try:
+                found: dict[str, Any] = run_child(
+                    Task(worker, arguments, path=imports, allow_remote_code=self.trust_remote_code)
+                )
+            except ChildFailed as error:
+                raise GgufError(f"{self.source.named}: llama.cpp cannot convert this model: {_reason(error)}") from None
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        finally:
-            stack.close()
-            temporary.unlink(missing_ok=True)
-            authorship.unlink(missing_ok=True)
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
 
 
@@ -190,10 +188,14 @@ KNOWN_REASONS = (
 )
 
 
-def _reason(log: str) -> str:
+def _reason(error: ChildFailed) -> str:
     """The converter's own reason, in one sentence."""
+    if error.wants_remote_code:
+        return (
+            "its tokenizer or config is code of the model's own repo, which does not run unless the recipe says "
+            "`model.trust_remote_code: true`; read that code first"
+        )
     for pattern, sentence in KNOWN_REASONS:
-        if match := re.search(pattern, log):
+        if match := re.search(pattern, error.reason) or re.search(pattern, error.log):
             return sentence.format(*match.groups())
-    lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith((" ", "INFO"))]
-    return lines[-1][:300] if lines else "it gave no reason"
+    return f"{error.kind}: {error.reason}" if error.kind not in {"", "RuntimeError"} else error.reason

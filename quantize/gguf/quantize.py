@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantize.errors import GgufError
+from quantize.files.child import Child, ChildFailed, Task
 from quantize.gguf.convert import Header
 from quantize.recipe.levels import LEVELS
 
@@ -78,22 +77,26 @@ def request(
     }
 
 
-def start(wish: Mapping[str, Any]) -> subprocess.Popen[str]:
+def start(wish: Mapping[str, Any]) -> Child:
     """Start the child that fulfils a request."""
     worker = Path(__file__).with_name("worker_quantize.py")
-    child = subprocess.Popen(
-        [sys.executable, str(worker)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env={**os.environ, "OMP_NUM_THREADS": str(wish["threads"])},
-    )
-    assert child.stdin is not None
-    child.stdin.write(json.dumps(wish))
-    child.stdin.close()
-    return child
+    return Child(Task(worker, dict(wish), variables={"OMP_NUM_THREADS": str(wish["threads"])}))
+
+
+def finish(child: Child, told: Callable[[str], None] | None = None) -> tuple[int, str]:
+    """Wait for a quantizer.
+
+    Args:
+        told: hears every line of llama.cpp's log.
+
+    Returns:
+        The exit code, negative where a signal ended it, and the end of the log.
+    """
+    try:
+        child.wait(told)
+    except ChildFailed as error:
+        return error.code or 1, error.log
+    return 0, child.log
 
 
 def failure(level: str, code: int, log: str) -> GgufError:
@@ -113,15 +116,19 @@ def predict(requests: Mapping[str, Mapping[str, Any]], header: Header) -> dict[s
     Raises:
         GgufError: llama.cpp refuses a level.
     """
+
+    def ask(wish: Mapping[str, Any]) -> tuple[int, str]:
+        lines: list[str] = []  # every one: a model of many experts has more tensors than a child's log remembers
+        with start(wish) as child:
+            code, _ = finish(child, lines.append)
+        return code, "".join(lines)
+
     found = {}
-    children = {level: start(wish) for level, wish in requests.items()}
-    for level, child in children.items():
-        with child:
-            assert child.stderr is not None
-            log = child.stderr.read()
-        if child.returncode:
-            raise failure(level, child.returncode, log)
-        found[level] = _outcome(log, header, requests[level]["metadata"])
+    with ThreadPoolExecutor(min(len(requests), os.cpu_count() or 1) or 1) as pool:
+        for level, (code, log) in zip(requests, pool.map(ask, requests.values()), strict=True):
+            if code:
+                raise failure(level, code, log)
+            found[level] = _outcome(log, header, requests[level]["metadata"])
     return found
 
 

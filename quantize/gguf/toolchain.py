@@ -17,6 +17,7 @@ from pathlib import Path
 
 from quantize.errors import GgufError
 from quantize.files.cache import cache_folder
+from quantize.files.child import computing_environment
 from quantize.files.digest import sha256_of_file
 from quantize.files.notify import Notify
 
@@ -115,7 +116,8 @@ def download_sdist(folder: Path) -> Path:
             "--no-binary", "llama-cpp-python", "--require-hashes", "--dest", str(folder),
             "--requirement", str(requirement),
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
+        environment = {**computing_environment(network=True), "HOME": str(Path.home())}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         found = list(folder.glob("llama_cpp_python-*.tar.gz"))
         if not found:
             lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]

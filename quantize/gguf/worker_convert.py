@@ -1,23 +1,20 @@
-"""Child process: llama.cpp's converter on one model; ``MODEL OUT OUTTYPE MODE NAME METADATA.json``.
+"""In a child: llama.cpp's converter on one model. Runs with llama.cpp's own tree first in ``sys.path``.
 
-MODE is ``full`` or ``header``; METADATA holds what the file says of authorship.
-
-Runs with llama.cpp's own tree on PYTHONPATH and imports nothing of ours. ``header`` writes everything but tensor data:
-the file ends where the data would, as one large hole, which is enough to ask llama.cpp for types and sizes. The last
-line of stdout is JSON: which GGUF tensors each tensor of the checkpoint became, the bytes of the header, its keys.
+Keys of the arguments: ``model`` (a folder), ``out`` (a file), ``outtype``, ``name``, ``metadata`` (a JSON file of what
+the file says of authorship), ``mode``, ``full`` or ``header``. ``header`` writes everything but tensor data: the file
+ends where the data would, as one large hole, which is enough to ask llama.cpp for types and sizes. Answers which GGUF
+tensors each tensor of the checkpoint became, and of a header its bytes and keys.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 
-def main() -> None:
-    model, out, outtype, mode, name, metadata = sys.argv[1:]
+def run(arguments: dict[str, str]) -> dict[str, Any]:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     import gguf
     import torch
@@ -29,16 +26,17 @@ def main() -> None:
         "BF16": gguf.LlamaFileType.MOSTLY_BF16,
     }
     with torch.inference_mode():
-        folder = Path(model)
+        folder = Path(arguments["model"])
         hparams = ModelBase.load_hparams(folder, False)
         architecture = get_model_architecture(hparams, ModelType.TEXT)
         try:
             converter_class = get_model_class(architecture, mmproj=False)
         except NotImplementedError:
-            raise SystemExit(f"converter: Model {architecture} is not supported") from None
+            raise RuntimeError(f"Model {architecture} is not supported") from None
         converter = converter_class(
-            folder, kinds[outtype], Path(out), model_name=name, metadata_override=Path(metadata)
-        )
+            folder, kinds[arguments["outtype"]], Path(arguments["out"]),
+            model_name=arguments["name"], metadata_override=Path(arguments["metadata"]),
+        )  # fmt: skip
         became: dict[str, list[str]] = {}
         modify = converter.modify_tensors
 
@@ -49,7 +47,7 @@ def main() -> None:
 
         converter.modify_tensors = noted
         found: dict[str, Any] = {}
-        if mode == "full":
+        if arguments["mode"] == "full":
             converter.write()
         else:
             converter.prepare_tensors()
@@ -64,8 +62,4 @@ def main() -> None:
             data = sum(writer.ggml_pad(info.nbytes, writer.data_alignment) for info in writer.tensors[0].values())
             file.truncate(file.tell() + data)
             writer.close()
-    print(json.dumps({"architecture": architecture, "became": became, **found}))
-
-
-if __name__ == "__main__":
-    main()
+    return {"architecture": architecture, "became": became, **found}

@@ -1,29 +1,24 @@
-"""Child process: logits of a GGUF model on token ids; ``MODEL.gguf IDS.npy LOGITS.npy THREADS TEXT``.
+"""In a child: logits of a GGUF model on token ids, and the ids that llama.cpp makes of a text.
 
-IDS is int64 [length]; LOGITS becomes float32 [length, vocabulary]. Prints, as JSON, the ids that llama.cpp makes
-of TEXT.
+Keys of the arguments: ``model`` (a file), ``ids`` (a ``.npy``, int64 [length]), ``logits`` (the ``.npy`` to write,
+float32 [length, vocabulary]), ``threads``, ``text``.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+from typing import Any
 
 
-def main() -> None:
+def run(arguments: dict[str, Any]) -> list[int]:
     import numpy as np
     from llama_cpp import Llama
 
-    model, ids_file, out, threads, text = sys.argv[1:]
-    ids = np.load(ids_file).tolist()
+    ids = np.load(arguments["ids"]).tolist()
     llama = Llama(
-        model_path=model, n_ctx=len(ids) + 8, n_batch=len(ids) + 8, n_threads=int(threads), n_gpu_layers=0,
-        logits_all=True, verbose=False,
+        model_path=arguments["model"], n_ctx=len(ids) + 8, n_batch=len(ids) + 8, n_threads=arguments["threads"],
+        n_gpu_layers=0, logits_all=True, verbose=False,
     )  # fmt: skip
-    print(json.dumps(llama.tokenize(text.encode(), add_bos=False, special=False)))
+    tokens = llama.tokenize(arguments["text"].encode(), add_bos=False, special=False)
     llama.eval(ids)
-    np.save(out, np.array(llama.scores[: len(ids)], dtype=np.float32))
-
-
-if __name__ == "__main__":
-    main()
+    np.save(arguments["logits"], np.array(llama.scores[: len(ids)], dtype=np.float32))
+    return list(tokens)

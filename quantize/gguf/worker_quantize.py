@@ -1,21 +1,19 @@
-"""Child process: one call of ``llama_model_quantize``, asked for in JSON on stdin.
+"""In a child: one call of ``llama_model_quantize``.
 
-A crash of the library, or its abort, then ends this process and not the build. Keys of the request: ``source``,
+A crash of the library, or its abort, then ends this process and not the build. Keys of the arguments: ``source``,
 ``target``, ``ftype``, ``threads``, ``buffer_bytes``, ``dry_run``, and optionally ``output_type``, ``embedding_type``
 (numbers of ``ggml_type``), ``tensor_types`` (pairs of regex and number), ``imatrix`` (a ``.npz`` of vectors by tensor
-name), ``metadata`` (strings and integers). llama.cpp's log goes to stderr; exit code 1 is its failure.
+name), ``metadata`` (strings and integers). llama.cpp's log goes to stderr.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import sys
 from typing import Any
 
 
-def main() -> None:
-    wish: dict[str, Any] = json.load(sys.stdin)
+def run(wish: dict[str, Any]) -> None:
     import llama_cpp
     import numpy as np
 
@@ -70,8 +68,5 @@ def main() -> None:
         params.kv_overrides = keys
         alive.append(keys)
     failed = llama_cpp.llama_model_quantize(wish["source"].encode(), wish["target"].encode(), ctypes.byref(params))
-    sys.exit(1 if failed else 0)
-
-
-if __name__ == "__main__":
-    main()
+    if failed:
+        raise RuntimeError("llama.cpp failed to quantize")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from quantize.dist.layout import locked
 from quantize.dist.manifest import MANIFEST_NAME, is_complete, read_manifest
 from quantize.errors import BuildError, CalibrationError, SourceError
 from quantize.files.atomic import write_atomically
+from quantize.files.child import without_secrets
 from quantize.files.digest import key_of
 from quantize.files.notify import Notify
 from quantize.measuring.text import held_out
@@ -148,13 +150,16 @@ def measure_recipe(
         if not built:
             raise BuildError(f"{dist}: no branch of this recipe is built yet; run `quantize build` first")
         todo = built if again else task.unmeasured()
+        alone = without_secrets() if loaded.recipe.model.trust_remote_code else nullcontext()
         if todo:
-            for item, row in zip(todo, _measure(task, todo, progress, notify), strict=True):
+            with alone:
+                rows = _measure(task, todo, progress, notify)
+            for item, row in zip(todo, rows, strict=True):
                 _note(item, row)
         refresh_cards(task.plan)
-    rows = {item.label: task.known(item) for item in built}
-    source = next(iter(rows.values()))["source"]
-    return Measured(task.title, task.tokens, task.on_calibration_text, {"source": source, **rows})
+    figures = {item.label: task.known(item) for item in built}
+    source = next(iter(figures.values()))["source"]
+    return Measured(task.title, task.tokens, task.on_calibration_text, {"source": source, **figures})
 
 
 def _measure(task: _Task, todo: Sequence[Item], progress: bool | None, notify: Notify) -> list[dict[str, Any]]:

@@ -144,9 +144,8 @@ def plan_levels(
     assert section is not None
     name = recipe.model.name or source.short_name
     model = safe_name(repo.rsplit("/", 1)[-1].removesuffix("-GGUF"))
-    conversion = Conversion(
-        source, outtype_of(source.checkpoint, section.intermediate), name, _authorship(recipe, source)
-    )
+    outtype, trust = outtype_of(source.checkpoint, section.intermediate), recipe.model.trust_remote_code
+    conversion = Conversion(source, outtype, name, _authorship(recipe, source), trust)
     folder = dist / repo.rsplit("/", 1)[-1] / BRANCH
     file, inputs = _imatrix(recipe, source, calibration, model)
     lacking = missing_library()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from quantize.files.child import ChildFailed, Task, run_child
 from quantize.publishing.source_card import is_text, read_start
 
 PLACE = "{prompt}"
-SECONDS = 30
+SECONDS = 30.0
 """On the clock; the child's own limit is on the processor's time."""
+LIMITS = {"RLIMIT_CPU": 4, "RLIMIT_AS": 2**30, "RLIMIT_FSIZE": 0}
 MOST_TEMPLATE, MOST_SETTINGS = 1_000_000, 20_000_000
 """Bytes of a chat template, and of a ``tokenizer_config.json``, that are read."""
 
@@ -38,13 +38,12 @@ def prompt_template(folder: Path | None) -> str | None:
 
 
 @functools.lru_cache
-def _rendered(wish: str) -> str | None:
+def _rendered(arguments: str) -> str | None:
     """What the child makes of a template. Every card of a release asks for the same one."""
-    command = [sys.executable, "-P", str(Path(__file__).with_name("worker_prompt.py"))]
+    worker = Path(__file__).with_name("worker_prompt.py")
     try:
-        done = subprocess.run(command, input=wish, capture_output=True, text=True, timeout=SECONDS)
-        text = json.loads(done.stdout) if done.returncode == 0 else None
-    except (subprocess.TimeoutExpired, ValueError):
+        text = run_child(Task(worker, json.loads(arguments), seconds=SECONDS, limits=LIMITS))
+    except ChildFailed:
         return None
     return text if is_text(text) else None
 

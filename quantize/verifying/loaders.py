@@ -7,9 +7,6 @@ has to be the most likely one there too, or so near to it that rounding decides.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import QuantizeError
+from quantize.files.child import ChildFailed, Task, run_child
 from quantize.formats import compressed
 from quantize.source.checkpoint import read_header
 from quantize.source.resolved import Source
@@ -28,7 +26,7 @@ TOKENS = 12
 SLACK = 0.5
 """Nats below the most likely token at which a written one still counts as the same: loaders compute in 16 bits, and
 llama.cpp rounds activations to 8."""
-TIMEOUT = 1800
+TIMEOUT = 1800.0
 
 
 def check_gptq_or_awq(folder: Path) -> list[Check]:
@@ -44,23 +42,23 @@ def check_gptq_or_awq(folder: Path) -> list[Check]:
     kernels: tuple[str, ...] = ("gptqmodel", "optimum")
     if _quant_method(folder) == compressed.METHOD:
         kernels = ("compressed_tensors",)
-    for name, packages, worker in (
-        (_named("gptqmodel"), ("gptqmodel",), "worker_gptqmodel.py")
+    for name, packages, consumer in (
+        (_named("gptqmodel"), ("gptqmodel",), "gptqmodel")
         if kind
-        else (_named("transformers", kernels[0]), ("transformers", *kernels), "worker_transformers.py"),
-        (_named("vllm"), ("vllm",), "worker_vllm.py"),
+        else (_named("transformers", kernels[0]), ("transformers", *kernels), "transformers"),
+        (_named("vllm"), ("vllm",), "vllm"),
     ):
-        if renamed and worker == "worker_gptqmodel.py":
+        if renamed and consumer == "gptqmodel":
             checks.append(Check(name, "skipped", f"it knows the experts of {kind} by other names than their authors'"))
             continue
         missing = [package for package in packages if find_spec(package) is None]
         if missing:
             checks.append(Check(name, "skipped", f"{', '.join(missing)} is not installed here"))
             continue
-        if worker == "worker_vllm.py" and not _has_gpu():
+        if consumer == "vllm" and not _has_gpu():
             checks.append(Check(name, "skipped", "it needs a GPU"))
             continue
-        checks.append(_check(name, worker, folder, lambda ids: logits_of(folder, ids)))
+        checks.append(_check(name, consumer, folder, lambda ids: logits_of(folder, ids)))
     return checks
 
 
@@ -95,23 +93,18 @@ def check_gguf(folder: Path, files: Mapping[str, Sequence[str]], source: Source 
     checks = []
     for first, parts in files.items():
         logits = level_logits(source, [folder / part for part in parts]) if source else None
-        checks.append(_check(f"{name}: {first}", "worker_llama.py", folder / first, logits))
+        checks.append(_check(f"{name}: {first}", "llama", folder / first, logits))
     return checks
 
 
-def _check(name: str, worker: str, target: Path, logits: Any) -> Check:
-    command = [sys.executable, str(Path(__file__).with_name(worker)), str(target), PROMPT, str(TOKENS)]
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+def _check(name: str, consumer: str, target: Path, logits: Any) -> Check:
+    arguments = {"consumer": consumer, "target": str(target.resolve()), "prompt": PROMPT, "tokens": TOKENS}
+    # its real home, where loaders keep the kernels that they compile
+    task = Task(Path(__file__).with_name("worker_load.py"), arguments, seconds=TIMEOUT, home=Path.home())
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        return Check(name, "failed", f"gave no answer in {TIMEOUT // 60} minutes")
-    if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
-        return Check(name, "failed", f"cannot load it: {lines[-1][:200]}")
-    answer = json.loads(done.stdout.splitlines()[-1])
+        answer = run_child(task)
+    except ChildFailed as error:
+        return Check(name, "failed", f"cannot load it: {error.reason}")
     ids, start, text = answer["ids"], answer["prompt"], " ".join(answer["text"].split())
     if logits is None:
         return Check(name, "ok", f"loads, and writes '{text}'")
