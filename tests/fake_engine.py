@@ -1,5 +1,4 @@
-"""An engine for the tests: rounds to nearest in 8 bits with numpy alone. TORCH_FAKE_ENGINE names what it does wrong; a
-child is passed variables of that prefix."""
+"""An engine for the tests: rounds to nearest in 8 bits with numpy alone. FAKE_ENGINE names what it does wrong."""
 
 from __future__ import annotations
 
@@ -28,6 +27,7 @@ ENGINE: dict[str, Any] = {
     "requirements": ("quantize-fake-tool==1.0",),
     "constraints": "quantize-fake-tool==1.0",
     "packages": ("numpy", "safetensors"),
+    "variables": ("FAKE_ENGINE",),
 }  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    wrong = os.environ.get("TORCH_FAKE_ENGINE", "")
+    wrong = os.environ.get("FAKE_ENGINE", "")
     print("the log of the fake engine")
     if wrong == "fails":
         raise RuntimeError("out of\n\x1b[31mluck")

@@ -454,7 +454,7 @@ def test_what_goes_wrong_is_one_sentence_and_leaves_nothing(
     theirs: Path, fake: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Command,
     wrong: str, message: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("TORCH_FAKE_ENGINE", wrong)
+    monkeypatch.setenv("FAKE_ENGINE", wrong)
     result = invoke("build", theirs, "--dist", tmp_path)
     assert result.returncode == 2
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -470,7 +470,7 @@ def test_what_goes_wrong_is_one_sentence_and_leaves_nothing(
 def test_what_was_finished_before_a_failure_stays(
     recipe: Path, fake: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Command
 ) -> None:
-    monkeypatch.setenv("TORCH_FAKE_ENGINE", "fails")
+    monkeypatch.setenv("FAKE_ENGINE", "fails")
     assert invoke("build", recipe, "--dist", tmp_path).returncode == 2
     assert [path.name for path in (tmp_path / "tiny-llama-GPTQ").iterdir()] == ["main"]
 

@@ -61,7 +61,7 @@ def build_levels(
     with timed("convert"):
         header = levels.conversion.header(notify)
         path = levels.conversion.make(notify)
-        checked = check_conversion(plan.source, plan.table.prefix, path, levels.section.logits_tolerance, notify)
+        checked = check_conversion(levels.conversion, plan.table.prefix, path, levels.section.logits_tolerance, notify)
     _check_disk(levels, todo)
     notebook = _Notebook(plan, levels, checked)
     wanting = any(item.wants_imatrix for item in todo)

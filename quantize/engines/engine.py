@@ -49,6 +49,7 @@ class Engine(_Strict):
         requirements: what is asked of pip; ``constraints`` pins what comes along.
         without_dependencies: installed afterwards, their own word on what they need (and forbid) not heeded.
         packages: whose versions the manifest names.
+        variables: of the user's environment, that the tool goes by and is told; ``*`` stands for anything.
         file: where it is described and run.
     """
 
@@ -61,6 +62,7 @@ class Engine(_Strict):
     constraints: str = ""
     without_dependencies: tuple[str, ...] = ()
     packages: tuple[str, ...]
+    variables: tuple[str, ...] = ()
     file: Path
 
     @property

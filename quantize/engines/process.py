@@ -27,11 +27,18 @@ def run_worker(engine: Engine, python: Path, request: Mapping[str, Any], log: IO
     task = Task(
         WORKER, arguments, python, home=Path.home(),  # where engines keep the kernels that they compile
         variables={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
-        allow_remote_code=bool(request.get("trust_remote_code")),
+        allow_remote_code=bool(request.get("trust_remote_code")), closed=_folders_of(request.get("source")),
+        own=(engine.file.parent,), passed=engine.variables,
+        pickles=True,  # engines copy their own objects that way
     )  # fmt: skip
     try:
         answer: dict[str, Any] = run_child(task, log=log)
     except ChildFailed as error:
+        if error.wants_remote_code:
+            raise EngineError(
+                f"{engine.title} needs code of the model's own repo ({error.refused[-1]}), which does not run unless "
+                "the recipe says `model.trust_remote_code: true`; read that code first"
+            ) from None
         did = f"failed: {error.kind}: " if error.kind else ""
         raise EngineError(f"{engine.title} {did}{error.reason}; its log is {log.name}") from None
     except OSError as error:
@@ -39,6 +46,14 @@ def run_worker(engine: Engine, python: Path, request: Mapping[str, Any], log: IO
     finally:
         log.flush()
     return answer
+
+
+def _folders_of(source: str | None) -> list[Path]:
+    """A source's folder, and those that its links lead to."""
+    if source is None:
+        return []
+    links = {path.resolve().parent for path in Path(source).rglob("*") if path.is_symlink()}
+    return [Path(source), *sorted(links)]
 
 
 def _threads() -> int:

@@ -3,55 +3,61 @@
 One request in JSON arrives on stdin: ``worker``, a Python file whose ``run(arguments)`` is called; ``arguments``;
 ``path``, folders put before ``sys.path``; ``limits`` by name; ``answer``, the descriptor of a pipe;
 ``allow_remote_code``. What ``run`` returns goes into the pipe as JSON, so that nothing a library prints can be taken
-for it: ``{"value": ...}``, or ``{"error": ..., "kind": ...}``.
+for it: ``{"value": ...}``, or ``{"error": ..., "kind": ..., "refused": [...]}``. The other keys: ``imports``, what
+``sys.path`` becomes, or null; ``parent``, the process that this one ends with; and for code of a model's repo, which is
+refused without ``allow_remote_code``: ``closed``, folders that it may lie in, ``own`` and ``generated``, such that it
+does not, and ``pickles``, whether pickled objects are read all the same.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
+import functools
 import importlib.util
 import json
 import os
+import signal
 import sys
+import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
-REFUSED = "code of the model's own repo is not allowed to run"
+REMOTE = "transformers.dynamic_module_utils"
 
 
 def main() -> None:
     request: dict[str, Any] = json.load(sys.stdin)
     answer = int(request["answer"])
     os.set_inheritable(answer, False)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(request["parent"],), daemon=True).start()
     _limit(request["limits"])
+    if request["imports"] is not None:
+        sys.path[:] = request["imports"]
     sys.path[:0] = request["path"]
-    if not request["allow_remote_code"]:
-        sys.meta_path.insert(0, _Guard())
+    refused: list[str] = []
     try:
-        said = {"value": _load(request["worker"]).run(request["arguments"])}
+        if not request["allow_remote_code"]:
+            guard(request, refused)
+        text, failed = json.dumps({"value": _load(request["worker"]).run(request["arguments"])}), False
     except MemoryError:
-        said = {"error": "not enough memory", "kind": "MemoryError"}
+        text, failed = json.dumps({"error": "not enough memory", "kind": "MemoryError"}), True
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        said = {"error": " ".join(str(error).split()), "kind": type(error).__name__}
+        said = {"error": " ".join(str(error).split()), "kind": type(error).__name__, "refused": refused}
+        text, failed = json.dumps(said), True
     with os.fdopen(answer, "w", encoding="utf-8") as pipe:
-        json.dump(said, pipe)
+        pipe.write(text)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1 if "error" in said else 0)  # threads and atexit handlers of libraries must not keep it
+    os._exit(1 if failed else 0)  # threads and atexit handlers of libraries must not keep it
 
 
 def _end_with(parent: int) -> None:
     """A child must not go on for hours for a build that was killed."""
     while os.getppid() == parent:
         time.sleep(0.5)
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)  # and all that was started here
 
 
 def _limit(limits: dict[str, int]) -> None:
@@ -82,50 +88,114 @@ def _load(worker: str) -> Any:
     return module
 
 
-class _Guard(importlib.abc.MetaPathFinder):
-    """Has transformers refuse code of a model's repo, whatever its callers pass as ``trust_remote_code``.
+class RemoteCodeError(ValueError):
+    """Code that came with a model was about to run."""
 
-    Patched while the module is imported, so that whoever imports its functions by name gets the refusing ones.
+
+def guard(request: dict[str, Any], refused: list[str]) -> None:
+    """Refuse to run Python code, load libraries or read pickled objects from anywhere but the installed packages.
+
+    Python itself tells us of every piece of code before it runs, however it was found; nothing that comes later in
+    this process can take that away. transformers is made to answer as with ``trust_remote_code=False``, whatever its
+    callers say.
+
+    Args:
+        refused: takes what was refused.
     """
+    roots = {sys.prefix, sys.base_prefix, sys.exec_prefix, request["generated"], os.path.dirname(request["worker"])}
+    roots.update(sysconfig.get_paths().values(), sys.path, request["own"])
+    for name, module in list(sys.modules.items()):  # packages that are installed in editable mode
+        if name.startswith("__editable__"):
+            for place in getattr(module, "MAPPING", {}).values():
+                roots.add(os.path.dirname(place))
+    allowed = _folders(roots)
+    closed = _folders(request["closed"])
+    known: dict[str, bool] = {}
 
-    MODULE = "transformers.dynamic_module_utils"
+    def is_ours(path: str) -> bool:
+        folder = os.path.dirname(path)
+        if folder not in known:
+            places = (os.path.abspath(folder) + os.sep, os.path.realpath(folder) + os.sep)
+            known[folder] = all(_deepest(place, allowed) > _deepest(place, closed) for place in places)
+        return known[folder]
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.MODULE:
+    def refuse(what: str) -> None:
+        refused.append(what)
+        raise RemoteCodeError(f"{what} came with the model and is not run")
+
+    def hook(event: str, arguments: Any) -> None:
+        if event == "exec":
+            name = getattr(arguments[0], "co_filename", "")
+            # code that was generated has no file: <string>, <template>
+            if not name.startswith("<") and (os.sep in name or os.path.exists(name)) and not is_ours(name):
+                refuse(os.path.basename(name))
+        elif event == "import" and isinstance(arguments[1], str) and os.sep in arguments[1]:
+            if not is_ours(arguments[1]):
+                refuse(os.path.basename(arguments[1]))
+        elif event == "ctypes.dlopen" and isinstance(arguments[0], str) and os.sep in arguments[0]:
+            if os.path.realpath(arguments[0]).startswith(closed):
+                refuse(os.path.basename(arguments[0]))
+        elif event == "pickle.find_class" and not request["pickles"]:
+            refuse(f"a pickled {arguments[0]}.{arguments[1]}")
+
+    sys.addaudithook(hook)
+    sys.meta_path.insert(0, _Distrust(refuse))
+
+
+def _folders(paths: Any) -> tuple[str, ...]:
+    """Absolute paths of folders, as they are named and as they are, each with a separator at its end."""
+    found = set()
+    for path in paths:
+        if path:
+            found |= {os.path.abspath(path), os.path.realpath(path)}
+    return tuple(sorted(path.rstrip(os.sep) + os.sep for path in found))
+
+
+def _deepest(place: str, folders: tuple[str, ...]) -> int:
+    """Length of the longest of the folders that a place is in: of an allowed and a closed one the inner one counts."""
+    return max((len(folder) for folder in folders if place.startswith(folder)), default=0)
+
+
+class _Distrust:
+    """Changes transformers' module for remote code as soon as it is loaded, before anybody can import from it."""
+
+    def __init__(self, refuse: Any) -> None:
+        self._refuse = refuse
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != REMOTE:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            load = spec.loader.exec_module
+        for finder in sys.meta_path:
+            spec = finder.find_spec(name, path, target) if finder is not self and hasattr(finder, "find_spec") else None
+            if spec is not None and spec.loader is not None:
+                loader: Any = spec.loader
+                loader.exec_module = functools.partial(self._execute, loader.exec_module)
+                return spec
+        return None
 
-            def guarded(module: ModuleType) -> None:
-                load(module)
-                _forbid(module)
+    def _execute(self, execute: Any, module: Any) -> None:
+        execute(module)
+        self._change(module)
 
-            spec.loader.exec_module = guarded  # type: ignore[method-assign]
-        return spec
+    def _change(self, module: Any) -> None:
+        refuse = self._refuse
 
+        def resolve(
+            trust: Any, name: Any, has_local: Any = False, has_remote: Any = False, *_: Any, **named: Any
+        ) -> Any:
+            # where the library has the class itself, it takes its own
+            if named.get("has_remote_code", has_remote) and not named.get("has_local_code", has_local):
+                refuse(os.path.basename(str(name).rstrip(os.sep)))
+            return False
 
-def _forbid(module: Any) -> None:
-    decide = getattr(module, "resolve_trust_remote_code", None)
+        def run(name: Any = "", *more: Any, **options: Any) -> Any:
+            refuse(os.path.basename(str(name)))
 
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise PermissionError(REFUSED)
-
-    def distrust(trust_remote_code: Any, *args: Any, **kwargs: Any) -> Any:
-        # where the library has the class itself, it takes its own; otherwise it refuses
-        try:
-            return decide(False, *args, **kwargs) if decide else False
-        except ValueError:
-            raise PermissionError(REFUSED) from None
-
-    for name in (
-        "create_dynamic_module", "get_class_in_module", "get_cached_module_file", "get_class_from_dynamic_module",
-    ):  # fmt: skip
-        setattr(module, name, refuse)
-    module.resolve_trust_remote_code = distrust
+        if hasattr(module, "resolve_trust_remote_code"):
+            module.resolve_trust_remote_code = resolve
+        for name in ("get_class_from_dynamic_module", "get_cached_module_file", "get_class_in_module", "check_imports"):
+            if hasattr(module, name):
+                setattr(module, name, run)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from quantize.errors import GgufError
 from quantize.files.atomic import write_atomically
 from quantize.files.child import ChildFailed, Task, run_child
 from quantize.files.notify import Notify
+from quantize.gguf.convert import Conversion
 from quantize.source.resolved import Source
 
 TEXT = (
@@ -24,7 +25,7 @@ LENGTH = 48
 
 
 def check_conversion(
-    source: Source, prefix: str, path: Path, tolerance: float, notify: Notify = lambda line: None
+    conversion: Conversion, prefix: str, path: Path, tolerance: float, notify: Notify = lambda line: None
 ) -> dict[str, Any]:
     """Compare the conversion with its source, once; the answer is kept beside the file.
 
@@ -37,12 +38,12 @@ def check_conversion(
     Raises:
         GgufError: beyond the tolerance, with the known causes; or llama.cpp cannot load the file.
     """
-    place = path.with_suffix(".check.json")
+    source, place = conversion.source, path.with_suffix(".check.json")
     if place.is_file():
         found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
     else:
         notify("comparing the conversion's logits with the source's")
-        found = _compare(source, prefix, path)
+        found = _compare(source, prefix, path, conversion.trust_remote_code)
         write_atomically(place, json.dumps(found).encode())
     if not found["kl_divergence"] <= tolerance:  # NaN too
         raise GgufError(
@@ -54,19 +55,19 @@ def check_conversion(
     return found
 
 
-def _compare(source: Source, prefix: str, path: Path) -> dict[str, Any]:
+def _compare(source: Source, prefix: str, path: Path, trust_remote_code: bool) -> dict[str, Any]:
     import torch
 
     from quantize.calibration.forward import Activations
     from quantize.calibration.tokens import load_tokenizer
     from quantize.source.streamed import StreamedModel
 
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, trust_remote_code)
     plain = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     ids = np.array(tokenizer(TEXT)["input_ids"][:LENGTH], dtype=np.int64)
     logits, tokens = _run_llama(source, path, ids)
     theirs = torch.from_numpy(logits)
-    model = StreamedModel(source, prefix, torch.float32, torch.device("cpu"), head=True)
+    model = StreamedModel(source, prefix, torch.float32, torch.device("cpu"), trust_remote_code, head=True)
     state = Activations(model, ids[None], 1)
     for index in range(len(model)):
         with model.block(index) as block:

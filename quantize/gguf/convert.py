@@ -27,6 +27,8 @@ from quantize.source.checkpoint import Checkpoint
 from quantize.source.resolved import Source
 
 SLACK = 64 * 2**20  # what a header may take
+HEADER_SECONDS = 3600.0
+"""After which a header is given up: it reads no weights, but a tokenizer may come that never ends."""
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,14 @@ class Conversion:
             }  # fmt: skip
             worker = Path(__file__).with_name("worker_convert.py")
             imports = (code.resolve(), code.resolve() / "gguf-py")
+            folders = (model, model.resolve(), self.source.checkpoint.folder, self.source.small_files)
+            task = Task(
+                worker, arguments, path=imports, allow_remote_code=self.trust_remote_code,
+                closed=[folder for folder in folders if folder],
+                seconds=HEADER_SECONDS if mode == "header" else None,
+            )  # fmt: skip
             try:
-                found: dict[str, Any] = run_child(
-                    Task(worker, arguments, path=imports, allow_remote_code=self.trust_remote_code)
-                )
+                found: dict[str, Any] = run_child(task)
             except ChildFailed as error:
                 raise GgufError(f"{self.source.named}: llama.cpp cannot convert this model: {_reason(error)}") from None
             with temporary.open("rb+") as file:
@@ -192,8 +198,8 @@ def _reason(error: ChildFailed) -> str:
     """The converter's own reason, in one sentence."""
     if error.wants_remote_code:
         return (
-            "its tokenizer or config is code of the model's own repo, which does not run unless the recipe says "
-            "`model.trust_remote_code: true`; read that code first"
+            f"it needs code of the model's own repo, {error.refused[-1]}, which does not run unless the recipe says "
+            "`model.trust_remote_code: true` (`rebuild`: --trust-remote-code); read that code first"
         )
     for pattern, sentence in KNOWN_REASONS:
         if match := re.search(pattern, error.reason) or re.search(pattern, error.log):

@@ -51,7 +51,7 @@ def request(
     metadata: Mapping[str, Any] | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """The child's request for a level.
+    """The child's request for a level. Its paths are absolute: the child works elsewhere.
 
     Args:
         imatrix: a ``.npz`` of mean squares by tensor name; for a dry run :data:`ANY`.
@@ -63,8 +63,8 @@ def request(
     numbers = {kind.name: int(kind) for kind in gguf.GGMLQuantizationType}
     wide = numbers["Q8_0"] if known.wide else None
     return {
-        "source": str(source),
-        "target": str(target),
+        "source": os.path.abspath(source),
+        "target": os.path.abspath(target),
         "ftype": known.ftype,
         "threads": threads,
         "buffer_bytes": BUFFER_BYTES,
@@ -72,7 +72,7 @@ def request(
         "output_type": wide,
         "embedding_type": wide,
         "tensor_types": [[pattern, numbers[kind]] for pattern, kind in (tensor_types or {}).items()],
-        "imatrix": str(imatrix) if imatrix else None,
+        "imatrix": ANY if imatrix == ANY else os.path.abspath(imatrix) if imatrix else None,
         "metadata": dict(metadata or {}),
     }
 

@@ -17,7 +17,7 @@ from quantize.formats.tensors import DTYPE_BYTES
 from quantize.planning.engines import layout_of
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.publishing.picture import FILE, FORMER_FILES, draw
-from quantize.publishing.prompt import prompt_as_python, prompt_template
+from quantize.publishing.prompt import Prompt, find_prompt, prompt_as_python
 from quantize.publishing.quality import cells, loads_in, measured, summary
 from quantize.publishing.source_card import HUB, absolute_links, source_card, text_of, texts_of
 from quantize.recipe.levels import LEVELS
@@ -115,7 +115,9 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
         original = absolute_links(original, source.hub_id or str(base), source.commit or "main")
     name = recipe.model.name or source.short_name
     licence = recipe.model.license or text_of(front, "license")
-    template = recipe.model.prompt_template or prompt_template(folder)
+    own = recipe.model.prompt_template
+    prompt = Prompt(own) if own else find_prompt(folder)
+    template = prompt.text
     metadata = ModelCardData(
         base_model=base,
         base_model_relation="quantized" if base else None,
@@ -152,6 +154,7 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
                 license_link=text_of(front, "license_link"),
                 licence_files=licence_files(source),
                 prompt_template=template,
+                prompt_reason=prompt.reason,
                 prompt_python=prompt_as_python(template),
                 fence=_fence(template or ""),
                 rows=rows,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,34 @@ PLACE = "{prompt}"
 SECONDS = 30.0
 """On the clock; the child's own limit is on the processor's time."""
 LIMITS = {"RLIMIT_CPU": 4, "RLIMIT_AS": 2**30, "RLIMIT_FSIZE": 0}
+ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
 MOST_TEMPLATE, MOST_SETTINGS = 1_000_000, 20_000_000
 """Bytes of a chat template, and of a ``tokenizer_config.json``, that are read."""
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt template.
+
+    Attributes:
+        text: with ``{prompt}`` in the place of the user's message; None where there is none that can be shown.
+        reason: why there is none, in words of ours, as a card shows it; None also where there is no chat template.
+    """
+
+    text: str | None = None
+    reason: str | None = None
+
+
 def prompt_template(folder: Path | None) -> str | None:
-    """The chat template of a tokenizer rendered for one user message, with ``{prompt}`` in its place; None without one.
+    """The text of :func:`find_prompt`."""
+    return find_prompt(folder).text
+
+
+def find_prompt(folder: Path | None) -> Prompt:
+    """The chat template of a tokenizer rendered for one user message.
 
     The template is somebody else's code: it runs in Jinja's sandbox and in a process with limits on its time and
-    memory (``worker_prompt.py``), and one that fails counts as none.
+    memory (``worker_prompt.py``), and one that fails counts as none. So does one that says something else each time.
     """
     settings = _read_json(folder / "tokenizer_config.json") if folder else {}
     source = settings.get("chat_template")
@@ -31,21 +52,34 @@ def prompt_template(folder: Path | None) -> str | None:
     if isinstance(source, list):  # several, by name
         named = [item for item in source if isinstance(item, dict) and item.get("name") == "default"]
         source = named[0].get("template") if named else None
-    if not isinstance(source, str) or len(source) >= MOST_TEMPLATE:
-        return None
+    if not isinstance(source, str):
+        return Prompt(reason=None if source is None else "it is no text")
+    if len(source) >= MOST_TEMPLATE:
+        return Prompt(reason=f"it is longer than {MOST_TEMPLATE:,} characters")
     tokens = {name: _token(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     return _rendered(json.dumps({"template": source, "place": PLACE, "tokens": tokens}))
 
 
 @functools.lru_cache
-def _rendered(arguments: str) -> str | None:
-    """What the child makes of a template. Every card of a release asks for the same one."""
+def _rendered(request: str) -> Prompt:
+    """What a template says. Every card of a release asks for the same one."""
+    first = _rendered_once(request)
+    if first.text is None:
+        return first
+    second = _rendered_once(request)  # another process: other addresses, other random numbers, other orders of sets
+    return first if second == first else Prompt(reason="it says something else each time")
+
+
+def _rendered_once(request: str) -> Prompt:
     worker = Path(__file__).with_name("worker_prompt.py")
     try:
-        text = run_child(Task(worker, json.loads(arguments), seconds=SECONDS, limits=LIMITS))
-    except ChildFailed:
-        return None
-    return text if is_text(text) else None
+        said = run_child(Task(worker, json.loads(request), seconds=SECONDS, limits=LIMITS))
+    except ChildFailed as error:  # it was killed at one of its limits, or for want of memory
+        return Prompt(reason="it takes too long, or too much memory" if error.code < 0 else "it cannot be rendered")
+    text = said.get("text")
+    if text is not None and (not is_text(text) or ADDRESS.search(text)):
+        return Prompt(reason="it prints an object, or what is no text")
+    return Prompt(text, said.get("reason"))
 
 
 def prompt_as_python(template: str | None) -> str:

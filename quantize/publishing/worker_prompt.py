@@ -1,26 +1,41 @@
-"""In a child: a chat template rendered for one user message.
+"""In a child: a chat template rendered for one user message; imports nothing of ours.
+
+Keys of the arguments: ``template``; ``place``, what stands for the user's message; ``tokens``, special tokens by name.
+The answer is ``{"text": ...}``, or ``{"reason": ...}`` where the template gives nothing that can be shown.
 
 The template is somebody else's program. Jinja's sandbox keeps it from Python's objects, not from running for ever or
-from filling the memory, so its process gets little of both. Keys of the arguments: ``template``, ``place`` (what stands
-for the user's message), ``tokens`` (special tokens by name).
+from filling the memory, so it gets a process with little of both. It may print plain values only: what else Python has
+shows where it lies in memory, which is another place in every run.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 MOST_CHARACTERS = 4000
 """Of a rendered template; a card shows it whole."""
-ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
+PLAIN = (str, int, float, bool, type(None))
 
 
-def run(arguments: dict[str, Any]) -> str | None:
-    text = render(arguments["template"], arguments["place"], arguments["tokens"])
-    if ADDRESS.search(text):
-        _refuse("it prints an object's address, which is another in every run")
-    return text if arguments["place"] in text and len(text) < MOST_CHARACTERS else None
+class ObjectPrinted(ValueError):
+    """A template prints something that is no text, number, list or mapping."""
+
+
+def run(arguments: dict[str, Any]) -> dict[str, str]:
+    try:
+        text = render(arguments["template"], arguments["place"], arguments["tokens"])
+    except MemoryError:
+        return {"reason": "it needs too much memory"}
+    except ObjectPrinted as error:
+        return {"reason": str(error)}
+    except Exception as error:  # whatever a template can do wrong
+        return {"reason": f"it fails for one user message ({type(error).__name__})"}
+    if arguments["place"] not in text:
+        return {"reason": "it does not show the user's message"}
+    if len(text) >= MOST_CHARACTERS:
+        return {"reason": f"it makes more than {MOST_CHARACTERS} characters of one message"}
+    return {"text": text}
 
 
 def render(template: str, place: str, tokens: dict[str, str]) -> str:
@@ -37,11 +52,19 @@ def render(template: str, place: str, tokens: dict[str, str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Only data is printed; what a function or an object prints is its address."""
+    """What is printed, if it is plain."""
     from jinja2 import Undefined
+    from markupsafe import Markup
 
-    if not (value is None or isinstance(value, str | int | float | list | tuple | dict | Undefined)):
-        _refuse(f"it prints a {type(value).__name__}")
+    def is_plain(part: Any) -> bool:
+        if type(part) in (list, tuple):
+            return all(map(is_plain, part))
+        if type(part) is dict:
+            return all(map(is_plain, (*part, *part.values())))
+        return type(part) in PLAIN or type(part) is Markup
+
+    if not is_plain(value) and not isinstance(value, Undefined):
+        raise ObjectPrinted(f"it prints an object ({type(value).__name__})")
     return value
 
 

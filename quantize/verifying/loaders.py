@@ -100,10 +100,18 @@ def check_gguf(folder: Path, files: Mapping[str, Sequence[str]], source: Source 
 def _check(name: str, consumer: str, target: Path, logits: Any) -> Check:
     arguments = {"consumer": consumer, "target": str(target.resolve()), "prompt": PROMPT, "tokens": TOKENS}
     # its real home, where loaders keep the kernels that they compile
-    task = Task(Path(__file__).with_name("worker_load.py"), arguments, seconds=TIMEOUT, home=Path.home())
+    task = Task(
+        Path(__file__).with_name("worker_load.py"), arguments, seconds=TIMEOUT, home=Path.home(),
+        closed=[target if target.is_dir() else target.parent],
+        pickles=True,  # vLLM talks so to processes of its own
+    )  # fmt: skip
     try:
         answer = run_child(task)
     except ChildFailed as error:
+        if error.wants_remote_code:
+            return Check(
+                name, "failed", f"cannot load it without code of its repo ({error.refused[-1]}), which is not run"
+            )
         return Check(name, "failed", f"cannot load it: {error.reason}")
     ids, start, text = answer["ids"], answer["prompt"], " ".join(answer["text"].split())
     if logits is None:

@@ -51,6 +51,7 @@ ENGINE: dict[str, Any] = {
         tzdata==2026.6 urllib3==2.8.0 xxhash==4.1.0
     """,
     "packages": ("auto-round", "torch", "transformers", "tokenizers", "safetensors", "numpy"),
+    "variables": ("AR_*",),
 }
 
 
