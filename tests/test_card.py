@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from conftest import Command
 from snippets import run_snippets
+from tiny import write_recipe
 
 import quantize
 from quantize.formats.safetensors_header import write_hollow
@@ -259,6 +261,25 @@ def test_the_prompt_of_a_chat_template(tmp_path: Path, template: str, expected: 
     settings = {"chat_template": template, "bos_token": {"content": "<s>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert prompt_template(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ messages.index }}{{ messages[0].content }}", "it prints an object (builtin_function_or_method)."),
+        ("{{ range(10 ** 9) | random }}{{ messages[0].content }}", "it says something else each time."),
+        ("{{ raise_exception('# A heading') }}", "it fails for one user message (ValueError)."),
+        ("always the same", "it does not show the user's message."),
+    ],
+)
+def test_a_card_says_why_it_shows_no_chat_template(
+    tiny_llama: Path, tmp_path: Path, invoke: Command, template: str, reason: str
+) -> None:
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "m"))
+    (source / "chat_template.jinja").write_text(template)
+    card = invoke("card", write_recipe(tmp_path / "r.yaml", source), "--print", "gptq", "--dist", tmp_path).stdout
+    assert f"The tokenizer's chat template is not shown here: {reason}" in card
+    assert "A heading" not in card
 
 
 @pytest.mark.parametrize("template", ["USER: {prompt} BOT:", "{prompt}", "''' {x} \\ \" {prompt}\n\n", None, "none"])

@@ -280,6 +280,16 @@ def test_full_width_alone_needs_no_pass(recipe: Path, tmp_path: Path) -> None:
     assert not any("calibrating" in line for line in lines)
 
 
+def test_a_dist_named_from_the_current_folder_is_that_of_the_children_too(
+    small: Path, tmp_path: Path, invoke: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "r.yaml", small, "gguf: {levels: [Q8_0], imatrix: false}")
+    built = invoke("build", path, "--dist", "dist", "--device", "cpu")
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "dist" / "small-GGUF" / "main" / "small-Q8_0.gguf").is_file()
+
+
 def test_an_importance_matrix_from_a_file_is_taken(built: Built, small: Path, tmp_path: Path) -> None:
     given = tmp_path / "given.gguf"
     own = read_importance(built.folder / "small-imatrix.gguf")

@@ -331,6 +331,12 @@ TEMPLATES = {
     "a macro's address": "{% macro m() %}{% endmacro %}{{ m }}{{ messages[0].content }}",
     "a generator's address": "{{ messages | map('upper') }}{{ messages[0].content }}",
     "an address by a filter": "{{ range | string }}{{ messages.pop | string }}{{ messages[0].content }}",
+    "an object in a list": "{{ [messages.index] }}{{ messages[0].content }}",
+    "a namespace": "{{ namespace(a=1) }}{{ messages[0].content }}",
+    "the loop": "{% for m in messages %}{{ loop }}{{ m.content }}{% endfor %}",
+    "the end of an address": "{{ (messages.index | string)[-9:-3] }}{{ messages[0].content }}",
+    "chance": "{{ range(10 ** 9) | random }}{{ messages[0].content }}",
+    "blind text": "{{ lipsum(n=1) }}{{ messages[0].content }}",
 }
 
 
