@@ -267,7 +267,10 @@ def test_the_prompt_of_a_chat_template(tmp_path: Path, template: str, expected: 
     ("template", "reason"),
     [
         ("{{ messages.index }}{{ messages[0].content }}", "it prints an object (builtin_function_or_method)."),
-        ("{{ range(10 ** 9) | random }}{{ messages[0].content }}", "it says something else each time."),
+        (
+            "{{ range(99999) | random }}{{ range(99999) | random }}{{ messages[0].content }}",
+            "it says something else each time.",
+        ),
         ("{{ raise_exception('# A heading') }}", "it fails for one user message (ValueError)."),
         ("always the same", "it does not show the user's message."),
     ],

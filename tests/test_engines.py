@@ -198,7 +198,13 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_environment_is_made_once_and_kept(empty: Path, offline: Path, invoke: Command) -> None:
+def test_an_environment_is_made_once_and_kept(
+    empty: Path, offline: Path, tmp_path: Path, invoke: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    for name in ("pip", "ensurepip", "venv"):  # a stranger's checkout
+        (tmp_path / "theirs" / f"{name}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()")
+    monkeypatch.chdir(tmp_path / "theirs")
     refused = invoke("engines", "install", "fake")
     assert refused.returncode == 2
     assert "fake 1.0: pip cannot install it: " in refused.stderr
@@ -213,6 +219,7 @@ def test_an_environment_is_made_once_and_kept(empty: Path, offline: Path, invoke
     assert str(environment.python).startswith(str(empty))
 
     made = module[0].stat().st_mtime_ns
+    assert not (tmp_path / "marker").exists()
     assert "is installed already" in invoke("engines", "install", "fake").stderr
     assert module[0].stat().st_mtime_ns == made
     assert " installed" in line_of(invoke("engines", "list").stdout, "fake")

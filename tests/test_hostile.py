@@ -335,7 +335,7 @@ TEMPLATES = {
     "a namespace": "{{ namespace(a=1) }}{{ messages[0].content }}",
     "the loop": "{% for m in messages %}{{ loop }}{{ m.content }}{% endfor %}",
     "the end of an address": "{{ (messages.index | string)[-9:-3] }}{{ messages[0].content }}",
-    "chance": "{{ range(10 ** 9) | random }}{{ messages[0].content }}",
+    "chance": "{{ range(99999) | random }}{{ range(99999) | random }}{{ messages[0].content }}",
     "blind text": "{{ lipsum(n=1) }}{{ messages[0].content }}",
 }
 

@@ -110,7 +110,7 @@ class Environment:
             log = self.folder / "install.log"
             notify(f"{self.engine.title}: making an environment in {self.folder}")
             try:
-                venv.create(self.folder / "python", with_pip=True, symlinks=True)
+                venv.create(self.folder / "python", symlinks=True)
                 self._pip(notify, log)
             except (OSError, subprocess.CalledProcessError) as error:
                 raise EngineError(f"{self.engine.title}: its environment cannot be made ({error}); see {log}") from None
@@ -150,20 +150,17 @@ class Environment:
         constraints = self.folder / "constraints.txt"
         constraints.write_text("\n".join(self.engine.constraints.split()) + "\n", encoding="utf-8")
         python = str(self.folder / "python" / "bin" / "python")
-        pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off"]
+        # -P: a stranger's checkout may be the current folder, and hold a pip.py
+        pip = [python, "-P", "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off"]
+        if _logged([python, "-P", "-m", "ensurepip", "--upgrade", "--default-pip"], log):
+            raise EngineError(f"{self.engine.title}: Python's ensurepip cannot install pip; see {log}")
         steps = [["--constraint", str(constraints), *self.engine.requirements]]
         if self.engine.without_dependencies:
             steps.append(["--no-deps", *self.engine.without_dependencies])
         for step in steps:
             named = [word for word in step if "==" in word]
             notify(f"{self.engine.title}: installing {', '.join(named)}")
-            with log.open("a", encoding="utf-8") as file:
-                environment = {
-                    **computing_environment(network=True),
-                    "HOME": str(Path.home()),
-                }  # pip keeps its cache there
-                done = subprocess.run([*pip, *step], stdout=file, stderr=subprocess.STDOUT, env=environment)
-            if done.returncode:
+            if _logged([*pip, *step], log):
                 raise EngineError(f"{self.engine.title}: pip cannot install it: {_pip_reason(log)}; see {log}")
 
     def _write_mark(self, data: dict[str, Any]) -> None:
@@ -188,6 +185,15 @@ class Environment:
             except OSError:
                 raise EngineError(f"{self.engine.title} is being installed by another process; wait for it") from None
             yield
+
+
+def _logged(command: list[str], log: Path) -> int:
+    """Run an installer, which needs the network and the user's settings for it, and no tokens; its exit code."""
+    environment = {**computing_environment(network=True), "HOME": str(Path.home())}  # pip keeps its cache there
+    with log.open("a", encoding="utf-8") as file:
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
+        ).returncode
 
 
 def _pip_reason(log: Path) -> str:

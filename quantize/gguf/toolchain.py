@@ -112,12 +112,12 @@ def download_sdist(folder: Path) -> Path:
         requirement = folder / "requirement.txt"
         requirement.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n")
         command = [
-            sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps",
+            sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps",
             "--no-binary", "llama-cpp-python", "--require-hashes", "--dest", str(folder),
             "--requirement", str(requirement),
         ]  # fmt: skip
         environment = {**computing_environment(network=True), "HOME": str(Path.home())}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
         found = list(folder.glob("llama_cpp_python-*.tar.gz"))
         if not found:
             lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
