@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,25 @@ class Opens:
 
     def __reduce__(self) -> Any:
         return open, (self.name, "w")
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_native_code_comes_from_anywhere_but_the_model(closed: bool, tmp_path: Path) -> None:
+    """Tools compile kernels into caches of their own."""
+    shutil.copy(str(find_spec("markupsafe._speedups").origin), tmp_path / "_speedups.so")  # type: ignore[union-attr]
+    body = (
+        "import importlib.util\n"
+        "spec = importlib.util.spec_from_file_location('markupsafe._speedups', arguments + '/_speedups.so')\n"
+        "return importlib.util.module_from_spec(spec).__name__"
+    )
+    task = Task(worker(tmp_path, body), str(tmp_path), closed=[tmp_path] if closed else [])
+    if closed:
+        task = replace(task, worker=worker(tmp_path.parent, body))
+        with pytest.raises(ChildFailed) as caught:
+            run_child(task)
+        assert caught.value.refused == ("_speedups.so",)
+    else:
+        assert run_child(task) == "markupsafe._speedups"
 
 
 def test_a_model_may_lie_among_packages_and_packages_among_a_model(tmp_path: Path) -> None:

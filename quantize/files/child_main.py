@@ -119,6 +119,10 @@ def guard(request: dict[str, Any], refused: list[str]) -> None:
             known[folder] = all(_deepest(place, allowed) > _deepest(place, closed) for place in places)
         return known[folder]
 
+    def is_the_models(path: str) -> bool:
+        places = (os.path.abspath(path), os.path.realpath(path))
+        return any(_deepest(place, closed) >= max(1, _deepest(place, allowed)) for place in places)
+
     def refuse(what: str) -> None:
         refused.append(what)
         raise RemoteCodeError(f"{what} came with the model and is not run")
@@ -129,12 +133,11 @@ def guard(request: dict[str, Any], refused: list[str]) -> None:
             # code that was generated has no file: <string>, <template>
             if not name.startswith("<") and (os.sep in name or os.path.exists(name)) and not is_ours(name):
                 refuse(os.path.basename(name))
-        elif event == "import" and isinstance(arguments[1], str) and os.sep in arguments[1]:
-            if not is_ours(arguments[1]):
-                refuse(os.path.basename(arguments[1]))
-        elif event == "ctypes.dlopen" and isinstance(arguments[0], str) and os.sep in arguments[0]:
-            if os.path.realpath(arguments[0]).startswith(closed):
-                refuse(os.path.basename(arguments[0]))
+        elif event in {"import", "ctypes.dlopen"}:
+            # native code: kernels that tools compile for themselves lie anywhere
+            name = arguments[event == "import"]
+            if isinstance(name, str) and os.sep in name and is_the_models(name):
+                refuse(os.path.basename(name))
         elif event == "pickle.find_class" and not request["pickles"]:
             refuse(f"a pickled {arguments[0]}.{arguments[1]}")
 
