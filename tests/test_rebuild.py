@@ -74,9 +74,7 @@ def test_another_text_or_version_shows(
 
 
 @pytest.mark.parametrize("sections", [pytest.param(name, marks=needs.LLAMA_CPP) for name in ("levels", "both")])
-def test_gguf_levels_come_out_in_the_same_bytes(
-    invoke: Command, tmp_path: Path, sections: str
-) -> None:
+def test_gguf_levels_come_out_in_the_same_bytes(invoke: Command, tmp_path: Path, sections: str) -> None:
     source = small_wide_model(tmp_path / "wide")
     recipe, dist = tmp_path / "r.yaml", tmp_path / "dist"
     recipe.write_text(GGUF.format(source=source) + (BRANCH if sections == "both" else ""))

@@ -1,4 +1,4 @@
-"""The solver where numbers end: slices of rows, the ends of float16, odd statistics; and what must not change a code."""
+"""The solver at its edges: slices of rows, the ends of float16, odd statistics; and what must not change a code."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def test_statistics_that_are_not_finite_are_called_so(value: float) -> None:
 
 def fitted(weights: torch.Tensor, grid: Grid, kernel: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point of each row, as one group."""
-    scales, zeros = fit_groups(weights, torch.ones(weights.shape[1], dtype=weights.dtype), grid, len(weights[0]), kernel)
+    scales, zeros = fit_groups(
+        weights, torch.ones(weights.shape[1], dtype=weights.dtype), grid, len(weights[0]), kernel
+    )
     return scales[0], zeros[0]
 
 
@@ -141,6 +143,16 @@ def test_groups_of_one_sign_reach_to_zero(bits: int, sign: int, kernel: Kernel) 
     (natural,) = solve(weight, hessian, [replace(asked, desc_act=False, mse=True)], kernel=kernel)
     apart = (weight - natural.dequantize()).abs().max()
     assert float(apart) < 2 * float(natural.scales.max())
+
+
+def test_kernels_agree() -> None:
+    """On rows of both signs, of one sign, and of nothing, more of them than the compiled kernel walks at once."""
+    weight, hessian = problem(70, 64, torch.float32)
+    weight[1], weight[2], weight[3, 16:32] = -weight[1].abs() - 0.1, weight[2].abs() + 0.1, 0
+    compiled, plain = (solve(weight, hessian, ORDERS, kernel=kernel) for kernel in KERNELS)
+    for asked, one, other in zip(ORDERS, compiled, plain, strict=True):
+        assert same(one, other), asked
+        assert torch.allclose(one.row_error, error_of(weight.double(), hessian.double(), one), rtol=1e-3), asked
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

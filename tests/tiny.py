@@ -129,8 +129,10 @@ def wide_model(folder: Path, tokenizer_folder: Path, **changes: Any) -> Path:
 
 
 def small_wide_model(folder: Path, **changes: Any) -> Path:
-    """A random Llama of 256-wide rows with a SentencePiece tokenizer of 512 tokens, trained here: llama.cpp reads such a
-    tokenizer from its file, where it must know one of BPE (49,152 tokens of :func:`wide_model`'s are most of its bytes).
+    """As :func:`wide_model`, with a SentencePiece tokenizer of 512 tokens, trained here.
+
+    llama.cpp reads such a tokenizer from its file, where one of BPE has to be known to it; the 49,152 tokens of the one
+    that :func:`wide_model` takes are most of that model's bytes, and of its time.
     """
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": SENTENCEPIECE_TOKENS}
     write_model(folder, **{**sizes, **changes})
