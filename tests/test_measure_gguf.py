@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,9 @@ import needs
 import numpy as np
 import pytest
 import torch
-from conftest import Command
+from conftest import HANGS, Command
 from safetensors.torch import load_file
-from tiny import wide_model
+from tiny import small_wide_model, wide_model
 
 import quantize
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
@@ -39,9 +40,13 @@ gguf: {{levels: [Q4_K_M, IQ2_XS, F16], max_file_size: 15MB}}
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tensors_come_back_as_the_checkpoint_has_them(
-    architecture: str, tokenizer_folder: Path, tmp_path: Path
-) -> None:  # fmt: skip
-    source = wide_model(tmp_path / "m", tokenizer_folder, architecture=architecture, **ARCHITECTURES[architecture])
+    architecture: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    sizes = {**ARCHITECTURES[architecture], "architecture": architecture}
+    if architecture == "llama":
+        source = small_wide_model(tmp_path / "m", **sizes)
+    else:  # the converter reads no SentencePiece tokenizer of this one
+        source = wide_model(tmp_path / "m", request.getfixturevalue("tokenizer_folder"), **sizes)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE.format(source=source))
     plan = quantize.plan(quantize.load_recipe(recipe), tmp_path / "dist")
@@ -92,10 +97,10 @@ def test_every_rearrangement_of_a_converter_is_found(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def recipe(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("measured")
     # large weights: a model that is sure of something, so that levels differ in what they say
-    source = wide_model(folder / "small", tokenizer_folder, initializer_range=0.2)
+    source = small_wide_model(folder / "small", initializer_range=0.2)
     path = folder / "r.yaml"
     path.write_text(RECIPE.format(source=source))
     return path
@@ -111,12 +116,12 @@ def test_figures_of_levels_are_llama_cpps(recipe: Path, tmp_path: Path, invoke: 
     plan = quantize.plan(quantize.load_recipe(recipe), dist)
     text = Calibration(dataset=[Corpus(preset="docstrings")], samples=4, sequence_length=64)
     ids = sample_tokens(text, load_tokenizer(plan.source)).ids
-    reference = torch.cat([llama_logits(plan.gguf.conversion.path, window, tmp_path) for window in ids])  # type: ignore[union-attr]
-    for level in ("Q4_K_M", "IQ2_XS"):
-        entry = manifest["levels"][level]
+    assert plan.gguf
+    levels = {level: manifest["levels"][level] for level in ("Q4_K_M", "IQ2_XS")}
+    firsts = [folder / min(entry["files"]) for entry in levels.values()]
+    reference, *found = llama_logits([plan.gguf.conversion.path, *firsts], ids, tmp_path)
+    for (level, entry), theirs in zip(levels.items(), found, strict=True):
         assert entry["quality"]["kl_divergence"] == rows[f"gguf/{level}"]["kl_divergence"]
-        first = folder / min(entry["files"])
-        theirs = torch.cat([llama_logits(first, window, tmp_path) for window in ids])
         loss = -theirs.gather(-1, torch.from_numpy(ids[:, 1:, None]))
         assert rows[f"gguf/{level}"]["perplexity"] == pytest.approx(math.exp(float(loss.mean())), rel=0.01)
         divergence = float((reference.exp() * (reference - theirs)).sum(-1).mean())
@@ -136,9 +141,20 @@ def test_figures_of_levels_are_llama_cpps(recipe: Path, tmp_path: Path, invoke: 
     assert (folder / "quality.svg").read_bytes().startswith(b"<svg")
 
 
-def llama_logits(model: Path, window: np.ndarray, scratch: Path) -> torch.Tensor:
-    """llama.cpp's log-probabilities [1, length - 1, vocabulary] for one window of tokens."""
-    np.save(scratch / "ids.npy", window)
-    command = [sys.executable, worker_logits.__file__, str(model), str(scratch / "ids.npy"), str(scratch / "out.npy")]
-    subprocess.run([*command, "2", "x"], check=True, capture_output=True)
-    return torch.from_numpy(np.load(scratch / "out.npy"))[None, :-1].double().log_softmax(-1)
+def llama_logits(models: list[Path], windows: np.ndarray, scratch: Path) -> list[torch.Tensor]:
+    """llama.cpp's log-probabilities [windows, length - 1, vocabulary] of each model, all made in one process."""
+    wanted = []
+    for number, window in enumerate(windows):
+        np.save(scratch / f"ids{number}.npy", window)
+        for place, model in enumerate(models):
+            logits = scratch / f"out{place}-{number}.npy"
+            ids = str(scratch / f"ids{number}.npy")
+            wanted.append({"model": str(model), "ids": ids, "logits": str(logits), "threads": 2, "text": "x"})
+    code = "import json, sys, worker_logits\nfor one in json.load(sys.stdin): worker_logits.run(one)"
+    subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(wanted), text=True, check=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(Path(worker_logits.__file__).parent)}, timeout=HANGS,
+    )  # fmt: skip
+    numbers = range(len(windows))
+    raw = [[np.load(scratch / f"out{place}-{number}.npy")[:-1] for number in numbers] for place in range(len(models))]
+    return [torch.from_numpy(np.stack(one)).double().log_softmax(-1) for one in raw]

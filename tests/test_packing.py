@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.formats.gptq import decode, encode
+from quantize.formats import compressed
+from quantize.formats.gptq import convert_zeros, decode, encode
 from quantize.formats.packing import pack, unpack
 from quantize.methods.gptq import Solution
 
@@ -153,3 +154,41 @@ def test_what_is_decoded_is_what_the_solution_dequantizes_to(bits: int, checkpoi
 def test_reading_v2_as_v1_gives_another_weight() -> None:
     solution = random_solution(4)
     assert not torch.equal(decode(tensors_of(solution, 4, "gptq_v2"), 4), solution.dequantize())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zero_points_change_their_format_both_ways(bits: int) -> None:
+    solution = random_solution(bits)
+    v1, v2 = (tensors_of(solution, bits, name)["qzeros"] for name in ("gptq", "gptq_v2"))
+    assert torch.equal(convert_zeros(v1, bits, "gptq", "gptq_v2"), v2)
+    assert torch.equal(convert_zeros(v2, bits, "gptq_v2", "gptq"), v1)
+    with pytest.raises(ValueError, match="neither gptq nor gptq_v2"):
+        convert_zeros(v1, bits, "gptq", "marlin")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_highest_zero_point_of_v1_is_read_as_zero(bits: int) -> None:
+    """Other tools write zero point 0, which v1 stores as the highest number."""
+    solution = random_solution(bits)
+    solution.zeros.fill_(0)
+    stored = encode(solution.codes, solution.scales, solution.zeros, solution.g_idx, bits)
+    assert set(stored["qzeros"].unique().tolist()) == {-1}
+    assert torch.equal(decode(stored, bits), solution.dequantize())
+
+
+@pytest.mark.parametrize("zero_points", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compressed_tensors_decode_to_scale_times_code_minus_zero(bits: int, zero_points: bool) -> None:
+    random = np.random.default_rng(bits)
+    codes, zeros = (torch.from_numpy(random.integers(0, 2**bits, shape)) for shape in ((16, 64), (16, 2)))
+    scales = torch.from_numpy(random.random((16, 2), np.float32)).bfloat16()
+    words, of_zeros = (torch.tensor(slow_pack(part, bits)).to(torch.int32) for part in (codes.t(), zeros))
+    tensors = {"weight_packed": words.t().contiguous(), "weight_scale": scales, "weight_shape": torch.tensor([16, 64])}
+    if zero_points:
+        tensors["weight_zero_point"] = of_zeros
+    else:
+        zeros = torch.full_like(zeros, 2 ** (bits - 1))
+    expected = scales.float().repeat_interleave(32, 1) * (codes - zeros.repeat_interleave(32, 1))
+    assert torch.equal(compressed.decode(tensors, bits), expected)
+    with pytest.raises(ValueError, match=r"weight_shape is \[64, 16\]"):
+        compressed.decode({**tensors, "weight_shape": torch.tensor([64, 16])}, bits)

@@ -10,7 +10,7 @@ import needs
 import pytest
 from conftest import Command
 from outcome import assert_refused
-from tiny import wide_model, write_recipe
+from tiny import small_wide_model, write_recipe
 
 VARIANTS = """\
   variants:
@@ -74,10 +74,8 @@ def test_another_text_or_version_shows(
 
 
 @pytest.mark.parametrize("sections", [pytest.param(name, marks=needs.LLAMA_CPP) for name in ("levels", "both")])
-def test_gguf_levels_come_out_in_the_same_bytes(
-    invoke: Command, tokenizer_folder: Path, tmp_path: Path, sections: str
-) -> None:
-    source = wide_model(tmp_path / "wide", tokenizer_folder)
+def test_gguf_levels_come_out_in_the_same_bytes(invoke: Command, tmp_path: Path, sections: str) -> None:
+    source = small_wide_model(tmp_path / "wide")
     recipe, dist = tmp_path / "r.yaml", tmp_path / "dist"
     recipe.write_text(GGUF.format(source=source) + (BRANCH if sections == "both" else ""))
     built = invoke("build", recipe, "--dist", dist, "--device", "cpu")
