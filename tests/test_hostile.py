@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 import subprocess
 from collections.abc import Callable
@@ -442,10 +443,8 @@ def test_a_source_that_links_to_the_users_files_is_refused(invoke: Command, tiny
     (tmp_path / "id_rsa").write_text("not yours")
     model = tmp_path / "model"
     model.mkdir()
-    for path in tiny_llama.iterdir():  # a folder of links to a model's own files is no harm
-        (model / path.name).symlink_to(path)
+    shutil.copytree(tiny_llama, model, dirs_exist_ok=True)
     recipe = write_recipe(tmp_path / "r.yaml", model)
-    assert invoke("plan", recipe, "--dist", tmp_path / "dist").returncode == 0
     (model / "NOTICE").symlink_to(tmp_path / "id_rsa")
     refused = invoke("build", recipe, "--dist", tmp_path / "dist", "--device", "cpu")
     assert_refused(refused, "NOTICE", "is a link to", "id_rsa")

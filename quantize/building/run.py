@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.dist.layout import locked, publish
+from quantize.dist.layout import Dist, locked, publish
 from quantize.dist.ledger import oddities
 from quantize.dist.resume import Unfinished, find_unfinished
 from quantize.errors import BuildError, CalibrationError, SourceError
@@ -93,7 +93,7 @@ def build_recipe(
     """
     if ray is not None and find_spec("ray") is None:
         raise BuildError(f"--ray {ray}: Ray is not installed; install it with: pip install 'quantize[ray]'")
-    with locked(Path(dist)) as work:
+    with locked(Path(dist)) as held:
         plan = plan_recipe(loaded, dist, only, weights=True, budget=budget, shards=shards or 1, notify=notify)
         result = BuildResult(plan)
         result.fresh = [item.label for item in plan.everything if item.state == "fresh" and item.label in plan.selected]
@@ -106,8 +106,8 @@ def build_recipe(
                     if shards is None:
                         room = workers.room(device)
                         plan = result.plan = replace(plan, shards=min(room, loaded.recipe.calibration.samples))
-                    _build(plan, workers, work, device, keep_statistics, progress, notify, result)
-            refresh_cards(plan)
+                    _build(plan, workers, held, device, keep_statistics, progress, notify, result)
+            refresh_cards(plan, held)
             _remove_done(plan)
         except OSError as error:
             if error.errno in NO_SPACE:
@@ -130,7 +130,7 @@ def _workers(ray: str | None, notify: Notify) -> Iterator[Workers]:
 def _build(
     plan: Plan,
     workers: Workers,
-    work: Path,
+    held: Dist,
     device: str,
     keep_statistics: bool,
     progress: bool | None,
@@ -139,11 +139,11 @@ def _build(
 ) -> None:
     diagonals = None
     if plan.native_work or plan.gathers_imatrix:
-        diagonals = _build_branches(plan, workers, work, device, keep_statistics, progress, notify, result)
+        diagonals = _build_branches(plan, workers, held.work, device, keep_statistics, progress, notify, result)
     if plan.foreign_work:
-        _build_foreign(plan, work, device, notify, result)
+        _build_foreign(plan, held.work, device, notify, result)
     if plan.level_work:
-        _build_levels(plan, workers, diagonals, work, progress, notify, result)
+        _build_levels(plan, workers, diagonals, held, progress, notify, result)
 
 
 def _remove_done(plan: Plan) -> None:
@@ -172,14 +172,14 @@ def _build_levels(
     plan: Plan,
     workers: Workers,
     diagonals: Any,
-    work: Path,
+    held: Dist,
     progress: bool | None,
     notify: Notify,
     result: BuildResult,
 ) -> None:
     from quantize.building.gguf_levels import build_levels
 
-    result.built += build_levels(plan, plan.level_work, diagonals, workers, work, result.timed, progress, notify)
+    result.built += build_levels(plan, plan.level_work, diagonals, workers, held, result.timed, progress, notify)
     for item in plan.level_work:
         if item.outcome and item.outcome.fallbacks:
             result.oddities[item.label] = {"fallback": list(item.outcome.fallbacks)}

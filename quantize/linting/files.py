@@ -6,11 +6,14 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quantize.errors import SourceError
+from quantize.files.inside import sound_files, stray
 from quantize.formats.safetensors_header import Header, read_header
 from quantize.formats.tensors import DTYPE_BYTES
 from quantize.hub.client import Hub
@@ -26,12 +29,14 @@ class RepoFiles(ABC):
     Attributes:
         name: of the repo. branch: None where a folder does not tell.
         sizes: bytes by name.
+        strays: what is not read and is not in ``sizes``, by name, and why: links that lead out, pipes.
         is_local: whether reading much costs little.
     """
 
     name: str
     branch: str | None
     sizes: dict[str, int]
+    strays: Mapping[str, str] = MappingProxyType({})
     is_local: bool
 
     @abstractmethod
@@ -97,11 +102,8 @@ class LocalFiles(RepoFiles):
         self.folder = folder
         self.name = folder.name if branch is None else folder.parent.name
         self.branch = branch
-        self.sizes = {
-            path.relative_to(folder).as_posix(): path.stat().st_size
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and ".git" not in path.relative_to(folder).parts
-        }
+        found, self.strays = sound_files(folder, lambda name: ".git" not in name.split("/"))
+        self.sizes = {name: path.stat().st_size for name, path in found.items()}
 
     def read(self, name: str, first: int, last: int) -> bytes:
         with (self.folder / name).open("rb") as file:
@@ -164,7 +166,10 @@ def _local(path: Path) -> list[RepoFiles]:
     marks = ("config.json", "README.md", "*.gguf", "*.safetensors")
     if any(any(path.glob(mark)) for mark in marks):
         return [LocalFiles(path)]
-    branches = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    branches = [
+        folder for folder in sorted(path.iterdir())
+        if folder.is_dir() and not folder.name.startswith(".") and stray(folder, path) is None
+    ]  # fmt: skip
     found = [LocalFiles(folder, folder.name) for folder in branches if any(any(folder.glob(mark)) for mark in marks)]
     if not found:
         raise SourceError(f"{path}: holds neither a model nor branches of one (no config.json, no .gguf file)")

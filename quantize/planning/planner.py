@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.calibration.tokens import calibration_identity
+from quantize.dist.layout import place_problem
 from quantize.dist.manifest import is_complete, read_manifest
 from quantize.errors import PlanError
 from quantize.files.digest import key_of
@@ -77,8 +78,8 @@ def plan_recipe(
     gguf = plan_levels(recipe, source, identity, repos["gguf"], Path(dist), notify) if recipe.gguf else None
     everything: list[PlannedVariant | PlannedLevel] = [*planned, *(gguf.levels if gguf else ())]
     for folder in {item.folder for item in everything}:
-        if not folder.resolve().is_relative_to(Path(dist).resolve()):
-            raise PlanError(f"{folder}: is a link that leads out of {dist}; put the folder itself there, or remove it")
+        if (problem := place_problem(Path(dist), folder)) is not None:
+            raise PlanError(f"{folder}: {problem}")
     selected = _select(everything, only)
     return Plan(loaded, source, table, repos, Path(dist), tuple(planned), gguf, selected, budget, shards)
 
