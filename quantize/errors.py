@@ -45,7 +45,7 @@ def _written(value: Any, depth: int) -> Iterator[str]:
         yield f"a number of {value.bit_length():,} bits"
         return
     if isinstance(value, dict | list | tuple | set | frozenset):
-        opening, closing = {dict: "{}", list: "[]", tuple: "()"}.get(type(value), "{}")
+        opening, closing = {list: ("[", "]"), tuple: ("(", ")")}.get(type(value), ("{", "}"))
         yield opening
         if value and not depth:
             yield "…"

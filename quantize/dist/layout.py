@@ -23,7 +23,7 @@ from quantize.files.digest import sha256_of_file
 WORK_FOLDER = ".quantize"
 """Inside dist: the lock and everything unfinished. Nothing else unfinished is ever visible in dist."""
 
-LOCK, UNFINISHED, ORIGINS = "lock", "unfinished", "origins.json"
+LOCK, UNFINISHED = "lock", "unfinished"
 """Inside the work folder: what stays there. Builds that can be gone on with lie in ``unfinished``; ``origins.json`` is
 described in ``origins.py``."""
 
@@ -176,7 +176,7 @@ def _restore(dist: Path, work: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(old, target)
     for leftover in work.iterdir():
-        if leftover.name in {LOCK, UNFINISHED, ORIGINS}:
+        if leftover.name in {LOCK, UNFINISHED}:
             continue
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)

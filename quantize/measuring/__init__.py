@@ -87,6 +87,7 @@ class _Task:
     def __init__(self, plan: Plan, device: str) -> None:
         from quantize.calibration.forward import choose_device, choose_dtype
 
+        plan.require_own()
         self.plan, self.device = plan, choose_device(device)
         self.text, self.on_calibration_text = held_out(plan)
         shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]

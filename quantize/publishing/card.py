@@ -85,6 +85,7 @@ def refresh_cards(plan: Plan, held: Dist) -> list[Path]:
     Returns:
         The files that changed.
     """
+    plan.require_own()
     cards = {method: render(plan, method).encode() for method in plan.repos}
     pictures = draw(measured(plan))
     changed = []

@@ -48,7 +48,12 @@ class Orphan:
 
 
 def orphans_in_dist(plan: Plan) -> list[Orphan]:
-    """Built branches and levels in the repos' folders that are not in the plan."""
+    """Built branches and levels in the repos' folders that are not in the plan.
+
+    Raises:
+        PlanError: the folders hold the release of another model, of which the plan knows nothing.
+    """
+    plan.require_own()
     known = {item.folder for item in plan.everything}
     found = []
     for parent in sorted({folder.parent for folder in known}):
