@@ -594,6 +594,12 @@ def test_lint_and_verify_read_a_branch_from_its_own_folder_only(name: str, invok
     assert "failed   files: " in checked.stdout
 
 
+def test_a_file_without_end_is_not_carried_over(invoke: Command, strayed: Path, tmp_path: Path) -> None:
+    os.truncate(strayed / "LICENSE", 10**12)  # a hole, which takes no room
+    recipe = write_recipe(tmp_path / "r.yaml", strayed)
+    assert_refused(invoke("plan", recipe, "--dist", tmp_path / "dist"), "LICENSE", "has 1000 GB")
+
+
 def test_links_that_stay_inside_are_fine(invoke: Command, tiny_llama: Path, strayed: Path, tmp_path: Path) -> None:
     (strayed / "files").mkdir()
     for name in ("LICENSE", "README.md", "tokenizer.json"):

@@ -21,6 +21,8 @@ from quantize.recipe.schema import REPO_NAME
 
 MOST_TEXT = 64_000_000
 """Bytes of a JSON or Markdown file that are read; tokenizers of large vocabularies take 20 to 40 MB."""
+MOST_TENSOR = 1_000_000_000
+"""Bytes of a tensor that is looked into; scales and group indices of the largest models take a tenth."""
 
 
 class RepoFiles(ABC):
@@ -78,7 +80,7 @@ class RepoFiles(ABC):
         return found
 
     def tensor(self, name: str) -> Any:
-        """A tensor as a numpy array; None where it cannot be had so (BF16, or cut short)."""
+        """A tensor as a numpy array; None where it cannot be had so (BF16, cut short, or huge)."""
         import numpy as np
 
         kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "<u1", "I8": "<i1"}
@@ -86,6 +88,8 @@ class RepoFiles(ABC):
             if isinstance(header, Header) and name in header.tensors:
                 spec, (first, last) = header.tensors[name], header.places[name]
                 kind = kinds.get(spec.dtype)
+                if last - first > MOST_TENSOR:
+                    return None
                 if kind is None or last - first != spec.nbytes or DTYPE_BYTES[spec.dtype] != np.dtype(kind).itemsize:
                     return None
                 data = self.read(file, first, last)

@@ -20,6 +20,8 @@ from quantize.formats.tensors import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, Tenso
 
 MOST_JSON = 100_000_000
 """Bytes of a config or an index that are read; the longest real ones take 10 MB."""
+MOST_CARRIED = 5_000_000_000
+"""Bytes of a file that is no weight; the longest real ones, of tokenizers, take 40 MB."""
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".npz",
     ".tflite", ".mlmodel", ".ot",
@@ -66,7 +68,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         SourceError: no config, no safetensors weights, a shard missing or truncated, an already quantized
             model, an index that disagrees with its shards, a link that leads out of the folder.
     """
-    check_files(folder)
+    non_weight_files(folder)
     config = read_config(folder)
     names = _shard_names(folder)
     tensors: dict[str, TensorSpec] = {}
@@ -171,6 +173,10 @@ def non_weight_files(folder: Path) -> list[str]:
         if is_carried_over(name):
             if not is_file_name(name):
                 raise SourceError(f"{path}: has a name that no release can hold; rename or remove the file")
+            if path.stat().st_size > MOST_CARRIED:
+                raise SourceError(
+                    f"{path}: has {path.stat().st_size / 1e9:.0f} GB, and would go into every branch; remove it"
+                )
             names.append(name)
     return names
 

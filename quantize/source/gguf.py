@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import SourceError
+from quantize.errors import SourceError, shortly
 from quantize.files.cache import cache_folder
 from quantize.files.digest import cached_sha256
 from quantize.files.notify import Notify
@@ -136,7 +136,7 @@ def _check_sizes(reader: Any) -> None:
     blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
     count = value(f"{architecture}.block_count")
     if count != len(blocks):
-        raise ValueError(f"its header speaks of {count} blocks, its tensors of {len(blocks)}")
+        raise ValueError(f"its header speaks of {shortly(count)} blocks, its tensors of {len(blocks)}")
     lengths = {int(length) for tensor in reader.tensors for length in tensor.shape}
     for name in ("embedding_length", "feed_forward_length", "vocab_size"):
         length = value(f"{architecture}.{name}")
