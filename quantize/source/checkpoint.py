@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import SourceError, shortly
+from quantize.errors import SourceError, shortened, shortly
 from quantize.files.inside import sound_files, stray
 from quantize.formats.names import is_file_name
 from quantize.formats.safetensors_header import file_header
@@ -128,8 +128,9 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     if config.get("quantization_config"):
         settings = config["quantization_config"]
         method = settings.get("quant_method", "") if isinstance(settings, dict) else ""
+        method = shortened(method, 80) if isinstance(method, str) else shortly(method)
         raise SourceError(
-            f"{where}: the model is already quantized ({shortly(method) if method else 'unknown method'}); "
+            f"{where}: the model is already quantized ({method or 'unknown method'}); "
             "name the unquantized model it was made from"
         )
     return config
