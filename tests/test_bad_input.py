@@ -111,7 +111,9 @@ def test_a_bad_model_is_refused(
     damage, words = BAD_MODELS[name]
     model = Path(shutil.copytree(tiny_llama, tmp_path / "tiny-llama"))
     damage(model)
-    assert_build_refused(invoke, tiny_recipe, dist, ["--set", f"model.source={model}"], words)
+    # the release of its sound twin, which lies in a folder of the same name, would be refused for that alone
+    options = ["--set", f"model.source={model}", "--set", "release.repo=local/damaged-{METHOD}"]
+    assert_build_refused(invoke, tiny_recipe, dist, options, words)
 
 
 def cut(name: str) -> Callable[[Path], object]:

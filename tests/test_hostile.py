@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import socket
 import struct
 import subprocess
 from collections.abc import Callable
@@ -367,6 +371,62 @@ def test_hostile_front_matter_counts_as_none(front: str) -> None:
     assert front_matter(f"---\n{front}\n---\nbelow") == (None, "below")
 
 
+def bomb(leaf: str = "[x,x,x,x,x,x,x,x,x,x]") -> str:
+    """A card whose every key is ten billion values by its aliases."""
+    lines = [f"a: &a {leaf}"]
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True):
+        lines.append(f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]")
+    return "\n".join(lines)
+
+
+KEYS = ("library_name", "base_model", "license", "license_name", "pipeline_tag", "base_model_relation", "tags")
+
+
+@pytest.mark.parametrize("leaf", ["[x,x,x,x,x,x,x,x,x,x]", "{x: 1}", "x"])
+def test_front_matter_of_aliases_counts_as_none(leaf: str) -> None:
+    assert front_matter(f"---\n{bomb(leaf)}\nlicense: mit\n---\nbelow") == (None, "below")
+    assert front_matter("---\na: &a [*a]\n---\nbelow") == (None, "below")
+    assert front_matter("---\na: &a [x, y]\nb: *a\n---\n")[0] == {"a": ["x", "y"], "b": ["x", "y"]}
+
+
+def test_a_card_of_aliases_is_a_finding_of_lint(run_quantize: Command, tmp_path: Path) -> None:
+    for number, key in enumerate(KEYS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "README.md").write_text(f"---\n{bomb()}\n{key}: *i\n---\n# x\n")
+    result = run_quantize("lint", tmp_path, "--json", "--source", tmp_path / "0")
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    found = [{finding["check"] for finding in report["findings"]} for report in json.loads(result.stdout)]
+    assert len(found) == len(KEYS)
+    assert all("card-metadata" in checks for checks in found)
+
+
+def test_what_a_stranger_writes_is_shown_shortly(invoke: Command, tmp_path: Path) -> None:
+    long, deep = "x" * 2_000_000, {"a": [[[[["y" * 100] * 100] * 100]]]}
+    for number, value in enumerate([long, deep, [long] * 3, 10**4000, HEX]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32, "version": value, "sym": value}
+        config = {
+            "dtype": value, "torch_dtype": 1, "rope_theta": value, "rope_parameters": {"rope_theta": 5},
+            "quantization_config": quantization, "auto_map": {"A": value}, "_name_or_path": f"/{long}",
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "quantize_config.json").write_text(json.dumps({"sym": 1, "model_file_base_name": long}))
+        index = {"weight_map": {"w": value, "v": f"{long}.safetensors"}, "metadata": [value]}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        links = "".join(f"[{place}](file{place}.txt)" for place in range(5000))
+        (folder / "README.md").write_text(f"---\nlibrary_name: {json.dumps(value)}\nlicense: {HEX}\n---\n{links}")
+        (folder / MANIFEST_NAME).write_text(json.dumps({"schema": 1, "files": {long: {}}, "loads_in": {"a": long}}))
+    result = invoke("lint", tmp_path)
+    assert "Traceback" not in result.stderr
+    assert max(map(len, result.stdout.splitlines())) < 1200
+    assert len(result.stdout.splitlines()) < 5 * 150
+    assert "the same of 4,900 more" in result.stdout
+
+
 def test_a_source_card_may_be_a_bomb_of_aliases_or_no_file(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text('---\na: &a [x, x]\ntags: [*a, *a, y, "\\ud800"]\n---\n' + "z" * 3_000_000)
     front, body = source_card(tmp_path)
@@ -448,17 +508,152 @@ def test_a_branch_that_is_a_link_out_of_dist_is_refused(invoke: Command, tiny_re
     assert contents(outside) == before
 
 
-def test_a_source_that_links_to_the_users_files_is_refused(invoke: Command, tiny_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "id_rsa").write_text("not yours")
-    model = tmp_path / "model"
-    model.mkdir()
-    for path in tiny_llama.iterdir():  # a folder of links to a model's own files is no harm
-        (model / path.name).symlink_to(path)
-    recipe = write_recipe(tmp_path / "r.yaml", model)
+def linked(name: str, target: str) -> Callable[[Path], None]:
+    def plant(model: Path) -> None:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).unlink(missing_ok=True)
+        (model / name).symlink_to(target.format(secret=model.parent / "secret"))
+
+    return plant
+
+
+def through_a_folder(model: Path) -> None:
+    """README.md -> inner/../../secret/notes.md, where ``inner`` is itself a link."""
+    (model / "deep" / "deeper").mkdir(parents=True)
+    (model / "inner").symlink_to("deep/deeper")
+    (model / "README.md").unlink()
+    (model / "README.md").symlink_to("inner/../../../secret/README.md")
+
+
+def false_cache(model: Path) -> None:
+    """A folder called as the hub's cache calls its blobs, beside the model."""
+    blobs = model.parent / "blobs"
+    (model.parent / "secret").rename(blobs)
+    (model / "token").symlink_to(blobs / "token")
+
+
+def pipe(name: str) -> Callable[[Path], None]:
+    def plant(model: Path) -> None:
+        (model / name).unlink(missing_ok=True)
+        os.mkfifo(model / name)
+
+    return plant
+
+
+def socket_file(model: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        where = os.getcwd()
+        os.chdir(model)  # a socket's path may be short only
+        server.bind("NOTICE")
+        os.chdir(where)
+
+
+CARRIED = ("README.md", "LICENSE", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+           "model.safetensors", "model.safetensors.index.json", "chat_template.jinja")  # fmt: skip
+STRAYS: dict[str, Callable[[Path], None]] = {
+    **{f"link at {name}": linked(name, "{secret}/" + name) for name in CARRIED},
+    "the same name": linked("token", "{secret}/token"),
+    "a relative link": linked("NOTICE", "../secret/token"),
+    "a link to the root": linked("NOTICE", "/etc/hostname"),
+    "a folder": linked("additional_chat_templates", "{secret}"),
+    "a file in a folder": linked("sub/token", "../../secret/token"),
+    "through a folder": through_a_folder,
+    "a link to a link": linked("a", "../hop"),
+    "a folder called blobs": false_cache,
+    "nowhere": linked("NOTICE", "{secret}/nothing"),
+    "in a circle": linked("NOTICE", "NOTICE"),
+    "a device": linked("README.md", "/dev/zero"),
+    **{f"pipe at {name}": pipe(name) for name in CARRIED},
+    "a pipe in a folder": lambda model: (model / "sub").mkdir() or os.mkfifo(model / "sub" / "NOTICE"),
+    "a socket": socket_file,
+}
+
+
+@pytest.fixture
+def strayed(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A model of one's own, beside a folder of secrets that are named as its files are."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    shutil.copytree(tiny_llama, tmp_path / "secret")
+    for name in ("token", "chat_template.jinja"):
+        (tmp_path / "secret" / name).write_text("hf_SECRET")
+    (tmp_path / "hop").symlink_to(tmp_path / "secret" / "token")
+    (tmp_path / "secret" / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model.safetensors"}}')
+    return model
+
+
+@pytest.mark.parametrize("name", STRAYS)
+def test_a_source_is_read_from_its_own_folder_only(name: str, invoke: Command, strayed: Path, tmp_path: Path) -> None:
+    STRAYS[name](strayed)
+    recipe = write_recipe(tmp_path / "r.yaml", strayed)
+    for command in (["plan"], ["build", "--device", "cpu"]):
+        refused = invoke(command[0], recipe, "--dist", tmp_path / "dist", *command[1:])
+        assert_refused(refused, strayed)
+        assert re.search(r"is a link|no regular file|has no config|is missing", refused.stderr), refused.stderr
+    assert not list((tmp_path / "dist").glob("*/*/*"))
+
+
+@pytest.mark.parametrize("name", [name for name in STRAYS if name not in {"a relative link", "in a circle"}])
+def test_lint_and_verify_read_a_branch_from_its_own_folder_only(name: str, invoke: Command, strayed: Path) -> None:
+    (strayed / "tokenizer.json").write_text('{"model": {"vocab": {"hf_SECRET": 999}}}')
+    STRAYS[name](strayed)
+    found = invoke("lint", strayed)
+    assert found.returncode != 0
+    assert "[stray]" in found.stdout
+    checked = invoke("verify", strayed, "--no-load")
+    assert checked.returncode != 0
+    assert "failed   files: " in checked.stdout
+
+
+def test_a_file_without_end_is_not_carried_over(invoke: Command, strayed: Path, tmp_path: Path) -> None:
+    os.truncate(strayed / "LICENSE", 10**12)  # a hole, which takes no room
+    recipe = write_recipe(tmp_path / "r.yaml", strayed)
+    assert_refused(invoke("plan", recipe, "--dist", tmp_path / "dist"), "LICENSE", "has 1000 GB")
+
+
+def test_links_that_stay_inside_are_fine(invoke: Command, tiny_llama: Path, strayed: Path, tmp_path: Path) -> None:
+    (strayed / "files").mkdir()
+    for name in ("LICENSE", "README.md", "tokenizer.json"):
+        (strayed / name).rename(strayed / "files" / name)
+        (strayed / name).symlink_to(f"files/{name}")
+    (strayed / ".cache").symlink_to(tmp_path / "secret")  # hidden files are no part of a model
+    recipe = write_recipe(tmp_path / "r.yaml", strayed)
     assert invoke("plan", recipe, "--dist", tmp_path / "dist").returncode == 0
-    (model / "NOTICE").symlink_to(tmp_path / "id_rsa")
-    refused = invoke("build", recipe, "--dist", tmp_path / "dist", "--device", "cpu")
-    assert_refused(refused, "NOTICE", "is a link to", "id_rsa")
+
+
+def cached(tiny_llama: Path, home: Path) -> Path:
+    """A snapshot as the hub's client keeps it: links into the blobs of its repo."""
+    blobs, snapshot = home / "models--org--tiny" / "blobs", home / "models--org--tiny" / "snapshots" / ("a" * 40)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(tiny_llama.iterdir())):
+        shutil.copy(path, blobs / f"{number:040d}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:040d}")
+    return snapshot
+
+
+def test_a_snapshot_of_the_hubs_cache_may_link_into_its_own_repo_only(
+    invoke: Command, tiny_llama: Path, tmp_path: Path
+) -> None:
+    ours, theirs = cached(tiny_llama, tmp_path / "hub"), cached(tiny_llama, tmp_path / "other")
+    recipe = write_recipe(tmp_path / "r.yaml", ours)
+    assert invoke("plan", recipe, "--dist", tmp_path / "dist").returncode == 0
+    assert "[stray]" not in invoke("lint", ours).stdout
+    (tmp_path / "hub" / "models--me--private").mkdir()
+    shutil.copytree(theirs.parent.parent / "blobs", tmp_path / "hub" / "models--me--private" / "blobs")
+    (ours / "NOTICE").symlink_to(f"../../../models--me--private/blobs/{0:040d}")
+    assert_refused(invoke("plan", recipe, "--dist", tmp_path / "dist"), "NOTICE", "is a link to")
+
+
+def test_a_rebuild_follows_no_link_out_of_a_strangers_release(invoke: Command, dist: Path, tmp_path: Path) -> None:
+    folder = dist / "tiny-llama-GPTQ" / "main"
+    (folder / MANIFEST_NAME).rename(tmp_path / "elsewhere.json")
+    (folder / MANIFEST_NAME).symlink_to(tmp_path / "elsewhere.json")
+    refused = invoke("rebuild", folder)
+    assert refused.returncode != 0
+    assert "no manifest that can be read" in refused.stderr
+    (folder / MANIFEST_NAME).unlink()
+    os.mkfifo(folder / MANIFEST_NAME)
+    assert invoke("rebuild", folder).returncode != 0
 
 
 def test_a_link_out_of_a_branch_is_not_given_away(dist: Path) -> None:

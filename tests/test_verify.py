@@ -105,10 +105,12 @@ def test_scales_that_awq_folded_are_no_fault(invoke: Command, awq: Path, tiny_ll
 )
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_consumers_say_what_the_weights_say(
-    method: str, invoke: Command, branch: Path, awq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, invoke: Command, both: Path, awq: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")
-    folder = branch if method == "gptq" else Path(shutil.copytree(awq, tmp_path / "awq"))
+    folder = both / NAME / "eight"  # what loaded it is noted in a dist only
+    if method == "awq":
+        folder = Path(shutil.copytree(awq, both / "tiny-llama-AWQ" / "main"))
     found = checks(invoke, folder)
     assert found["transformers"][0] == "ok", found
     assert found["vllm"][0] == "skipped"

@@ -8,7 +8,7 @@ from typing import Any
 from quantize.calibration.tokens import Tokens
 from quantize.dist.layout import describe_files
 from quantize.dist.ledger import LedgerEntry
-from quantize.dist.manifest import MANIFEST_NAME, manifest
+from quantize.dist.manifest import create, manifest
 from quantize.files.atomic import copy_file, write_atomically
 from quantize.files.digest import key_of
 from quantize.files.versions import versions_of
@@ -66,7 +66,7 @@ def complete(
         ledger=ledger,
         engine=engine,
     )
-    write_atomically(folder / MANIFEST_NAME, as_json(data))
+    create(folder, data)
     write_atomically(folder / "README.md", render_card(plan, item.method).encode())
     return data
 

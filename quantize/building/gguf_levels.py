@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from quantize import __version__
 from quantize.calibration.statistics import Timed
-from quantize.dist.manifest import MANIFEST_NAME, SCHEMA, read_manifest
+from quantize.dist.layout import Dist
+from quantize.dist.manifest import SCHEMA, Manifest, read_manifest, update, with_level
 from quantize.errors import BuildError, GgufError
 from quantize.executors.api import Workers
 from quantize.executors.quantizers import Quantizers
-from quantize.files.atomic import copy_file, sync_folder, write_atomically
+from quantize.files.atomic import sync_folder
 from quantize.files.digest import key_of, sha256_of_file
 from quantize.files.notify import Notify
 from quantize.gguf.check import check_conversion
@@ -31,7 +32,6 @@ from quantize.gguf.toolchain import VERSION
 from quantize.planning.levels import LevelPlan, PlannedLevel
 from quantize.planning.plan import Plan
 from quantize.publishing.card import licence_files
-from quantize.publishing.config import as_json
 
 Diagonals = Mapping[str, tuple[np.ndarray, int]]
 """For each linear of the checkpoint: diagonal of X^T X, float32 [K], and tokens."""
@@ -42,12 +42,15 @@ def build_levels(
     todo: list[PlannedLevel],
     diagonals: Diagonals | None,
     workers: Workers,
-    work: Path,
+    held: Dist,
     timed: Timed,
     progress: bool | None,
     notify: Notify,
 ) -> list[str]:
     """Make every file of ``todo``; each is put into place as soon as it is whole.
+
+    Args:
+        held: the dist that they are built in.
 
     Returns:
         The labels of what was built.
@@ -55,7 +58,7 @@ def build_levels(
     Raises:
         GgufError: llama.cpp is missing or refuses. BuildError: not enough disk.
     """
-    levels = plan.gguf
+    levels, work = plan.gguf, held.work
     assert levels is not None
     levels.folder.mkdir(parents=True, exist_ok=True)
     with timed("convert"):
@@ -63,7 +66,7 @@ def build_levels(
         path = levels.conversion.make(notify)
         checked = check_conversion(levels.conversion, plan.table.prefix, path, levels.section.logits_tolerance, notify)
     _check_disk(levels, todo)
-    notebook = _Notebook(plan, levels, checked)
+    notebook = _Notebook(plan, levels, checked, held)
     wanting = any(item.wants_imatrix for item in todo)
     importance = _importance(levels, header, diagonals, notebook) if wanting else None
     vectors = None
@@ -75,17 +78,16 @@ def build_levels(
     with timed("levels"):
         _run_all(levels, todo, path, vectors, importance, work, notebook, quantizers, progress)
     for name in licence_files(plan.source):
-        copy_file(plan.source.folder / name, levels.folder / name)
+        held.copy(plan.source.folder / name, levels.folder / name)
     return [item.label for item in todo]
 
 
 class _Notebook:
     """The manifest of the GGUF repo, rewritten whenever a file is in its place."""
 
-    def __init__(self, plan: Plan, levels: LevelPlan, checked: Mapping[str, Any]) -> None:
-        self.folder, self.shards = levels.folder, plan.shards
-        known = read_manifest(levels.folder) or {}
-        self.data: dict[str, Any] = {
+    def __init__(self, plan: Plan, levels: LevelPlan, checked: Mapping[str, Any], held: Dist) -> None:
+        self.folder, self.shards, self.held = levels.folder, plan.shards, held
+        self.head: Manifest = {
             "schema": SCHEMA,
             "repo": levels.repo,
             "branch": "main",
@@ -97,18 +99,22 @@ class _Notebook:
             },
             "conversion": {"type": levels.conversion.outtype, **checked},
             "versions": {"quantize": __version__, "llama-cpp-python": VERSION},
-            "imatrix": known.get("imatrix"),
-            "levels": dict(known.get("levels") or {}),
         }
 
-    def enter(self, part: str, name: str | None, entry: Mapping[str, Any]) -> None:
-        """Note an entry and write the manifest."""
-        if name is None:
-            self.data[part] = dict(entry)
-        else:
-            self.data[part][name] = dict(entry)
-            self.data[part] = dict(sorted(self.data[part].items()))
-        write_atomically(self.folder / MANIFEST_NAME, as_json(self.data))
+    @property
+    def data(self) -> Manifest:
+        """The manifest as it lies there now, under the heading of this build."""
+        return self._of(read_manifest(self.folder))
+
+    def note_imatrix(self, entry: Mapping[str, Any]) -> None:
+        update(self.held, self.folder, lambda known: {**self._of(known), "imatrix": dict(entry)})
+
+    def note_level(self, level: str, entry: Mapping[str, Any]) -> None:
+        update(self.held, self.folder, lambda known: with_level(self._of(known), level, entry))
+
+    def _of(self, known: Manifest | None) -> Manifest:
+        there = known or {}
+        return {**self.head, "imatrix": there.get("imatrix"), "levels": dict(there.get("levels") or {})}
 
 
 def _importance(levels: LevelPlan, header: Any, diagonals: Diagonals | None, notebook: _Notebook) -> Importance | None:
@@ -118,9 +124,7 @@ def _importance(levels: LevelPlan, header: Any, diagonals: Diagonals | None, not
     place = levels.folder / levels.imatrix_file
     if isinstance(levels.section.imatrix, str):
         given = Path(levels.section.imatrix)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-        copy_file(given, temporary)
-        os.replace(temporary, place)
+        notebook.held.copy(given, place)
     elif diagonals is not None:
         entries = targets_of(diagonals, header.became)
         chunks = int(levels.imatrix_inputs["chunks"])
@@ -132,10 +136,11 @@ def _importance(levels: LevelPlan, header: Any, diagonals: Diagonals | None, not
             chunks,
             tokens // max(chunks, 1),
         )
-        write_importance(place, importance)
+        with notebook.held.replacing(place) as temporary:
+            write_importance(temporary, importance)
     found = read_importance(place)
     shards = notebook.shards if diagonals is not None else (notebook.data["imatrix"] or {}).get("shards", 1)
-    notebook.enter("imatrix", None, {
+    notebook.note_imatrix({
         "key": key_of(levels.imatrix_inputs),
         "key_inputs": dict(levels.imatrix_inputs),
         "entries": len(found.sums),
@@ -239,7 +244,7 @@ def _run_one(
             for name, part in parts.items():
                 os.replace(part, levels.folder / name)
             sync_folder(levels.folder)
-            notebook.enter("levels", item.level, {
+            notebook.note_level(item.level, {
                 "key": key_of(item.key_inputs),
                 "key_inputs": dict(item.key_inputs),
                 "files": described,

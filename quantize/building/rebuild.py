@@ -13,6 +13,7 @@ from quantize.building.run import build_recipe
 from quantize.dist.manifest import MANIFEST_NAME, described_files, read_manifest
 from quantize.errors import BuildError
 from quantize.files.digest import sha256_of_file
+from quantize.files.inside import stray
 from quantize.files.notify import Notify
 from quantize.planning.keys import differences
 from quantize.recipe import load_recipe
@@ -215,7 +216,10 @@ def _add_levels(recipe: dict[str, Any], manifest: Manifest, folder: Path) -> Non
     }
     matrix = manifest.get("imatrix") or {}
     if "sha256" in (matrix.get("key_inputs") or {}):
-        section["imatrix"] = str((folder / next(iter(matrix["files"]))).resolve())
+        file = folder / next(iter(matrix["files"]))
+        if (reason := stray(file, folder)) is not None:
+            raise BuildError(f"{file}: {reason}; put the importance matrix itself there")
+        section["imatrix"] = str(file.resolve())
     model, release = recipe["model"], recipe["release"]
     model["name"] = conversion["name"]
     for key, name in (("general.license", "license"), ("general.author", "creator")):

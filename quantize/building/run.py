@@ -15,13 +15,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.dist.layout import locked, publish
+from quantize.dist.layout import Dist, locked, publish
 from quantize.dist.ledger import oddities
+from quantize.dist.origins import remember_origins
 from quantize.dist.resume import Unfinished, find_unfinished
 from quantize.errors import BuildError, CalibrationError, SourceError
 from quantize.files.child import without_secrets
 from quantize.files.notify import Notify
 from quantize.planning.engines import require_engines
+from quantize.planning.ownership import origin_of
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.planning.planner import plan_recipe
 from quantize.publishing.card import refresh_cards
@@ -94,8 +96,9 @@ def build_recipe(
     """
     if ray is not None and find_spec("ray") is None:
         raise BuildError(f"--ray {ray}: Ray is not installed; install it with: pip install 'quantize[ray]'")
-    with locked(Path(dist)) as work:
+    with locked(Path(dist)) as held:
         plan = plan_recipe(loaded, dist, only, weights=True, budget=budget, shards=shards or 1, notify=notify)
+        plan.require_own()
         # code of the model's repo, where the recipe lets it run, finds no token: everything is fetched by now
         alone = without_secrets() if loaded.recipe.model.trust_remote_code else nullcontext()
         result = BuildResult(plan)
@@ -109,8 +112,9 @@ def build_recipe(
                     if shards is None:
                         room = workers.room(device)
                         plan = result.plan = replace(plan, shards=min(room, loaded.recipe.calibration.samples))
-                    _build(plan, workers, work, device, keep_statistics, progress, notify, result)
-            refresh_cards(plan)
+                    _build(plan, workers, held, device, keep_statistics, progress, notify, result)
+            refresh_cards(plan, held)
+            _remember(held, plan, *(item.folder for item in plan.everything))
             _remove_done(plan)
         except OSError as error:
             if error.errno in NO_SPACE:
@@ -120,6 +124,11 @@ def build_recipe(
                 ) from None
             raise
     return result
+
+
+def _remember(held: Dist, plan: Plan, *folders: Path) -> None:
+    """The repos of these branches' folders are from now on of the plan's source."""
+    remember_origins(held, {folder.parent.name: origin_of(plan.source) for folder in folders})
 
 
 @contextmanager
@@ -133,7 +142,7 @@ def _workers(ray: str | None, notify: Notify) -> Iterator[Workers]:
 def _build(
     plan: Plan,
     workers: Workers,
-    work: Path,
+    held: Dist,
     device: str,
     keep_statistics: bool,
     progress: bool | None,
@@ -142,11 +151,11 @@ def _build(
 ) -> None:
     diagonals = None
     if plan.native_work or plan.gathers_imatrix:
-        diagonals = _build_branches(plan, workers, work, device, keep_statistics, progress, notify, result)
+        diagonals = _build_branches(plan, workers, held, device, keep_statistics, progress, notify, result)
     if plan.foreign_work:
-        _build_foreign(plan, work, device, notify, result)
+        _build_foreign(plan, held, device, notify, result)
     if plan.level_work:
-        _build_levels(plan, workers, diagonals, work, progress, notify, result)
+        _build_levels(plan, workers, diagonals, held, progress, notify, result)
 
 
 def _remove_done(plan: Plan) -> None:
@@ -175,35 +184,38 @@ def _build_levels(
     plan: Plan,
     workers: Workers,
     diagonals: Any,
-    work: Path,
+    held: Dist,
     progress: bool | None,
     notify: Notify,
     result: BuildResult,
 ) -> None:
     from quantize.building.gguf_levels import build_levels
 
-    result.built += build_levels(plan, plan.level_work, diagonals, workers, work, result.timed, progress, notify)
+    assert plan.gguf
+    _remember(held, plan, plan.gguf.folder)
+    result.built += build_levels(plan, plan.level_work, diagonals, workers, held, result.timed, progress, notify)
     for item in plan.level_work:
         if item.outcome and item.outcome.fallbacks:
             result.oddities[item.label] = {"fallback": list(item.outcome.fallbacks)}
 
 
-def _build_foreign(plan: Plan, work: Path, device: str, notify: Notify, result: BuildResult) -> None:
+def _build_foreign(plan: Plan, held: Dist, device: str, notify: Notify, result: BuildResult) -> None:
     from quantize.building.completion import complete
     from quantize.building.engine_branches import make_branches
 
     _check_disk(plan, [*plan.foreign_work, *plan.foreign_work])  # an engine's result lies beside its rewriting
-    for made in make_branches(plan, plan.foreign_work, work, device, result.timed, notify):
+    for made in make_branches(plan, plan.foreign_work, held.work, device, result.timed, notify):
         with result.timed("write"):
             data = complete(plan, made.item, made.folder, made.ledger, made.tokens, made.compute, made.engine)
-        _put_into_place(made.item, made.folder, data, work, result)
+        _put_into_place(made.item, made.folder, data, held, result)
 
 
 def _put_into_place(
-    item: PlannedVariant, folder: Path, manifest: Mapping[str, Any], work: Path, result: BuildResult
+    item: PlannedVariant, folder: Path, manifest: Mapping[str, Any], held: Dist, result: BuildResult
 ) -> None:
     with result.timed("write"):
-        publish(folder, item.folder, work)
+        _remember(held, result.plan, item.folder)
+        publish(folder, item.folder, held.work)
     result.built.append(item.label)
     if odd := oddities(manifest["ledger"]):
         result.oddities[item.label] = odd
@@ -212,7 +224,7 @@ def _put_into_place(
 def _build_branches(
     plan: Plan,
     workers: Workers,
-    work: Path,
+    held: Dist,
     device: str,
     keep_statistics: bool,
     progress: bool | None,
@@ -242,5 +254,5 @@ def _build_branches(
         raise
     # every branch is complete before the first reaches its place, so that those left behind are found there
     for branch, data in zip(branches, manifests, strict=True):
-        _put_into_place(branch.item, branch.folder, data, work, result)
+        _put_into_place(branch.item, branch.folder, data, held, result)
     return one.diagonals

@@ -13,6 +13,7 @@ from quantize.cli.options import dist_option, recipe_options, say
 @click.option("--print", "method", type=click.Choice(["gptq", "awq", "gguf"]), help="Print one card, write nothing.")
 def card(recipe: str, overrides: tuple[str, ...], dist: str, method: str | None) -> None:
     """Render the model cards of RECIPE again, into the finished branches in dist; nothing else is touched."""
+    from quantize.dist.layout import locked
     from quantize.planning.planner import plan_recipe
     from quantize.publishing.card import refresh_cards, render
     from quantize.recipe import load_recipe
@@ -21,5 +22,6 @@ def card(recipe: str, overrides: tuple[str, ...], dist: str, method: str | None)
     if method:
         click.echo(render(plan, method), nl=False)
         return
-    for path in refresh_cards(plan):
-        click.echo(f"wrote  {path}")
+    with locked(plan.dist, create=False) as held:
+        for path in refresh_cards(plan, held):
+            click.echo(f"wrote  {path}")

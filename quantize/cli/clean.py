@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from quantize.cli.options import dist_option, gigabytes, json_option, print_json, say, table
+from quantize.cli.options import confirmed, dist_option, gigabytes, json_option, print_json, say, table
 from quantize.errors import PlanError
 
 OLD = 30
@@ -23,27 +23,30 @@ def clean(dist: str, dry_run: bool, yes: bool, as_json: bool) -> None:
 
     Finished branches and levels are not touched.
     """
-    from quantize.dist.layout import locked
+    from quantize.dist.layout import WORK_FOLDER, locked
     from quantize.dist.resume import find_unfinished
 
-    if not Path(dist).is_dir():
+    folder = Path(dist)
+    found = find_unfinished(folder)
+    if as_json:
+        print_json([one.as_data() for one in found])
+    elif found:
+        rows = [["unfinished", "blocks", "on disk"]]
+        rows += [[one.title, one.progress, gigabytes(one.nbytes)] for one in found]
+        click.echo(table(rows, right=frozenset({1, 2})))
+    if not found:
         say(f"{dist}: nothing unfinished")
+    if dry_run or not (folder / WORK_FOLDER).is_dir():
         return
-    with locked(Path(dist)):
-        found = find_unfinished(Path(dist))
-        if as_json:
-            print_json([one.as_data() for one in found])
-        elif found:
-            rows = [["unfinished", "blocks", "on disk"]]
-            rows += [[one.title, one.progress, gigabytes(one.nbytes)] for one in found]
-            click.echo(table(rows, right=frozenset({1, 2})))
-        if not found:
-            say(f"{dist}: nothing unfinished")
-        elif not dry_run and (yes or click.confirm(f"remove {len(found)} unfinished?", default=False, err=True)):
-            freed = sum(one.nbytes for one in found)
-            for one in found:
+    agreed = bool(found) and confirmed(f"Remove {len(found)} unfinished?", yes)
+    with locked(folder, create=False):  # which in itself clears away what a killed build left
+        shown, freed = {one.folder for one in found}, 0
+        for one in find_unfinished(folder) if agreed else ():
+            if one.folder in shown:
+                freed += one.nbytes
                 one.remove()
-            say(f"{gigabytes(freed)} freed")
+    if agreed:
+        say(f"{gigabytes(freed)} freed")
 
 
 @click.command()
@@ -81,7 +84,7 @@ def gc(days: float, parts: tuple[str, ...], dry_run: bool, yes: bool, as_json: b
         click.echo(table(lines, right=frozenset({2, 3})))
     if not old:
         say(f"{cache_folder()}: nothing is older than {days:g} days")
-    elif not dry_run and (yes or click.confirm(f"remove {len(old)} entries?", default=False, err=True)):
+    elif not dry_run and confirmed(f"Remove {len(old)} entries?", yes):
         for entry in old:
             free(entry)
         say(f"{gigabytes(sum(entry.nbytes for entry in old))} freed")

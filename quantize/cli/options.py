@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -60,6 +61,22 @@ def _bytes(value: str | None) -> int | None:
 def say(line: str) -> None:
     """A line about what happens; it goes to stderr, so that stdout stays the result."""
     click.echo(line, err=True)
+
+
+def confirmed(question: str, yes: bool) -> bool:
+    """Whether the user agrees that something is removed.
+
+    Args:
+        yes: agreed beforehand, with --yes.
+
+    Raises:
+        PlanError: there is no terminal to ask at.
+    """
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise PlanError("nobody can be asked here; add --yes to remove them, or --dry-run to see them")
+    return click.confirm(question, default=False, err=True)
 
 
 def print_json(data: Any) -> None:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+from quantize.errors import shortened
 from quantize.formats.names import is_file_name
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 SCHEMA = 1
+MOST_TEXT = 20_000
+"""Characters of a name, as of a module or a calibration text."""
 
 
 def _file_name(name: str) -> str:
@@ -20,8 +23,8 @@ def _file_name(name: str) -> str:
 
 
 def _text(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("is not one line of text")
+    if len(text) > MOST_TEXT or not text.isprintable():
+        raise ValueError(f"is not one line of at most {MOST_TEXT:,} characters")
     return text
 
 
@@ -102,6 +105,6 @@ def problem(data: Any) -> str | None:
         _Manifest.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(map(str, first["loc"]))
+        place = shortened(".".join(map(str, first["loc"])), 200)
         return f"{place}: {first['msg']}" if place else first["msg"]
     return None

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write under a temporary name in the same folder, fsync, rename."""
+def as_json(data: Mapping[str, Any]) -> bytes:
+    """JSON as the ecosystem writes it, in UTF-8 with a final newline."""
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_atomically(path: Path, data: bytes, scratch: Path | None = None) -> None:
+    """Write under a temporary name, fsync, rename.
+
+    Args:
+        scratch: where the temporary file lies, on the same filesystem; None is beside ``path``, which is for folders
+            of our own, such as the cache, and for a place that the user names.
+    """
+    with replacing(path, scratch) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """A new, empty file that takes the place of ``path`` when the block ends well, and vanishes when it does not.
+
+    What the block writes, it also flushes. ``scratch`` as for :func:`write_atomically`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if scratch is not None:
+        scratch.mkdir(parents=True, exist_ok=True)
+    temporary = (scratch or path.parent) / f".{path.name[:100]}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    # never a file that is there already, be it a link to elsewhere
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize.errors import BuildError
 from quantize.files.cache import cache_folder
 
 PARTS = {
@@ -43,19 +44,31 @@ def touch(path: Path) -> None:
 def entries() -> list[Entry]:
     """Everything in the cache that can be freed, by part."""
     now = time.time()
-    return [
-        Entry(part, path, *_measured(path, now)) for part in PARTS for path in sorted(_inside(cache_folder() / part))
-    ]
+    found = []
+    for part in PARTS:
+        for path in sorted(_inside(cache_folder() / part)):
+            with contextlib.suppress(FileNotFoundError):  # a build is at work in it
+                found.append(Entry(part, path, *_measured(path, now)))
+    return found
 
 
 def free(entry: Entry) -> None:
-    """Remove an entry: renamed first, so that half of it is never taken for a whole."""
-    if entry.path.is_dir() and not entry.path.is_symlink():
-        doomed = entry.path.with_name(f".{entry.path.name}.{os.getpid()}.removed")
-        os.rename(entry.path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    else:
-        entry.path.unlink(missing_ok=True)
+    """Remove an entry: renamed first, so that half of it is never taken for a whole.
+
+    Raises:
+        BuildError: the cache cannot be written.
+    """
+    try:
+        if entry.path.is_dir() and not entry.path.is_symlink():
+            doomed = entry.path.with_name(f".{entry.path.name}.{os.getpid()}.removed")
+            os.rename(entry.path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            entry.path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return  # somebody else freed it
+    except OSError as error:
+        raise BuildError(f"{entry.path}: cannot be removed: {error.strerror}") from None
 
 
 def _inside(folder: Path) -> Iterator[Path]:

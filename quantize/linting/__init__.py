@@ -13,7 +13,7 @@ from quantize.files.notify import Notify
 from quantize.linting.card import base_model, check_card, check_inherited, check_tokenizer
 from quantize.linting.configs import check_configs, method_of
 from quantize.linting.files import RepoFiles, open_target
-from quantize.linting.findings import SEVERITIES, Finding, error, note
+from quantize.linting.findings import SEVERITIES, Finding, capped, error, note
 from quantize.linting.gguf import check_gguf
 from quantize.linting.tensors import check_weights
 
@@ -83,6 +83,9 @@ def _kind(files: RepoFiles) -> str:
 
 
 def _check(files: RepoFiles, kind: str) -> Iterator[Finding]:
+    yield from capped(
+        error("stray", name, f"{reason}; put the file itself there") for name, reason in files.strays.items()
+    )
     if kind == "gguf":
         yield from check_gguf(files)
     else:
@@ -101,6 +104,10 @@ def _check_manifest(files: RepoFiles) -> Iterator[Finding]:
     if data is None or (wrong := problem(data)) is not None:
         yield error("manifest", MANIFEST_NAME, f"cannot be gone by ({wrong if data else 'it is no JSON object'})")
         return
+    yield from capped(_sizes_of(files, data))
+
+
+def _sizes_of(files: RepoFiles, data: dict[str, Any]) -> Iterator[Finding]:
     for name, entry in described_files(data).items():
         wanted, real = entry["bytes"], files.sizes.get(name)
         if real is None:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quantize.errors import shortly
 from quantize.linting.files import RepoFiles
-from quantize.linting.findings import Finding, error, note, warning
+from quantize.linting.findings import Finding, capped, error, note, warning
 from quantize.publishing.card import LICENCE_FILES
 from quantize.publishing.source_card import front_matter
 
@@ -18,6 +19,8 @@ SIZE = re.compile(r"^\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(KB|MB|GB|TB)\s*$")
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 RELATIVE_LINK = re.compile(r"\]\((?!https?:|mailto:|#|/)([^)\s#?]+)")
 SIZE_TOLERANCE = 0.02
+MOST_BODY = 1_000_000
+"""Characters of a card's text that are looked at; the longest real ones have some ten thousand."""
 
 
 def check_card(files: RepoFiles, kind: str) -> Iterator[Finding]:
@@ -49,13 +52,11 @@ def check_card(files: RepoFiles, kind: str) -> Iterator[Finding]:
     library = front.get("library_name")
     expected = "gguf" if kind == "gguf" else "transformers"
     if library and library != expected:
-        yield warning("library", "README.md:library_name", f"is {library}, the files are for {expected}")
+        yield warning("library", "README.md:library_name", f"is {shortly(library)}, the files are for {expected}")
     if not front.get("pipeline_tag"):
         yield note("pipeline-tag", "README.md:pipeline_tag", "is missing; searches for text-generation do not find it")
-    yield from _check_table(files, body)
-    for target in sorted(set(RELATIVE_LINK.findall(body))):
-        if target.removeprefix("./") not in files.sizes and not _is_folder(files, target):
-            yield warning("link", f"README.md:{target}", "is linked, but is not in this repo")
+    yield from capped(_check_table(files, body[:MOST_BODY]))
+    yield from capped(_check_links(files, body[:MOST_BODY]))
 
 
 def check_tokenizer(files: RepoFiles) -> Iterator[Finding]:
@@ -85,7 +86,9 @@ def check_inherited(files: RepoFiles, source: RepoFiles, kind: str) -> Iterator[
         here, there = (ours or {}).get(key), (theirs or {}).get(key)
         if there and here != there:
             yield error(
-                "licence-not-inherited", f"README.md:{key}", f"is {here or 'missing'}, {source.name} has {there}"
+                "licence-not-inherited",
+                f"README.md:{key}",
+                f"is {shortly(here) if here else 'missing'}, {source.name} has {shortly(there)}",
             )
     for name in source.sizes:
         if name.lower().startswith(LICENCE_FILES) and name not in files.sizes:
@@ -104,6 +107,14 @@ def base_model(files: RepoFiles) -> str | None:
     base = (front or {}).get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     return base if isinstance(base, str) and base != files.name else None
+
+
+def _check_links(files: RepoFiles, body: str) -> Iterator[Finding]:
+    """Links to files that are not here."""
+    there = {"/".join(name.split("/")[:depth]) for name in files.sizes for depth in range(1, name.count("/") + 2)}
+    for target in sorted(set(RELATIVE_LINK.findall(body))):
+        if target.removeprefix("./").rstrip("/") not in there:
+            yield warning("link", f"README.md:{target}", "is linked, but is not in this repo")
 
 
 def _check_table(files: RepoFiles, body: str) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from quantize.errors import shortly
 from quantize.linting.files import RepoFiles
 from quantize.linting.findings import Finding, error, note, warning
 
@@ -22,7 +23,8 @@ def method_of(files: RepoFiles) -> str | None:
     """``gptq``, ``awq``, another method's name, or None where nothing says that the model is quantized."""
     settings = files.config.get("quantization_config")
     if isinstance(settings, dict) and settings.get("quant_method"):
-        return str(settings["quant_method"])
+        method = settings["quant_method"]
+        return method if isinstance(method, str) else shortly(method)
     return next((method for method, name in NAMES.items() if name in files.sizes), None)
 
 
@@ -43,8 +45,8 @@ def check_configs(files: RepoFiles) -> Iterator[Finding]:
             "is missing; transformers, vLLM and TGI take the model for an unquantized one",
         )  # fmt: skip
         return
-    method = str(settings.get("quant_method", ""))
-    if method in NAMES:
+    method = settings.get("quant_method")
+    if isinstance(method, str) and method in NAMES:
         yield from _check_own_file(files, method, settings)
         yield from _check_kernels(files, method, settings)
 
@@ -65,13 +67,15 @@ def _check_own_file(files: RepoFiles, method: str, settings: dict[str, Any]) -> 
         if key in there and key in settings and _plain(there[key]) != _plain(settings[key]):
             yield error(
                 "configs-disagree", f"{name}:{key}",
-                f"says {there[key]!r}, config.json says {settings[key]!r}; loaders read one or the other",
+                f"says {shortly(there[key])}, config.json says {shortly(settings[key])}; loaders read one or the other",
             )  # fmt: skip
     base = own.get("model_file_base_name")
     if isinstance(base, str) and not any(
         file.endswith(".safetensors") and file.startswith(base) for file in files.sizes
     ):
-        yield warning("base-name", f"{name}:model_file_base_name", f"is '{base}', but no weight file here is called so")
+        yield warning(
+            "base-name", f"{name}:model_file_base_name", f"is {shortly(base)}, but no weight file here is called so"
+        )
 
 
 def _check_kernels(files: RepoFiles, method: str, settings: dict[str, Any]) -> Iterator[Finding]:
@@ -80,15 +84,19 @@ def _check_kernels(files: RepoFiles, method: str, settings: dict[str, Any]) -> I
     if not isinstance(bits, int) or not isinstance(group_size, int) or group_size == 0:
         yield error("config-incomplete", place, "names no whole number for bits and group_size")
         return
-    if method == "awq" and str(settings.get("version", "gemm")).lower() != "gemm":
-        yield warning("awq-version", f"{place}.version", f"is {settings['version']}; most loaders read gemm only")
+    if method == "awq" and _plain(settings.get("version", "gemm")) != "gemm":
+        yield warning(
+            "awq-version", f"{place}.version", f"is {shortly(settings['version'])}; most loaders read gemm only"
+        )
     if group_size not in KERNEL_GROUPS[method]:
         known = ", ".join(map(str, KERNEL_GROUPS[method]))
-        yield note("group-size", f"{place}.group_size", f"is {group_size}; vLLM's Marlin kernels load {known} only")
+        yield note(
+            "group-size", f"{place}.group_size", f"is {shortly(group_size)}; vLLM's Marlin kernels load {known} only"
+        )
     if method != "gptq":
         return
     desc_act, sym = settings.get("desc_act"), settings.get("sym", True)
-    if settings.get("is_marlin_format") or str(settings.get("checkpoint_format")) == "marlin":
+    if settings.get("is_marlin_format") or settings.get("checkpoint_format") == "marlin":
         if desc_act:
             yield error("marlin-act-order", f"{place}.desc_act", "Marlin's own format cannot hold act-order")
         if not sym or bits != 4 or group_size not in (-1, 128):
@@ -116,21 +124,26 @@ def _check_names(files: RepoFiles) -> Iterator[Finding]:
                     yield warning(
                         "machine-path",
                         f"{name}:{where}{key}",
-                        f"is a path of a machine ('{value}'); remove it",
+                        f"is a path of a machine ({shortly(value)}); remove it",
                     )
     config = files.config
     old, new = config.get("torch_dtype"), config.get("dtype")
     if old and new and old != new:
-        yield warning("dtypes-disagree", "config.json:dtype", f"is {new}, torch_dtype is {old}")
+        yield warning("dtypes-disagree", "config.json:dtype", f"is {shortly(new)}, torch_dtype is {shortly(old)}")
     parameters = config.get("rope_parameters")
     theta = parameters.get("rope_theta") if isinstance(parameters, dict) else None
     if theta not in (None, DEFAULT_THETA) and config.get("rope_theta") is None:
         yield warning(
             "rope-theta", "config.json:rope_theta",
-            f"is missing (rope_parameters has {theta}); transformers 4 then takes its default, and the model rambles",
+            f"is missing (rope_parameters has {shortly(theta)}); transformers 4 then takes its default, and the model "
+            "rambles",
         )  # fmt: skip
     elif theta is not None and config.get("rope_theta", theta) != theta:
-        yield error("rope-theta", "config.json:rope_theta", f"is {config['rope_theta']}, rope_parameters has {theta}")
+        yield error(
+            "rope-theta",
+            "config.json:rope_theta",
+            f"is {shortly(config['rope_theta'])}, rope_parameters has {shortly(theta)}",
+        )
 
 
 def _check_code(files: RepoFiles) -> Iterator[Finding]:

@@ -6,11 +6,14 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quantize.errors import SourceError
+from quantize.files.inside import sound_files, stray
 from quantize.formats.safetensors_header import Header, read_header
 from quantize.formats.tensors import DTYPE_BYTES
 from quantize.hub.client import Hub
@@ -18,6 +21,8 @@ from quantize.recipe.schema import REPO_NAME
 
 MOST_TEXT = 64_000_000
 """Bytes of a JSON or Markdown file that are read; tokenizers of large vocabularies take 20 to 40 MB."""
+MOST_TENSOR = 1_000_000_000
+"""Bytes of a tensor that is looked into; scales and group indices of the largest models take a tenth."""
 
 
 class RepoFiles(ABC):
@@ -26,12 +31,14 @@ class RepoFiles(ABC):
     Attributes:
         name: of the repo. branch: None where a folder does not tell.
         sizes: bytes by name.
+        strays: what is not read and is not in ``sizes``, by name, and why: links that lead out, pipes.
         is_local: whether reading much costs little.
     """
 
     name: str
     branch: str | None
     sizes: dict[str, int]
+    strays: Mapping[str, str] = MappingProxyType({})
     is_local: bool
 
     @abstractmethod
@@ -73,7 +80,7 @@ class RepoFiles(ABC):
         return found
 
     def tensor(self, name: str) -> Any:
-        """A tensor as a numpy array; None where it cannot be had so (BF16, or cut short)."""
+        """A tensor as a numpy array; None where it cannot be had so (BF16, cut short, or huge)."""
         import numpy as np
 
         kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "<u1", "I8": "<i1"}
@@ -81,6 +88,8 @@ class RepoFiles(ABC):
             if isinstance(header, Header) and name in header.tensors:
                 spec, (first, last) = header.tensors[name], header.places[name]
                 kind = kinds.get(spec.dtype)
+                if last - first > MOST_TENSOR:
+                    return None
                 if kind is None or last - first != spec.nbytes or DTYPE_BYTES[spec.dtype] != np.dtype(kind).itemsize:
                     return None
                 data = self.read(file, first, last)
@@ -97,11 +106,8 @@ class LocalFiles(RepoFiles):
         self.folder = folder
         self.name = folder.name if branch is None else folder.parent.name
         self.branch = branch
-        self.sizes = {
-            path.relative_to(folder).as_posix(): path.stat().st_size
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and ".git" not in path.relative_to(folder).parts
-        }
+        found, self.strays = sound_files(folder, lambda name: ".git" not in name.split("/"))
+        self.sizes = {name: path.stat().st_size for name, path in found.items()}
 
     def read(self, name: str, first: int, last: int) -> bytes:
         with (self.folder / name).open("rb") as file:
@@ -164,7 +170,10 @@ def _local(path: Path) -> list[RepoFiles]:
     marks = ("config.json", "README.md", "*.gguf", "*.safetensors")
     if any(any(path.glob(mark)) for mark in marks):
         return [LocalFiles(path)]
-    branches = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    branches = [
+        folder for folder in sorted(path.iterdir())
+        if folder.is_dir() and not folder.name.startswith(".") and stray(folder, path) is None
+    ]  # fmt: skip
     found = [LocalFiles(folder, folder.name) for folder in branches if any(any(folder.glob(mark)) for mark in marks)]
     if not found:
         raise SourceError(f"{path}: holds neither a model nor branches of one (no config.json, no .gguf file)")

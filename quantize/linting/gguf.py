@@ -12,7 +12,7 @@ from typing import Any
 from quantize.formats.gguf_reader import MAGIC, open_gguf
 from quantize.linting.card import CHATTY
 from quantize.linting.files import LocalFiles, RepoFiles
-from quantize.linting.findings import Finding, error, note, warning
+from quantize.linting.findings import Finding, capped, error, note, warning
 from quantize.recipe.levels import LEVELS
 
 PART = re.compile(r"^(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf$")
@@ -23,7 +23,7 @@ HUB_LIMIT = 50_000_000_000
 def check_gguf(files: RepoFiles) -> Iterator[Finding]:
     """Every finding about the repo's GGUF files."""
     names = sorted(name for name in files.sizes if name.endswith(".gguf"))
-    yield from _check_parts(names)
+    yield from capped(_check_parts(names))
     for name in names:
         if files.sizes[name] > HUB_LIMIT:
             yield error("too-large", name, "has more than 50 GB, which the hub refuses; split it")

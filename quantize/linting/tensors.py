@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quantize.errors import shortly
 from quantize.formats.safetensors_header import Header
 from quantize.formats.tensors import INDEX_NAME, TensorSpec
 from quantize.linting.files import RepoFiles
-from quantize.linting.findings import Finding, error, warning
+from quantize.linting.findings import Finding, capped, error, warning
 
 PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales")}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -18,9 +19,11 @@ MOST_NAMED = 3
 
 def check_weights(files: RepoFiles, method: str | None) -> Iterator[Finding]:
     """Every finding about the safetensors files and what lies in them."""
-    for name in files.sizes:
-        if name.endswith(PICKLES) and "/" not in name:
-            yield warning("pickle", name, "is a pickle, which can run code when it is read; publish safetensors")
+    yield from capped(
+        warning("pickle", name, "is a pickle, which can run code when it is read; publish safetensors")
+        for name in files.sizes
+        if name.endswith(PICKLES) and "/" not in name
+    )
     if not files.headers:
         yield error("no-weights", "*.safetensors", "there are none")
         return
@@ -55,17 +58,26 @@ def _check_index(files: RepoFiles, tensors: Mapping[str, TensorSpec]) -> Iterato
     if not isinstance(table, dict):
         yield error("index-broken", INDEX_NAME, "has no weight_map; write it again")
         return
-    for shard in sorted(set(map(str, table.values())) - set(files.headers)):
-        yield error("shard-missing", shard, f"is named by {INDEX_NAME}, but is not here; upload it")
-    for shard in sorted(set(files.headers) - set(map(str, table.values()))):
-        yield warning("shard-unused", shard, f"is not named by {INDEX_NAME}; nothing reads it, everybody downloads it")
+    named = {shard for shard in table.values() if isinstance(shard, str)}
+    if any(not isinstance(shard, str) for shard in table.values()):
+        yield error("index-broken", INDEX_NAME, "has a weight_map that names something else than files; write it again")
+    yield from capped(
+        error("shard-missing", shard, f"is named by {INDEX_NAME}, but is not here; upload it")
+        for shard in sorted(named - set(files.headers))
+    )
+    yield from capped(
+        warning("shard-unused", shard, f"is not named by {INDEX_NAME}; nothing reads it, everybody downloads it")
+        for shard in sorted(set(files.headers) - named)
+    )
     wrong = [
         key for key, shard in table.items()
-        if isinstance(files.headers.get(str(shard)), Header) and (key not in tensors or tensors[key].file != shard)
+        if isinstance(shard, str) and isinstance(files.headers.get(shard), Header)
+        and (key not in tensors or tensors[key].file != shard)
     ]  # fmt: skip
     for key in wrong[:MOST_NAMED]:
-        yield error("index-wrong", f"{INDEX_NAME}:{key}", f"is said to lie in {table[key]}, but it does not")
-    total = (index.get("metadata") or {}).get("total_size")
+        yield error("index-wrong", f"{INDEX_NAME}:{key}", f"is said to lie in {shortly(table[key])}, but it does not")
+    metadata = index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
     real = sum(
         last - first for header in files.headers.values() if isinstance(header, Header)
         for first, last in header.places.values()
@@ -110,16 +122,15 @@ def _check_shapes(
     wanted = {"qzeros": (groups, -(-outputs * bits // 32)), "scales": (groups, outputs), "g_idx": (inputs,)}
     for part, spec in specs.items():
         if part in wanted and spec.shape != wanted[part]:
-            yield error(
-                "shape", f"{module}.{part}",
-                f"has shape {list(spec.shape)}; {bits} bits in groups of {group_size} make {list(wanted[part])}",
-            )  # fmt: skip
+            should = f"{bits} bits in groups of {shortly(group_size)} make {shortly(wanted[part])}"
+            yield error("shape", f"{module}.{part}", f"has shape {shortly(spec.shape)}; {should}")
     if specs["qweight"].dtype != "I32":
         yield error("dtype", f"{module}.qweight", f"is {specs['qweight'].dtype}; loaders read I32")
     if specs["scales"].dtype != "F16":
         yield warning("dtype", f"{module}.scales", f"is {specs['scales'].dtype}; most kernels read F16 only")
     if group_size != -1 and inputs % group_size:
-        yield warning("ragged", f"{module}.g_idx", f"{inputs} inputs are no multiple of {group_size}; kernels refuse")
+        size = shortly(group_size)
+        yield warning("ragged", f"{module}.g_idx", f"{inputs} inputs are no multiple of {size}; kernels refuse")
 
 
 def _check_values(files: RepoFiles, module: str, settings: Mapping[str, Any]) -> Iterator[Finding]:

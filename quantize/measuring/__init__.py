@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.calibration.corpus import title
 from quantize.calibration.tokens import calibration_identity, load_tokenizer, sample_tokens
-from quantize.dist.layout import locked
-from quantize.dist.manifest import MANIFEST_NAME, is_complete, read_manifest
+from quantize.dist.layout import Dist, locked
+from quantize.dist.manifest import MANIFEST_NAME, Manifest, is_complete, update, with_quality
 from quantize.errors import BuildError, CalibrationError, SourceError
-from quantize.files.atomic import write_atomically
 from quantize.files.child import without_secrets
 from quantize.files.digest import key_of
 from quantize.files.notify import Notify
@@ -24,7 +23,6 @@ from quantize.planning.levels import PlannedLevel
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.planning.planner import plan_recipe
 from quantize.publishing.card import refresh_cards
-from quantize.publishing.config import as_json
 from quantize.recipe import LoadedRecipe
 
 if TYPE_CHECKING:
@@ -91,6 +89,7 @@ class _Task:
     def __init__(self, plan: Plan, device: str) -> None:
         from quantize.calibration.forward import choose_device, choose_dtype
 
+        plan.require_own()
         self.plan, self.device = plan, choose_device(device)
         self.text, self.on_calibration_text = held_out(plan)
         shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]
@@ -144,7 +143,7 @@ def measure_recipe(
         CalibrationError: the text is the calibration text, or cannot be had. BuildError: nothing is built.
         GgufError: a level's tensors cannot be brought in the source's order.
     """
-    with locked(Path(dist)):
+    with locked(Path(dist), create=False) as held:
         task = _Task(plan_recipe(loaded, dist, only, weights=True, notify=notify), device)
         built = task.built
         if not built:
@@ -155,8 +154,8 @@ def measure_recipe(
             with alone:
                 rows = _measure(task, todo, progress, notify)
             for item, row in zip(todo, rows, strict=True):
-                _note(item, row)
-        refresh_cards(task.plan)
+                _note(held, item, row)
+        refresh_cards(task.plan, held)
     figures = {item.label: task.known(item) for item in built}
     source = next(iter(figures.values()))["source"]
     return Measured(task.title, task.tokens, task.on_calibration_text, {"source": source, **figures})
@@ -216,10 +215,10 @@ def _figures(row: Quality) -> dict[str, Any]:
     return {name: float(f"{value:.5g}") for name, value in row.as_data().items() if name != "branch"}
 
 
-def _note(item: Item, quality: Mapping[str, Any]) -> None:
-    data = read_manifest(item.folder)
-    if data is None:
-        raise SourceError(f"{item.folder / MANIFEST_NAME}: cannot be read any more")
-    holder = data["levels"][item.level] if isinstance(item, PlannedLevel) else data
-    holder["quality"] = dict(quality)
-    write_atomically(item.folder / MANIFEST_NAME, as_json(data))
+def _note(held: Dist, item: Item, quality: Mapping[str, Any]) -> None:
+    def noted(known: Manifest | None) -> Manifest:
+        if known is None:
+            raise SourceError(f"{item.folder / MANIFEST_NAME}: cannot be read any more")
+        return with_quality(known, quality, item.level if isinstance(item, PlannedLevel) else None)
+
+    update(held, item.folder, noted)

@@ -30,7 +30,7 @@ from quantize.recipe.schema import Recipe
 from quantize.source.resolved import Source, safe_name
 
 BRANCH = "main"
-State = Literal["missing", "stale", "fresh"]
+State = Literal["missing", "stale", "fresh", "taken"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class PlannedLevel:
         folder: ``dist/<repo name>/main``; ``file`` is its name there.
         outcome: types, fallbacks, exact size; None where llama.cpp could not be asked, which ``why`` then says.
         key_inputs: what its bytes depend on.
-        state: ``missing``, ``stale`` or ``fresh``; ``why`` says why in one line.
+        state: ``missing``, ``stale``, ``fresh`` or ``taken`` (its place holds the release of another model); ``why``
+            says why in one line.
     """
 
     repo: str

@@ -6,25 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from quantize.calibration.corpus import title
 from quantize.calibration.tokens import calibration_identity
 from quantize.dist.manifest import read_manifest
 from quantize.engines import Engine
+from quantize.errors import PlanError
 from quantize.planning.engines import engine_of, identity_of, layout_of, obstacles
 from quantize.planning.estimate import Estimate, estimate
 from quantize.planning.keys import key_inputs
-from quantize.planning.levels import LevelPlan, PlannedLevel
+from quantize.planning.levels import LevelPlan, PlannedLevel, State
 from quantize.planning.memory import Memory, MemoryModel
 from quantize.planning.modules import ModuleTable
+from quantize.planning.ownership import described
 from quantize.planning.sizes import Layout
 from quantize.recipe import LoadedRecipe
 from quantize.recipe.methods import Method, Variant
 from quantize.recipe.schema import Recipe
 from quantize.source.resolved import Source
-
-State = Literal["missing", "stale", "fresh"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class PlannedVariant:
         variant: its parameters.
         layout: its tensors, shard by shard; ``layout.nbytes`` is exact.
         folder: where it will lie, ``dist/<repo name>/<branch>``.
-        state: ``missing``, ``stale`` or ``fresh``; ``why`` says why in one line.
+        state: ``missing``, ``stale``, ``fresh`` or ``taken`` (its place holds the release of another model); ``why``
+            says why in one line.
     """
 
     method: Method
@@ -134,6 +135,16 @@ class Plan:
         """The branches of one method's repo."""
         return [item for item in self.variants if item.method == method]
 
+    def require_own(self) -> None:
+        """Raises :class:`PlanError` where a place in dist holds the release of another model of this one's name."""
+        for item in self.everything:
+            if item.state == "taken":
+                raise PlanError(
+                    f"{item.folder.parent}: {item.why}, and this recipe's model is {described(self.source)}; give this "
+                    "one repos of its own (release.repo), build it with another --dist, or remove that folder if it is "
+                    "wanted no more"
+                )
+
     @cached_property
     def estimate(self) -> Estimate:
         return estimate(
@@ -164,7 +175,9 @@ class Plan:
         return calibration_identity(self.recipe.calibration)
 
     def finished(self, item: PlannedVariant | PlannedLevel) -> dict[str, Any]:
-        """What the manifest on disk says of an item; empty where there is none."""
+        """What the manifest on disk says of an item; empty where there is none, or it is another model's."""
+        if item.state == "taken":
+            return {}
         data = read_manifest(item.folder) or {}
         if isinstance(item, PlannedVariant):
             return data

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quantize.calibration.tokens import calibration_identity
+from quantize.dist.layout import place_problem
 from quantize.dist.manifest import is_complete, read_manifest
 from quantize.errors import PlanError
 from quantize.files.digest import key_of
 from quantize.files.notify import Notify
 from quantize.planning.keys import differences
-from quantize.planning.levels import PlannedLevel, plan_levels
+from quantize.planning.levels import PlannedLevel, State, plan_levels
 from quantize.planning.modules import find_linears
-from quantize.planning.plan import Plan, PlannedVariant, State, variant_key_inputs
+from quantize.planning.ownership import other_owner
+from quantize.planning.plan import Plan, PlannedVariant, variant_key_inputs
 from quantize.planning.propagation import with_propagation
 from quantize.planning.sizes import check_variant, variant_layout
 from quantize.recipe import LoadedRecipe
@@ -23,6 +26,8 @@ from quantize.recipe.methods import Gptq
 from quantize.recipe.schema import RepoNameError, repo_id
 from quantize.source.resolve import resolve
 from quantize.source.resolved import Source
+
+Item = TypeVar("Item", PlannedVariant, PlannedLevel)
 
 
 def plan_recipe(
@@ -77,10 +82,26 @@ def plan_recipe(
     gguf = plan_levels(recipe, source, identity, repos["gguf"], Path(dist), notify) if recipe.gguf else None
     everything: list[PlannedVariant | PlannedLevel] = [*planned, *(gguf.levels if gguf else ())]
     for folder in {item.folder for item in everything}:
-        if not folder.resolve().is_relative_to(Path(dist).resolve()):
-            raise PlanError(f"{folder}: is a link that leads out of {dist}; put the folder itself there, or remove it")
+        if (problem := place_problem(Path(dist), folder)) is not None:
+            raise PlanError(f"{folder}: {problem}")
     selected = _select(everything, only)
-    return Plan(loaded, source, table, repos, Path(dist), tuple(planned), gguf, selected, budget, shards)
+    plan = Plan(loaded, source, table, repos, Path(dist), tuple(planned), gguf, selected, budget, shards)
+    return _with_owners(plan)
+
+
+def _with_owners(plan: Plan) -> Plan:
+    """The plan, where places that hold the release of another model are marked as taken."""
+    owners = {folder: other_owner(folder, plan.source) for folder in {item.folder.parent for item in plan.everything}}
+    taken = {folder: f"holds a release of another model, {owner}" for folder, owner in owners.items() if owner}
+    if not taken:
+        return plan
+
+    def marked(item: Item) -> Item:
+        why = taken.get(item.folder.parent)
+        return item if why is None else replace(item, state="taken", why=why)
+
+    levels = plan.gguf and replace(plan.gguf, levels=tuple(marked(level) for level in plan.gguf.levels))
+    return replace(plan, variants=tuple(marked(item) for item in plan.variants), gguf=levels)
 
 
 def _state(folder: Path, inputs: Any) -> tuple[State, str]:

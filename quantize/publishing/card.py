@@ -9,10 +9,10 @@ from urllib.parse import quote
 
 from quantize import __version__
 from quantize.calibration.corpus import title, url
+from quantize.dist.layout import Dist
 from quantize.dist.manifest import read_manifest
 from quantize.engines import NATIVE
 from quantize.errors import RecipeError
-from quantize.files.atomic import write_atomically
 from quantize.formats.tensors import DTYPE_BYTES
 from quantize.planning.engines import layout_of
 from quantize.planning.plan import Plan, PlannedVariant
@@ -79,12 +79,13 @@ def render(plan: Plan, method: str) -> str:
     return render_card(plan, "gptq" if method == "gptq" else "awq")
 
 
-def refresh_cards(plan: Plan) -> list[Path]:
+def refresh_cards(plan: Plan, held: Dist) -> list[Path]:
     """Render every finished branch's card and picture again; a new branch also changes the tables of the old ones.
 
     Returns:
         The files that changed.
     """
+    plan.require_own()
     cards = {method: render(plan, method).encode() for method in plan.repos}
     picture = draw(measured(plan))
     pictures = {FILE: picture} if picture else {}
@@ -95,7 +96,7 @@ def refresh_cards(plan: Plan) -> list[Path]:
         for name, data in {"README.md": cards[method], **pictures}.items():
             path = folder / name
             if not path.is_file() or path.read_bytes() != data:
-                write_atomically(path, data)
+                held.write(path, data)
                 changed.append(path)
         for name in [*FORMER_FILES, *([] if picture else [FILE])]:
             if (folder / name).is_file():  # its figures are no longer this release's

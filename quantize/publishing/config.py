@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from quantize import __version__
+from quantize.files.atomic import as_json
 from quantize.formats import awq, compressed, gptq
 from quantize.planning.engines import environment_of
 from quantize.planning.modules import ModuleTable
 from quantize.planning.plan import PlannedVariant
 from quantize.recipe.methods import GptqVariant
 from quantize.recipe.schema import Recipe
+
+__all__ = ["as_json", "in_all_words", "loader_config", "release_config"]
 
 
 def loader_config(
@@ -65,8 +67,3 @@ def in_all_words(source: Mapping[str, Any]) -> dict[str, Any]:
         if scaling.get("rope_type", "default") != "default":
             config.setdefault("rope_scaling", scaling)
     return config
-
-
-def as_json(data: Mapping[str, Any]) -> bytes:
-    """JSON as the ecosystem writes it, in UTF-8 with a final newline."""
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

@@ -12,13 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from quantize.dist.layout import locked
-from quantize.dist.manifest import MANIFEST_NAME, described_files, read_manifest
-from quantize.errors import PushError
-from quantize.files.atomic import write_atomically
+from quantize.dist.layout import Dist, locked
+from quantize.dist.manifest import MANIFEST_NAME, Manifest, described_files, read_manifest, update, without_level
+from quantize.errors import PushError, ReleaseError
 from quantize.hub.client import Hub
 from quantize.planning.plan import Plan
-from quantize.publishing.config import as_json
 
 Where = Literal["dist", "hub"]
 
@@ -50,7 +48,12 @@ class Orphan:
 
 
 def orphans_in_dist(plan: Plan) -> list[Orphan]:
-    """Built branches and levels in the repos' folders that are not in the plan."""
+    """Built branches and levels in the repos' folders that are not in the plan.
+
+    Raises:
+        PlanError: the folders hold the release of another model, of which the plan knows nothing.
+    """
+    plan.require_own()
     known = {item.folder for item in plan.everything}
     found = []
     for parent in sorted({folder.parent for folder in known}):
@@ -102,9 +105,9 @@ def remove(plan: Plan, orphans: Sequence[Orphan], hub: Hub | None) -> None:
     """
     local = [orphan for orphan in orphans if orphan.where == "dist"]
     if local:
-        with locked(plan.dist) as work:
+        with locked(plan.dist, create=False) as held:
             for orphan in local:
-                _remove_level(plan, orphan) if orphan.level else _remove_folder(plan, orphan, work)
+                _remove_level(held, orphan, orphan.level) if orphan.level else _remove_folder(held, orphan)
     for orphan in orphans:
         if orphan.where == "hub" and hub is not None:
             with hub.explained(orphan.repo):
@@ -115,20 +118,25 @@ def remove(plan: Plan, orphans: Sequence[Orphan], hub: Hub | None) -> None:
                 hub.api.delete_branch(orphan.repo, branch=orphan.branch)
 
 
-def _remove_folder(plan: Plan, orphan: Orphan, work: Path) -> None:
+def _remove_folder(held: Dist, orphan: Orphan) -> None:
     # first out of sight in one step: a killed prune leaves no half branch under a real name
-    gone = work / "pruned" / orphan.repo / orphan.branch
+    gone = held.work / "pruned" / orphan.repo / orphan.branch
     gone.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(plan.dist / orphan.repo / orphan.branch, gone)
+    os.rename(held.folder / orphan.repo / orphan.branch, gone)
     shutil.rmtree(gone)
 
 
-def _remove_level(plan: Plan, orphan: Orphan) -> None:
-    folder = plan.dist / orphan.repo / orphan.branch
-    data = read_manifest(folder) or {}
-    entry = data["levels"].pop(orphan.level)
-    write_atomically(folder / MANIFEST_NAME, as_json(data))
-    for name in sorted({*_names(entry)} - {*described_files(data), MANIFEST_NAME}):
+def _remove_level(held: Dist, orphan: Orphan, level: str) -> None:
+    folder, gone = held.folder / orphan.repo / orphan.branch, set[str]()
+
+    def shorter(known: Manifest | None) -> Manifest:
+        if known is None or level not in (known.get("levels") or {}):
+            raise ReleaseError(f"{orphan.label}: is there no more; look at {folder}, then prune again")
+        gone.update(_names(known["levels"][level]))
+        return without_level(known, level)
+
+    data = update(held, folder, shorter)
+    for name in sorted(gone - {*described_files(data), MANIFEST_NAME}):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -14,6 +14,8 @@ HUB = "https://huggingface.co"
 MOST_TEXT = 200_000  # characters of an original card that are appended
 MOST_FRONT = 100_000  # characters of front matter, which PyYAML takes two seconds for
 MOST_ITEMS = 200  # of a list in the front matter
+MOST_VALUES = 50_000  # of front matter whose aliases are written out; YAML can give ten lines a billion
+MOST_DEPTH = 50
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4")
 
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -22,7 +24,10 @@ _HTML = re.compile(r"""(\b(?:src|href)\s*=\s*["'])([^"']+)""", re.IGNORECASE)
 
 
 def front_matter(text: str) -> tuple[dict[str, Any] | None, str]:
-    """Front matter of a card, None where it is missing or broken, and the text below it."""
+    """Front matter of a card, None where it is missing or broken, and the text below it.
+
+    The only door to front matter: what comes through it has a bounded number of values, aliases written out.
+    """
     import yaml
 
     match = _FRONT.match(text)
@@ -33,11 +38,32 @@ def front_matter(text: str) -> tuple[dict[str, Any] | None, str]:
         def flatten_mapping(self, node: yaml.MappingNode) -> None:
             """Merge keys (``<<``) stay keys, which the loader then refuses: merged in turn they grow without end."""
 
+        def get_single_node(self) -> yaml.Node | None:
+            node: yaml.Node | None = super().get_single_node()
+            if node is not None and _values(node, {}, MOST_DEPTH) > MOST_VALUES:
+                raise yaml.YAMLError("too many values")
+            return node
+
     try:
         front = yaml.load(match[1], Loader) if len(match[1]) <= MOST_FRONT else None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError):
         front = None  # the loader raises all of these, where a tag does not fit its value
     return front if isinstance(front, dict) else None, text[match.end() :]
+
+
+def _values(node: Any, known: dict[int, int], depth: int) -> int:
+    """How many values a YAML node has with its aliases written out, counted without writing them out.
+
+    Raises:
+        RecursionError: it is nested deeper than ``depth``, as one that holds itself is.
+    """
+    if not depth:
+        raise RecursionError
+    if id(node) not in known:
+        parts = node.value if isinstance(node.value, list) else []  # of a scalar it is a text
+        inner = [part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_values(part, known, depth - 1) for part in inner)
+    return known[id(node)]
 
 
 def source_card(folder: Path | None) -> tuple[dict[str, Any], str]:

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import SourceError
+from quantize.errors import SourceError, shortened, shortly
+from quantize.files.inside import sound_files, stray
 from quantize.formats.names import is_file_name
 from quantize.formats.safetensors_header import file_header
 from quantize.formats.tensors import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, TensorSpec
 
 MOST_JSON = 100_000_000
 """Bytes of a config or an index that are read; the longest real ones take 10 MB."""
+MOST_CARRIED = 5_000_000_000
+"""Bytes of a file that is no weight; the longest real ones, of tokenizers, take 40 MB."""
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".npz",
     ".tflite", ".mlmodel", ".ot",
@@ -63,8 +66,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         SourceError: no config, no safetensors weights, a shard missing or truncated, an already quantized
-            model, an index that disagrees with its shards.
+            model, an index that disagrees with its shards, a link that leads out of the folder.
     """
+    non_weight_files(folder)
     config = read_config(folder)
     names = _shard_names(folder)
     tensors: dict[str, TensorSpec] = {}
@@ -79,11 +83,31 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(config, tensors, folder, tuple(names))
 
 
+def check_files(folder: Path) -> dict[str, Path]:
+    """Every file of a model's folder by relative name, but hidden ones, none of which is anything but a file of it.
+
+    Tokenizers, converters and engines are handed the folder as a whole, so this holds for what is not read here, too.
+
+    Raises:
+        SourceError: a link that leads out of the folder (or, for a snapshot in the hub's cache, out of its repo), a
+            pipe, a socket or a device.
+    """
+    found, strays = sound_files(folder, lambda name: not name.rsplit("/", 1)[-1].startswith("."))
+    for name, reason in strays.items():
+        raise SourceError(
+            f"{folder / name}: {reason}; a source is read, and published, from its own folder only: "
+            "put the file itself there, or remove it"
+        )
+    return found
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a folder, refused where it is missing, damaged, or of a quantized model."""
     path = folder / "config.json"
     if not path.is_file():
         raise SourceError(f"{folder}: has no config.json, so it is no Hugging Face model directory")
+    if (reason := stray(path, folder)) is not None:
+        raise SourceError(f"{path}: {reason}; put the file itself there")
     try:
         config = _read_json(path)
     except (OSError, ValueError, RecursionError) as error:
@@ -104,6 +128,7 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     if config.get("quantization_config"):
         settings = config["quantization_config"]
         method = settings.get("quant_method", "") if isinstance(settings, dict) else ""
+        method = shortened(method, 80) if isinstance(method, str) else shortly(method)
         raise SourceError(
             f"{where}: the model is already quantized ({method or 'unknown method'}); "
             "name the unquantized model it was made from"
@@ -133,35 +158,28 @@ def check_dtypes(table: Mapping[str, TensorSpec], where: str) -> None:
     """Refuse a tensor table with a dtype that a release cannot carry."""
     unknown = next((key for key, spec in table.items() if spec.dtype not in DTYPE_BYTES), None)
     if unknown:
-        raise SourceError(f"{where}: tensor {unknown} has dtype {table[unknown].dtype}, which is not supported")
+        raise SourceError(
+            f"{where}: tensor {unknown} has dtype {shortly(table[unknown].dtype)}, which is not supported"
+        )
 
 
 def non_weight_files(folder: Path) -> list[str]:
     """Relative names of the files to carry over byte for byte: all but weights, hidden files and our own.
 
     Raises:
-        SourceError: a name that no repo could hold, or a link to another file elsewhere.
+        SourceError: a name that no repo could hold, or as :func:`check_files`.
     """
     names = []
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and not hidden and is_carried_over(relative.as_posix()):
-            if not is_file_name(relative.as_posix()):
+    for name, path in check_files(folder).items():
+        if is_carried_over(name):
+            if not is_file_name(name):
                 raise SourceError(f"{path}: has a name that no release can hold; rename or remove the file")
-            _check_link(path, folder)
-            names.append(relative.as_posix())
+            if path.stat().st_size > MOST_CARRIED:
+                raise SourceError(
+                    f"{path}: has {path.stat().st_size / 1e9:.0f} GB, and would go into every branch; remove it"
+                )
+            names.append(name)
     return names
-
-
-def _check_link(path: Path, folder: Path) -> None:
-    """A model from anybody must not have a file of the user's published under another name. Folders of links to a
-    model's own files are common, and the hub's cache is one."""
-    target = path.resolve()
-    if target.name != path.name and target.parent.name != "blobs" and not target.is_relative_to(folder.resolve()):
-        raise SourceError(
-            f"{path}: is a link to {target}, which would be published; put the file itself there, or remove the link"
-        )
 
 
 def is_carried_over(name: str) -> bool:

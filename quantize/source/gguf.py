@@ -12,11 +12,12 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import SourceError
+from quantize.errors import SourceError, shortly
 from quantize.files.cache import cache_folder
 from quantize.files.digest import cached_sha256
 from quantize.files.notify import Notify
@@ -81,14 +82,14 @@ def _convert(path: Path, folder: Path) -> None:
     where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
         _check_sizes(open_reader(path))
-        with contextlib.redirect_stderr(hidden):
+        with _alone(path) as beside, contextlib.redirect_stderr(hidden):
             model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent),
+                beside,
                 dtype=torch.float16,
                 quantization_config=GgufConfig(dequantize=True),
                 **where,
             )
-            tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
+            tokenizer = AutoTokenizer.from_pretrained(beside, **where)
     except Exception as error:  # what a header's values do to a model's constructor, no list can name
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise SourceError(f"{path}: transformers cannot read this GGUF file: {reason}") from None
@@ -116,6 +117,14 @@ def _convert(path: Path, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[str]:
+    """A folder with nothing but this file: what lies beside it (a chat template, a link) is no part of the source."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, path.name).symlink_to(path.resolve())
+        yield folder
+
+
 def _check_sizes(reader: Any) -> None:
     """Sizes that the header gives the model, against its tensors: a false one would build a model of any size."""
 
@@ -127,7 +136,7 @@ def _check_sizes(reader: Any) -> None:
     blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
     count = value(f"{architecture}.block_count")
     if count != len(blocks):
-        raise ValueError(f"its header speaks of {count} blocks, its tensors of {len(blocks)}")
+        raise ValueError(f"its header speaks of {shortly(count)} blocks, its tensors of {len(blocks)}")
     lengths = {int(length) for tensor in reader.tensors for length in tensor.shape}
     for name in ("embedding_length", "feed_forward_length", "vocab_size"):
         length = value(f"{architecture}.{name}")

@@ -15,6 +15,7 @@ from quantize.recipe.schema import Model
 from quantize.source.checkpoint import (
     Checkpoint,
     check_dtypes,
+    check_files,
     is_carried_over,
     read_checkpoint,
     read_config,
@@ -62,6 +63,7 @@ def open_hub(model: Model, *, weights: bool, small_files: bool = False, notify: 
             small = [*carried, *index, "config.json", *(["README.md"] if "README.md" in files else [])]
             if small_files:
                 beside = Path(snapshot_download(model.source, revision=commit, allow_patterns=small))
+                check_files(beside)
     except Exception as error:
         if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OSError) or is_network(error):
             raise SourceError(_explain(model, error)) from None

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quantize.dist.manifest import MANIFEST_NAME, read_manifest
-from quantize.files.atomic import write_atomically
+from quantize.dist.layout import dist_of, locked
+from quantize.dist.manifest import Manifest, read_manifest, update, with_loads
+from quantize.errors import BuildError, QuantizeError
 from quantize.files.notify import Notify
 from quantize.linting.files import HubFiles, LocalFiles, RepoFiles, open_target
 from quantize.linting.gguf import PART
-from quantize.publishing.config import as_json
 from quantize.recipe.schema import Model
 from quantize.source.resolve import resolve
 from quantize.source.resolved import Source
@@ -46,14 +46,17 @@ def verify(
     for files in open_target(target, endpoint):
         notify(f"verifying {files.name}" + (f" {files.branch}" if files.branch else ""))
         local = _downloaded(files, notify) if download and isinstance(files, HubFiles) else files
-        checks = [check_hashes(local)]
-        if isinstance(local, LocalFiles):
+        strays = _check_strays(local)
+        checks = [*strays, check_hashes(local)]
+        if strays:
+            notify(f"{files.name}: nothing more of it is read")
+        elif isinstance(local, LocalFiles):
             checks += _check_local(local, original, load)
         else:
             checks.append(Check("tensors", "skipped", "the weights are on the hub; --download fetches and checks them"))
         verdict = Verdict(files.name, files.branch, tuple(checks))
         if isinstance(files, LocalFiles) and load:
-            _note(files.folder, verdict)
+            _note(files.folder, verdict, notify)
         verdicts.append(verdict)
     return verdicts
 
@@ -85,14 +88,39 @@ def _level_files(files: RepoFiles) -> dict[str, list[str]]:
     return found
 
 
-def _note(folder: Path, verdict: Verdict) -> None:
-    """Which consumers loaded the branch goes into its manifest, and from there into the card."""
+def _check_strays(files: RepoFiles) -> list[Check]:
+    """A check that failed, where loaders would read what is no part of the folder, or wait at a pipe; else none."""
+    if not files.strays:
+        return []
+    name, reason = next(iter(files.strays.items()))
+    more = f", and {len(files.strays) - 1} more" if len(files.strays) > 1 else ""
+    return [Check("files", "failed", f"{name} {reason}{more}; put the files themselves there, or remove it")]
+
+
+def _note(folder: Path, verdict: Verdict, notify: Notify) -> None:
+    """Which consumers loaded the branch goes into its manifest, and from there into the card.
+
+    Only a branch in a dist is written to, and under its lock; a folder from elsewhere stays as it is.
+    """
     data = read_manifest(folder)
-    if data is None:
-        return
     loads: dict[str, Any] = {
         check.name: check.outcome for check in verdict.checks
-        if check.name not in {"hashes", "tensors"} and check.outcome != "skipped"
+        if check.name not in {"files", "hashes", "tensors"} and check.outcome != "skipped"
     }  # fmt: skip
-    if loads and data.get("loads_in") != loads:
-        write_atomically(folder / MANIFEST_NAME, as_json({**data, "loads_in": loads}))
+    if not loads or data is None or data.get("loads_in") == loads:
+        return
+    dist = dist_of(folder)
+    if dist is None:
+        notify(f"{folder}: lies in no dist of `quantize build`, so what loaded it is not noted in its manifest")
+        return
+
+    def noted(known: Manifest | None) -> Manifest:
+        if known is None:
+            raise BuildError(f"{folder}: its manifest cannot be read any more")
+        return with_loads(known, loads)
+
+    try:
+        with locked(dist) as held:
+            update(held, folder.resolve(), noted)
+    except QuantizeError as error:  # the checks stand without the note
+        notify(f"what loaded it is not noted in its manifest: {error}")
