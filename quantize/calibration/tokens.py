@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from quantize.calibration.corpus import identity, read_text, title
-from quantize.errors import CalibrationError
+from quantize.errors import CalibrationError, SourceChanged
 from quantize.recipe.schema import Calibration, Corpus
 from quantize.source.resolved import Source
+from quantize.source.unchanged import guarded
 
 SAMPLER_VERSION = 1  # raise when the same recipe would give other windows
 
@@ -46,12 +47,15 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     """The source's tokenizer.
 
     Raises:
-        CalibrationError: the source has none that can be read.
+        CalibrationError: the source has none that can be read. SourceChanged: its files are not what was hashed.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        with guarded(source):
+            return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except SourceChanged:
+        raise
     except Exception as error:  # tokenizer readers raise anything, also from their Rust side
         reason = " ".join(str(error).split())[:300]
         raise CalibrationError(f"{source.named}: its tokenizer cannot be read: {reason}") from None
