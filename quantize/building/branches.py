@@ -11,7 +11,7 @@ import numpy as np
 
 from quantize.building.branch import Branch
 from quantize.building.calibration_pass import CalibrationPass
-from quantize.building.completion import complete, versions
+from quantize.building.completion import NotOnDisk, complete, versions
 from quantize.calibration.forward import choose_device, choose_dtype
 from quantize.calibration.statistics import Timed
 from quantize.calibration.store import STATISTICS_VERSION, StatisticsStore
@@ -117,8 +117,16 @@ class Pass:
         return branches
 
     def complete(self, branch: Branch) -> dict[str, Any]:
-        """Write everything of a branch beside its weights; returns the manifest."""
-        return complete(self.plan, branch.item, branch.folder, branch.ledger, self.tokens, self.compute)
+        """Write everything of a branch beside its weights; returns the manifest.
+
+        Raises:
+            DamagedBuild: its weights on the disk are not what was written.
+        """
+        digests = branch.writer.digests
+        try:
+            return complete(self.plan, branch.item, branch.folder, branch.ledger, self.tokens, self.compute, digests)
+        except NotOnDisk as error:
+            raise self.kept.damaged(error) from None
 
     def _branch(self, item: PlannedVariant) -> Branch:
         folder = self.kept.branch(item.label)
@@ -129,7 +137,7 @@ class Pass:
         for path in folder.rglob("*"):  # of an attempt to complete it
             if path.is_file() and path.name not in item.layout.shards:
                 path.unlink()
-        return Branch(item, folder, *settings, self.kept.rows(item.label), self.kept.state.missing[item.label])
+        return Branch(item, folder, *settings, self.kept.rows(item.label), self.kept.written(item.label))
 
     @property
     def _needs_no_forward(self) -> bool:

@@ -32,6 +32,7 @@ from quantize.planning.levels import LevelPlan, PlannedLevel
 from quantize.planning.plan import Plan
 from quantize.publishing.card import licence_files
 from quantize.publishing.config import as_json
+from quantize.source.unchanged import copy_unchanged
 
 Diagonals = Mapping[str, tuple[np.ndarray, int]]
 """For each linear of the checkpoint: diagonal of X^T X, float32 [K], and tokens."""
@@ -75,7 +76,7 @@ def build_levels(
     with timed("levels"):
         _run_all(levels, todo, path, vectors, importance, work, notebook, quantizers, progress)
     for name in licence_files(plan.source):
-        copy_file(plan.source.folder / name, levels.folder / name)
+        copy_unchanged(plan.source, name, levels.folder / name)
     return [item.label for item in todo]
 
 
