@@ -80,14 +80,14 @@ def make_branches(
         try:
             with timed(engine.name), log.open("w", encoding="utf-8") as file:
                 answer = run_worker(engine, environment.python, request, place, file)
-                check_small_files(plan.source)  # the engine read the source by itself
-                check_weights(plan.source)
             cost = f"{answer['seconds']:.0f} s and {answer['peak_bytes'] / 1e9:.2f} GB of memory"
             notify(f"{item.label}: {engine.name} took {cost}")
             folder = work / "building" / item.label
             with timed("write"):
                 ledger, digests = rewrite(plan, item, raw, folder, answer["said"].get("modules", []))
                 shutil.rmtree(raw)
+                check_small_files(plan.source)  # the engine read the source by itself
+                check_weights(plan.source)
         except EngineError as error:
             raise EngineError(f"{item.label}: {error}") from None
         compute = {name: str(answer["said"][name]) for name in ("device", "dtype")}

@@ -121,6 +121,9 @@ def _importance(levels: LevelPlan, header: Any, diagonals: Diagonals | None, not
         given = Path(levels.section.imatrix)
         temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
         copy_file(given, temporary)
+        if sha256_of_file(temporary) != levels.imatrix_inputs["sha256"]:
+            temporary.unlink()
+            raise GgufError(f"{given}: the importance matrix changed while the build was running; build again")
         os.replace(temporary, place)
     elif diagonals is not None:
         entries = targets_of(diagonals, header.became)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import CalibrationError
-from quantize.files.digest import cached_sha256
+from quantize.files.digest import cached_sha256, forget, sha256_of_file
 from quantize.recipe.presets import PRESETS
 from quantize.recipe.schema import Corpus
 
@@ -25,6 +25,8 @@ DOCUMENTED = (
     "urllib/request", "uuid", "weakref", "zipfile",
 )  # fmt: skip
 SHORTEST_DOCSTRING = 200  # characters; shorter ones are signatures rather than text
+_identified: dict[Path, str] = {}
+"""SHA-256 of local texts as they went into keys."""
 CHARACTERS_PER_TOKEN = 24  # generous: reading stops once a corpus surely holds enough tokens
 
 
@@ -48,7 +50,9 @@ def identity(corpus: Corpus) -> dict[str, Any]:
     """
     if corpus.file is not None:
         try:
-            return {"file_sha256": cached_sha256(_file(corpus.file)), "column": corpus.column}
+            path = _file(corpus.file)
+            _identified[path] = cached_sha256(path)
+            return {"file_sha256": _identified[path], "column": corpus.column}
         except OSError as error:
             raise CalibrationError(f"{corpus.file}: cannot be read: {error.strerror}") from None
     if corpus.preset in CARRIED:
@@ -60,10 +64,15 @@ def read_text(corpus: Corpus, tokens: int) -> str:
     """The text, as long as ``tokens`` random tokens can be cut from it.
 
     Raises:
-        CalibrationError: not found, not reachable, empty, or without the column.
+        CalibrationError: not found, not reachable, empty, without the column, or another than :func:`identity` said.
     """
     if corpus.file is not None:
-        return _read_file(_file(corpus.file), corpus.column)
+        path = _file(corpus.file)
+        text = _read_file(path, corpus.column)
+        if path in _identified and sha256_of_file(path) != _identified[path]:
+            forget(path)
+            raise CalibrationError(f"{path}: the text changed after it was hashed; build again")
+        return text
     if corpus.preset in CARRIED:
         return CARRIED[corpus.preset]()
     return _read_hub(corpus, tokens * CHARACTERS_PER_TOKEN)

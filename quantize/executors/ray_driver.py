@@ -351,14 +351,10 @@ class RayStreams:
             )
         # a worker has another working directory
         places = [replace(place, folder=place.folder.absolute()) for place in windows.places(number)]
-        source = self._model.source
-        checkpoint = replace(source.checkpoint, folder=source.folder.absolute())
-        # a worker holds what it reads against what was hashed here
-        hashed = {"remote_hashes": source.hashes, "known_fingerprints": source.fingerprints}
         states = [] if shared or not self._block else windows.states(number, self._block)
         wish = ray_tasks.Begin(
             settings=_settings(self._model.device),
-            source=replace(source, checkpoint=checkpoint, **hashed),
+            source=self._model.source.for_other_processes(),
             prefix=self._model.block_prefix,
             dtype=self._model.compute_dtype,
             trust_remote_code=windows.trust_remote_code,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -77,6 +77,15 @@ class Source:
             if not wanted.startswith("git:") and found[name].sha256 != wanted:
                 raise SourceChanged(f"{path}: changed after it was hashed; start again")
         return found
+
+    def for_other_processes(self) -> Source:
+        """The same source, whose files are held against the hashes that were taken here wherever they are read."""
+        return replace(
+            self,
+            checkpoint=replace(self.checkpoint, folder=self.folder.absolute()),
+            remote_hashes=self.hashes,
+            known_fingerprints=self.fingerprints,
+        )
 
     @property
     def carried_over(self) -> list[str]:
