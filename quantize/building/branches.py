@@ -26,6 +26,7 @@ from quantize.methods.columns import kernel_of
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.recipe.methods import GptqVariant
 from quantize.source.streamed import StreamedModel
+from quantize.source.unchanged import check_small_files
 
 Diagonals = dict[str, tuple[np.ndarray, int]]
 
@@ -114,6 +115,7 @@ class Pass:
             with self.timed("write"):
                 for branch in branches:
                     branch.writer.finish()
+                check_small_files(source)
         return branches
 
     def complete(self, branch: Branch) -> dict[str, Any]:
