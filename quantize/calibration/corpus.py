@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import CalibrationError
-from quantize.files.digest import cached_sha256, forget, sha256_of_file
+from quantize.files.digest import cached_sha256, identity_of, sha256_of_file
 from quantize.recipe.presets import PRESETS
 from quantize.recipe.schema import Corpus
 
@@ -25,8 +25,6 @@ DOCUMENTED = (
     "urllib/request", "uuid", "weakref", "zipfile",
 )  # fmt: skip
 SHORTEST_DOCSTRING = 200  # characters; shorter ones are signatures rather than text
-_identified: dict[Path, str] = {}
-"""SHA-256 of local texts as they went into keys."""
 CHARACTERS_PER_TOKEN = 24  # generous: reading stops once a corpus surely holds enough tokens
 
 
@@ -51,8 +49,9 @@ def identity(corpus: Corpus) -> dict[str, Any]:
     if corpus.file is not None:
         try:
             path = _file(corpus.file)
-            _identified[path] = cached_sha256(path)
-            return {"file_sha256": _identified[path], "column": corpus.column}
+            known = cached_sha256(path)
+            _identified[path] = identity_of(path.resolve()), known
+            return {"file_sha256": known, "column": corpus.column}
         except OSError as error:
             raise CalibrationError(f"{corpus.file}: cannot be read: {error.strerror}") from None
     if corpus.preset in CARRIED:
@@ -60,19 +59,32 @@ def identity(corpus: Corpus) -> dict[str, Any]:
     return {"hub": dict(zip(("name", "config", "split", "column", "revision"), _hub_parts(corpus), strict=True))}
 
 
+_identified: dict[Path, tuple[str, str]] = {}
+"""Local texts as they went into keys: by what they are taken for the same, and their SHA-256."""
+
+
+def check_unchanged(corpus: Corpus) -> None:
+    """Hold a local text that was read against its :func:`identity`, which the keys of what is made from it speak of.
+
+    Raises:
+        CalibrationError: it is another text than it was then.
+    """
+    path = None if corpus.file is None else Path(os.path.expanduser(corpus.file))
+    if path is None or path not in _identified:
+        return
+    identity, known = _identified[path]
+    if not path.is_file() or (identity_of(path.resolve()) != identity and sha256_of_file(path) != known):
+        raise CalibrationError(f"{path}: the text changed after it was hashed; build again")
+
+
 def read_text(corpus: Corpus, tokens: int) -> str:
     """The text, as long as ``tokens`` random tokens can be cut from it.
 
     Raises:
-        CalibrationError: not found, not reachable, empty, without the column, or another than :func:`identity` said.
+        CalibrationError: not found, not reachable, empty, or without the column.
     """
     if corpus.file is not None:
-        path = _file(corpus.file)
-        text = _read_file(path, corpus.column)
-        if path in _identified and sha256_of_file(path) != _identified[path]:
-            forget(path)
-            raise CalibrationError(f"{path}: the text changed after it was hashed; build again")
-        return text
+        return _read_file(_file(corpus.file), corpus.column)
     if corpus.preset in CARRIED:
         return CARRIED[corpus.preset]()
     return _read_hub(corpus, tokens * CHARACTERS_PER_TOKEN)

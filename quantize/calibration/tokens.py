@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from quantize.calibration.corpus import identity, read_text, title
+from quantize.calibration.corpus import check_unchanged, identity, read_text, title
 from quantize.errors import CalibrationError, SourceChanged
 from quantize.recipe.schema import Calibration, Corpus
 from quantize.source.resolved import Source
@@ -65,7 +65,7 @@ def sample_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
     """Cut ``samples`` random windows out of the calibration texts, in equal parts from each.
 
     Raises:
-        CalibrationError: a text that is shorter than one window.
+        CalibrationError: a text that is shorter than one window, or not the one that was planned with.
     """
     count, length = calibration.samples, calibration.sequence_length
     generator = np.random.Generator(np.random.PCG64(calibration.seed))
@@ -76,6 +76,8 @@ def sample_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
         share = count // len(corpora) + (index < count % len(corpora))
         if share:
             rows.append(_windows(corpus, tokenizer, share, length, bos, generator))
+    for corpus in corpora:
+        check_unchanged(corpus)
     ids = np.concatenate(rows)
     digest = hashlib.sha256(np.ascontiguousarray(ids, dtype="<i8").tobytes()).hexdigest()
     return Tokens(ids, digest, bos is not None)
