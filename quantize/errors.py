@@ -85,6 +85,10 @@ class SourceError(QuantizeError):
     """The source model is missing, damaged, or of a kind that cannot be quantized."""
 
 
+class SourceChanged(SourceError):
+    """A file of the source is not what it was when its hash was taken. What was made before is sound."""
+
+
 class PlanError(QuantizeError):
     """Recipe and model do not fit each other."""
 
@@ -99,6 +103,10 @@ class SolveError(QuantizeError):
 
 class BuildError(QuantizeError):
     """The build could not finish: full disk, a second build in the same dist, no such device."""
+
+
+class DamagedBuild(BuildError):
+    """What an unfinished build left on the disk is not what it wrote."""
 
 
 class GgufError(QuantizeError):

@@ -98,7 +98,7 @@ def test_headers_alone_give_the_same_sizes(built: Built, small: Path, tmp_path: 
     assert built.plan.gguf
     conversion = built.plan.gguf.conversion
     checkpoint = dataclasses.replace(conversion.source.checkpoint, folder=None)
-    hashes = {**conversion.source.hashes, "config.json": "another, so that the cache does not know it"}
+    hashes = {**conversion.source.hashes, "another.safetensors": "so that the cache does not know it"}
     source = dataclasses.replace(conversion.source, checkpoint=checkpoint, remote_hashes=hashes, small_files=small)
     before = (small / "model.safetensors").read_bytes()
     header = dataclasses.replace(conversion, source=source).header()

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.formats.reader import BranchReader
 from quantize.measuring import store
-from quantize.recipe.schema import Calibration, Corpus
+from quantize.recipe.schema import Calibration, Corpus, Model
+from quantize.source import resolve
 from quantize.source.streamed import StreamedModel
 
 LENGTH, SAMPLES = 48, 5
@@ -59,7 +60,7 @@ def plain_logits(folder: Path, ids: torch.Tensor, reader: BranchReader | None = 
 
 
 def test_figures_equal_plain_transformers(rows: Rows, tiny_llama: Path, dist: Path, text: Path) -> None:
-    source = type("Folder", (), {"folder": tiny_llama, "named": "tiny"})()
+    source = resolve(Model(source=str(tiny_llama)), weights=True)
     wish = Calibration(dataset=[Corpus(file=str(text))], samples=SAMPLES, sequence_length=LENGTH)
     ids = torch.from_numpy(sample_tokens(wish, load_tokenizer(source)).ids)
     branch = next(path for path in dist.glob("*/main") if path.is_dir())

@@ -27,8 +27,9 @@ GRID = [
 ACROSS = [
     GptqParameters(bits, (-1, 16, 32)[place % 3], desc_act, sym, damp_percent=0.05, mse=mse, act_group_aware=aware)
     for place, (bits, (desc_act, aware), sym, mse) in enumerate(
-        itertools.product((2, 3, 4, 8), ((False, False), (False, True), (True, False), ("static", False)), (True, False),
-                          (False, True))
+        itertools.product(
+            (2, 3, 4, 8), ((False, False), (False, True), (True, False), ("static", False)), (True, False), (False, True)
+        )
     )
 ]  # fmt: skip
 """Everything but the group size in every combination, and each group size with each other value."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,8 @@ class Branch:
     Attributes:
         fail_on: outcomes that the recipe makes errors.
         min_expert_tokens: fewest tokens that an expert's linear is to see.
-        ledger: rows so far. missing: tensors that an interrupted build has not written yet; None of a new one.
+        ledger: rows so far. written: digests of the tensors that an interrupted build has written, by name; None of a
+            new one.
     """
 
     item: PlannedVariant
@@ -33,11 +34,14 @@ class Branch:
     fail_on: tuple[str, ...] = ()
     min_expert_tokens: ExpertTokens = "in_features"
     ledger: list[LedgerEntry] = field(default_factory=list)
-    missing: Collection[str] | None = None
+    written: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        self._noted_rows = len(self.ledger)
 
     def __enter__(self) -> Branch:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.writer = ShardWriter(self.folder, self.item.layout.shards, self.missing).__enter__()
+        self.writer = ShardWriter(self.folder, self.item.layout.shards, self.written).__enter__()
         return self
 
     def __exit__(
@@ -49,6 +53,11 @@ class Branch:
         """Write a quantized module's tensors, by suffix."""
         for suffix, tensor in tensors.items():
             self.writer.write(f"{module}.{suffix}", tensor)
+
+    def take_unnoted(self) -> tuple[list[LedgerEntry], dict[str, str]]:
+        """Rows of the ledger, and digests of written tensors by name, that are new since this was asked last."""
+        rows, self._noted_rows = self.ledger[self._noted_rows :], len(self.ledger)
+        return rows, self.writer.take_unnoted()
 
     def record(
         self,

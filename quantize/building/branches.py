@@ -11,7 +11,7 @@ import numpy as np
 
 from quantize.building.branch import Branch
 from quantize.building.calibration_pass import CalibrationPass
-from quantize.building.completion import complete, versions
+from quantize.building.completion import NotOnDisk, complete, versions
 from quantize.calibration.forward import choose_device, choose_dtype
 from quantize.calibration.statistics import Timed
 from quantize.calibration.store import STATISTICS_VERSION, StatisticsStore
@@ -26,6 +26,7 @@ from quantize.methods.columns import kernel_of
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.recipe.methods import GptqVariant
 from quantize.source.streamed import StreamedModel
+from quantize.source.unchanged import check_small_files
 
 Diagonals = dict[str, tuple[np.ndarray, int]]
 
@@ -114,11 +115,20 @@ class Pass:
             with self.timed("write"):
                 for branch in branches:
                     branch.writer.finish()
+                check_small_files(source)
         return branches
 
     def complete(self, branch: Branch) -> dict[str, Any]:
-        """Write everything of a branch beside its weights; returns the manifest."""
-        return complete(self.plan, branch.item, branch.folder, branch.ledger, self.tokens, self.compute)
+        """Write everything of a branch beside its weights; returns the manifest.
+
+        Raises:
+            DamagedBuild: its weights on the disk are not what was written.
+        """
+        digests = branch.writer.digests
+        try:
+            return complete(self.plan, branch.item, branch.folder, branch.ledger, self.tokens, self.compute, digests)
+        except NotOnDisk as error:
+            raise self.kept.damaged(error) from None
 
     def _branch(self, item: PlannedVariant) -> Branch:
         folder = self.kept.branch(item.label)
@@ -129,7 +139,7 @@ class Pass:
         for path in folder.rglob("*"):  # of an attempt to complete it
             if path.is_file() and path.name not in item.layout.shards:
                 path.unlink()
-        return Branch(item, folder, *settings, self.kept.rows(item.label), self.kept.state.missing[item.label])
+        return Branch(item, folder, *settings, self.kept.rows(item.label), self.kept.written(item.label))
 
     @property
     def _needs_no_forward(self) -> bool:

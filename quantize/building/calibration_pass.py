@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from quantize.calibration.parts import cut
 from quantize.calibration.statistics import InputStatistics, Timed
 from quantize.calibration.store import StatisticsStore
 from quantize.calibration.tokens import Tokens
-from quantize.dist.resume import Unfinished
+from quantize.dist.resume import Block, Unfinished
 from quantize.errors import PlanError, SourceError
 from quantize.executors.api import Streams, Windows, Workers
 from quantize.executors.memory import give_back
@@ -110,14 +112,15 @@ class CalibrationPass:
         )
 
     def _keep(self, next_block: int, streams: Streams | None) -> None:
-        if streams and next_block < len(self.model):
-            streams.keep(next_block)
+        states = streams.keep(next_block) if streams and next_block < len(self.model) else {}
+        ledger: dict[str, list[dict[str, Any]]] = {}
+        written: dict[str, dict[str, str]] = {}
         for branch in self.branches:
             branch.writer.sync()
-        ledgers = {branch.item.label: branch.ledger for branch in self.branches}
-        missing = {branch.item.label: branch.writer.missing for branch in self.branches}
+            rows, written[branch.item.label] = branch.take_unnoted()
+            ledger[branch.item.label] = [asdict(row) for row in rows]
         shape = streams.shape if streams else ()
-        self.kept.keep(next_block, shape, ledgers, missing, self.diagonals)
+        self.kept.keep(Block(next_block, shape, ledger, written, states), self.diagonals)
 
     def _statistics(
         self, index: int, block: nn.Module, streams: Streams | None, awq: AwqBlocks | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,18 @@ from quantize.calibration.tokens import Tokens
 from quantize.dist.layout import describe_files
 from quantize.dist.ledger import LedgerEntry
 from quantize.dist.manifest import create, manifest
-from quantize.files.atomic import copy_file, write_atomically
+from quantize.files.atomic import write_atomically
 from quantize.files.digest import key_of
 from quantize.files.versions import versions_of
+from quantize.formats.safetensors_digests import fingerprint
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.publishing.card import render_card
 from quantize.publishing.config import as_json, loader_config, release_config
+from quantize.source.unchanged import copy_unchanged
+
+
+class NotOnDisk(ValueError):
+    """What lies on the disk is not what was written."""
 
 
 def complete(
@@ -24,20 +31,25 @@ def complete(
     ledger: list[LedgerEntry],
     tokens: Tokens,
     compute: dict[str, Any],
+    digests: Mapping[str, str],
     engine: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write configs, the source's files, the manifest and the card beside a branch's weights.
 
     Args:
-        compute: how it was computed. engine: of a foreign branch: name, version, Python and packages.
+        compute: how it was computed. digests: of the tensors that were written, by name.
+        engine: of a foreign branch: name, version, Python and packages.
 
     Returns:
         The manifest.
+
+    Raises:
+        NotOnDisk: a tensor on the disk is not what was written. SourceChanged: nor is a file of the source.
     """
     source = plan.source
     file, as_file, config = loader_config(plan.recipe, item, plan.table)
     for name in source.carried_over:
-        copy_file(source.folder / name, folder / name)
+        copy_unchanged(source, name, folder / name)
     if file:
         write_atomically(folder / file, as_json(as_file))
     write_atomically(folder / "config.json", as_json(release_config(source.checkpoint.config, config)))
@@ -62,13 +74,32 @@ def complete(
         compute=compute,
         versions=versions(str(compute.get("kernel"))),
         tensor_bytes=item.nbytes,
-        files=describe_files(folder),
+        files=_described(folder, item, digests),
         ledger=ledger,
         engine=engine,
     )
     create(folder, data)
     write_atomically(folder / "README.md", render_card(plan, item.method).encode())
     return data
+
+
+def _described(folder: Path, item: PlannedVariant, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of every file of a branch, by name; its tensors are held against ``digests`` as they are read.
+
+    Raises:
+        NotOnDisk: one is not what was written.
+    """
+    found = {}
+    for shard, tensors in item.layout.shards.items():
+        path = folder / shard
+        try:
+            read = fingerprint(path)
+        except ValueError as error:
+            raise NotOnDisk(f"{shard}: {error}") from None
+        if odd := read.other_than({name: digests[name] for name in tensors}):
+            raise NotOnDisk(f"{odd} in {shard} is not what was written")
+        found[shard] = {"bytes": path.stat().st_size, "sha256": read.sha256}
+    return describe_files(folder, found)
 
 
 def versions(kernel: str) -> dict[str, str]:

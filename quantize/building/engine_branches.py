@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from quantize.planning.engines import environment_of
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.publishing.config import as_json, in_all_words
 from quantize.source.resolved import Source
+from quantize.source.unchanged import check_small_files, check_weights
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Made:
     """A branch's folder with its weights, and nothing else in it yet.
 
     Attributes:
-        engine: for the manifest: name, version, Python and packages.
+        digests: of its tensors, by name. engine: for the manifest: name, version, Python and packages.
     """
 
     item: PlannedVariant
@@ -39,6 +40,7 @@ class Made:
     ledger: list[LedgerEntry]
     tokens: Tokens
     compute: dict[str, str]
+    digests: Mapping[str, str]
     engine: dict[str, Any]
 
 
@@ -82,13 +84,15 @@ def make_branches(
             notify(f"{item.label}: {engine.name} took {cost}")
             folder = work / "building" / item.label
             with timed("write"):
-                ledger = rewrite(plan, item, raw, folder, answer["said"].get("modules", []))
+                ledger, digests = rewrite(plan, item, raw, folder, answer["said"].get("modules", []))
                 shutil.rmtree(raw)
+                check_small_files(plan.source)  # the engine read the source by itself
+                check_weights(plan.source)
         except EngineError as error:
             raise EngineError(f"{item.label}: {error}") from None
         compute = {name: str(answer["said"][name]) for name in ("device", "dtype")}
         about = {**environment.identity, "python": answer["python"], "packages": answer["packages"]}
-        yield Made(item, folder, ledger, tokens, compute, about)
+        yield Made(item, folder, ledger, tokens, compute, digests, about)
 
 
 def _readable_source(source: Source, folder: Path) -> Path:

@@ -15,13 +15,14 @@ import torch
 
 from quantize.building.branch import half_bias
 from quantize.dist.ledger import LedgerEntry
-from quantize.errors import EngineError, SourceError
+from quantize.errors import EngineError, SourceChanged, SourceError
 from quantize.formats import compressed, gptq
 from quantize.formats.reader import PARTS, decode
 from quantize.formats.safetensors_writer import TORCH_DTYPES, ShardWriter
 from quantize.planning.modules import LinearSpec
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.source.checkpoint import read_header
+from quantize.source.source_tensors import SourceTensors
 from quantize.source.tensor_file import TensorFile
 from quantize.verifying.tensors import MOST_ERROR, without_scales
 
@@ -30,21 +31,24 @@ Tensors = dict[str, torch.Tensor]
 
 def rewrite(
     plan: Plan, item: PlannedVariant, raw: Path, folder: Path, modules: Sequence[Mapping[str, Any]]
-) -> list[LedgerEntry]:
+) -> tuple[list[LedgerEntry], Mapping[str, str]]:
     """Write the planned tensors of ``item`` into ``folder``, from what its engine left in ``raw``.
 
     Args:
         modules: what the engine said of single modules, by ``block`` and ``local``.
 
     Returns:
-        A row for every linear.
+        A row for every linear, and the digest of every tensor by name.
 
     Raises:
         EngineError: the result lacks something, changed what it must not, or is far from the source.
+        SourceChanged: the source is not what was hashed.
     """
     title = item.engine.title if item.engine else ""
     try:
         return _Rewriting(plan, item, raw).run(folder, modules)
+    except SourceChanged:
+        raise
     except (SourceError, KeyError, ValueError) as error:
         reason = str(error.args[0]) if isinstance(error, KeyError) else str(error)
         raise EngineError(f"what {title} made is no such branch: {reason}") from None
@@ -73,11 +77,11 @@ class _Rewriting:
     def __init__(self, plan: Plan, item: PlannedVariant, raw: Path) -> None:
         self.plan, self.item, self.variant = plan, item, item.variant
         self.found = _Files(sorted(raw.glob("*.safetensors")))
-        self.source = _Files([plan.source.folder / name for name in plan.source.checkpoint.shards])
+        self.source = SourceTensors(plan.source)
         self.kind = item.format
         self.config = _quantization_config(raw)
 
-    def run(self, folder: Path, modules: Sequence[Mapping[str, Any]]) -> list[LedgerEntry]:
+    def run(self, folder: Path, modules: Sequence[Mapping[str, Any]]) -> tuple[list[LedgerEntry], Mapping[str, str]]:
         said = {(row["block"], row["local"]): row for row in modules}
         folder.mkdir(parents=True)
         ledger = []
@@ -94,7 +98,7 @@ class _Rewriting:
                     writer.write(name, self._beside(name))
             self._check_nothing_is_left(replaced)
             writer.finish()
-        return ledger
+        return ledger, writer.digests
 
     def _linear(self, linear: LinearSpec) -> Tensors:
         """A linear's tensors in the planned form."""

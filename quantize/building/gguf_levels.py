@@ -20,7 +20,7 @@ from quantize.dist.manifest import SCHEMA, Manifest, read_manifest, update, with
 from quantize.errors import BuildError, GgufError
 from quantize.executors.api import Workers
 from quantize.executors.quantizers import Quantizers
-from quantize.files.atomic import sync_folder
+from quantize.files.atomic import copy_file, sync_folder
 from quantize.files.digest import key_of, sha256_of_file
 from quantize.files.notify import Notify
 from quantize.gguf.check import check_conversion
@@ -32,6 +32,7 @@ from quantize.gguf.toolchain import VERSION
 from quantize.planning.levels import LevelPlan, PlannedLevel
 from quantize.planning.plan import Plan
 from quantize.publishing.card import licence_files
+from quantize.source.unchanged import copy_unchanged
 
 Diagonals = Mapping[str, tuple[np.ndarray, int]]
 """For each linear of the checkpoint: diagonal of X^T X, float32 [K], and tokens."""
@@ -78,7 +79,8 @@ def build_levels(
     with timed("levels"):
         _run_all(levels, todo, path, vectors, importance, work, notebook, quantizers, progress)
     for name in licence_files(plan.source):
-        held.copy(plan.source.folder / name, levels.folder / name)
+        with held.replacing(levels.folder / name) as temporary:
+            copy_unchanged(plan.source, name, temporary)
     return [item.label for item in todo]
 
 
@@ -124,7 +126,10 @@ def _importance(levels: LevelPlan, header: Any, diagonals: Diagonals | None, not
     place = levels.folder / levels.imatrix_file
     if isinstance(levels.section.imatrix, str):
         given = Path(levels.section.imatrix)
-        notebook.held.copy(given, place)
+        with notebook.held.replacing(place) as temporary:
+            copy_file(given, temporary)
+            if sha256_of_file(temporary) != levels.imatrix_inputs["sha256"]:
+                raise GgufError(f"{given}: the importance matrix changed while the build was running; build again")
     elif diagonals is not None:
         entries = targets_of(diagonals, header.became)
         chunks = int(levels.imatrix_inputs["chunks"])

@@ -19,7 +19,7 @@ from quantize.dist.layout import Dist, locked, publish
 from quantize.dist.ledger import oddities
 from quantize.dist.origins import remember_origins
 from quantize.dist.resume import Unfinished, find_unfinished
-from quantize.errors import BuildError, CalibrationError, SourceError
+from quantize.errors import BuildError, CalibrationError, DamagedBuild, SourceChanged, SourceError
 from quantize.files.child import without_secrets
 from quantize.files.notify import Notify
 from quantize.planning.engines import require_engines
@@ -200,13 +200,17 @@ def _build_levels(
 
 
 def _build_foreign(plan: Plan, held: Dist, device: str, notify: Notify, result: BuildResult) -> None:
-    from quantize.building.completion import complete
+    from quantize.building.completion import NotOnDisk, complete
     from quantize.building.engine_branches import make_branches
 
     _check_disk(plan, [*plan.foreign_work, *plan.foreign_work])  # an engine's result lies beside its rewriting
     for made in make_branches(plan, plan.foreign_work, held.work, device, result.timed, notify):
         with result.timed("write"):
-            data = complete(plan, made.item, made.folder, made.ledger, made.tokens, made.compute, made.engine)
+            about = (made.compute, made.digests, made.engine)
+            try:
+                data = complete(plan, made.item, made.folder, made.ledger, made.tokens, *about)
+            except NotOnDisk as error:
+                raise BuildError(f"{made.folder}: the disk lost what was written ({error}); build again") from None
         _put_into_place(made.item, made.folder, data, held, result)
 
 
@@ -243,8 +247,12 @@ def _build_branches(
             manifests = [one.complete(branch) for branch in branches]
     except BaseException as error:
         state = one.kept.state
-        # a damaged source or text will be another one when it is whole, and so another build
-        if state.next_block and not isinstance(error, SourceError | CalibrationError):
+        # a damaged source or text will be another one when it is whole, and so another build; one that was changed may
+        # be put back
+        useless = isinstance(error, SourceError | CalibrationError) and not isinstance(error, SourceChanged)
+        if isinstance(error, DamagedBuild):
+            pass  # it says what to do; and what is damaged is the user's to look at
+        elif state.next_block and not useless:
             notify(
                 f"{state.next_block} of {state.blocks} blocks are kept; build again to go on after them, "
                 "or free their space with 'quantize clean'"

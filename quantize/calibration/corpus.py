@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from quantize.errors import CalibrationError
-from quantize.files.digest import cached_sha256
+from quantize.files.digest import cached_sha256, identity_of, sha256_of_file
 from quantize.recipe.presets import PRESETS
 from quantize.recipe.schema import Corpus
 
@@ -51,13 +51,34 @@ def identity(corpus: Corpus) -> dict[str, Any]:
     """
     if corpus.file is not None:
         try:
-            return {"file_sha256": cached_sha256(_file(corpus.file)), "column": corpus.column}
+            path = _file(corpus.file)
+            known = cached_sha256(path)
+            _identified[path] = identity_of(path.resolve()), known
+            return {"file_sha256": known, "column": corpus.column}
         except OSError as error:
             raise CalibrationError(f"{corpus.file}: cannot be read: {error.strerror}") from None
     if corpus.preset in CARRIED:
         return {"preset": corpus.preset, "sha256": hashlib.sha256(CARRIED[corpus.preset]().encode()).hexdigest()}
     parts = dict(zip(("name", "config", "split", "column", "revision"), _hub_parts(corpus), strict=True))
     return {"hub": parts | ({"data_files": list(corpus.data_files)} if corpus.data_files else {})}
+
+
+_identified: dict[Path, tuple[str, str]] = {}
+"""Local texts as they went into keys: by what they are taken for the same, and their SHA-256."""
+
+
+def check_unchanged(corpus: Corpus) -> None:
+    """Hold a local text that was read against its :func:`identity`, which the keys of what is made from it speak of.
+
+    Raises:
+        CalibrationError: it is another text than it was then.
+    """
+    path = None if corpus.file is None else Path(os.path.expanduser(corpus.file))
+    if path is None or path not in _identified:
+        return
+    identity, known = _identified[path]
+    if not path.is_file() or (identity_of(path.resolve()) != identity and sha256_of_file(path) != known):
+        raise CalibrationError(f"{path}: the text changed after it was hashed; build again")
 
 
 def read_pieces(corpus: Corpus) -> Iterator[str]:

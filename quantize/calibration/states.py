@@ -6,8 +6,10 @@ Plain reads and writes instead of a memory map: the pages of a shared map count 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,22 +42,36 @@ class States:
     Args:
         shape, dtype: of the states. place: where they lie on disk; None keeps them in memory alone.
         block: go on with the states that enter this block, which lie at ``place``; None starts empty.
+        digest: what these states' SHA-256 has to be.
+
+    Attributes:
+        digest: SHA-256 of the states as they were written to the disk; None where they were not.
 
     Raises:
-        OSError: the files cannot be written, or read again.
+        OSError: the files cannot be written, or read again, or hold other states than those of ``digest``.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, place: Place | None = None, block: int | None = None
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        place: Place | None = None,
+        block: int | None = None,
+        digest: str | None = None,
     ) -> None:
         self.shape, self.dtype, self.place = shape, dtype, place
         self.block = -1 if block is None else block
+        self.digest = digest
         self._held = None if place and place.spilled else torch.empty(shape, dtype=dtype)
+        self._hash, self._hashed = hashlib.sha256(), 0
         if place and block is not None:
-            if place.file(block).stat().st_size < shape[0] * self._window_bytes:
-                raise OSError(0, "it ends too early", str(place.file(block)))
+            path = place.file(block)
+            if path.stat().st_size < shape[0] * self._window_bytes:
+                raise OSError(0, "it ends too early", str(path))
             if self._held is not None:
-                _read(place.file(block), 0, self._held)
+                _read(path, 0, self._held)
+            if digest is not None and digest != self._digest_of_file(path):
+                raise OSError(0, "it does not hold what was written", str(path))
 
     @property
     def whole(self) -> torch.Tensor:
@@ -83,17 +99,31 @@ class States:
             self._held[windows] = states
             return
         assert self.place
+        offset, states = windows.indices(self.shape[0])[0] * self._window_bytes, states.to("cpu", self.dtype)
+        if offset == self._hashed:  # windows come in their order, so the file need not be read for its hash
+            self._hash.update(_bytes(states))
+            self._hashed += states.numel() * states.itemsize
         with _opened(self.place.file(self.block + 1), os.O_WRONLY | os.O_CREAT) as file:
-            _write(file, windows.indices(self.shape[0])[0] * self._window_bytes, states.to("cpu", self.dtype))
+            _write(file, offset, states)
 
     def turn(self, flush: bool = True) -> None:
         """Every window is written: read them from now on, and with ``flush`` see to it that they are on the disk."""
         self.block += 1
+        self.digest = None
         if self.place and flush:
-            with _opened(self.place.file(self.block), os.O_WRONLY | os.O_CREAT) as file:
+            path = self.place.file(self.block)
+            with _opened(path, os.O_WRONLY | os.O_CREAT) as file, ThreadPoolExecutor(1, "hash") as pool:
                 if self._held is not None:
+                    hashing = pool.submit(_sha256, self._held)
                     _write(file, 0, self._held)
                 os.fsync(file)
+                if self._held is not None:
+                    self.digest = hashing.result()
+                elif self._hashed == self.shape[0] * self._window_bytes:
+                    self.digest = self._hash.hexdigest()
+                else:
+                    self.digest = self._digest_of_file(path)
+        self._hash, self._hashed = hashlib.sha256(), 0
 
     def copy(self, name: str) -> States:
         """The same states, to be rolled on separately under another name."""
@@ -105,6 +135,13 @@ class States:
             other.write(window, self.read(window))
         other.turn()
         return other
+
+    def _digest_of_file(self, path: Path) -> str:
+        """Of the states in a file; of those in memory, where they were read from it."""
+        if self._held is not None:
+            return _sha256(self._held)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def _window_bytes(self) -> int:
@@ -126,6 +163,10 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 def _bytes(states: torch.Tensor) -> memoryview:
     view: memoryview = states.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return view
+
+
+def _sha256(states: torch.Tensor) -> str:
+    return hashlib.sha256(_bytes(states)).hexdigest()
 
 
 def _write(file: int, offset: int, states: torch.Tensor) -> None:

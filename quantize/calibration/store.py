@@ -1,12 +1,11 @@
 """Statistics kept on disk: with them a later variant needs no forward pass, only its solve.
 
 A block is a safetensors file and, written after it, a JSON table of its inputs. H is symmetric, so only its panels up
-to the diagonal are kept, as they were summed.
+to the diagonal are kept, as they were summed. Both carry hashes, which are looked at whenever they are read.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from quantize.calibration.statistics import InputStatistics, panels
 from quantize.errors import CalibrationError
 from quantize.files.atomic import write_atomically
+from quantize.files.sealed import seal, unseal
 from quantize.files.space import touch
 from quantize.source.streamed import Linear
 from quantize.source.tensor_file import TensorFile, save_whole
@@ -60,7 +60,7 @@ class StatisticsStore:
         if entered is not None:
             tensors[ENTERED] = entered.cpu()
         save_whole(self._file(index), tensors)
-        write_atomically(self._table(index), json.dumps(described).encode())
+        write_atomically(self._table(index), seal(described))
 
     def read(
         self, index: int, linears: Sequence[Linear], device: torch.device
@@ -73,8 +73,8 @@ class StatisticsStore:
         by_name = {linear.local: linear for linear in linears}
         groups = []
         try:
-            file = TensorFile(self._file(index))
-            for number, entry in enumerate(json.loads(self._table(index).read_text(encoding="utf-8"))):
+            file = TensorFile.guarded(self._file(index))
+            for number, entry in enumerate(unseal(self._table(index).read_bytes())):
                 size = entry["size"]
                 hessian = torch.empty(size, size, device=device)
                 for first, last in panels(size):
@@ -98,7 +98,7 @@ class StatisticsStore:
         )
 
     def _table(self, index: int) -> Path:
-        return self.folder / f"{index:05d}.json"
+        return self.folder / f"{index:05d}.table"
 
     def _file(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from quantize.calibration.corpus import identity, read_pieces, title
-from quantize.errors import CalibrationError
+from quantize.calibration.corpus import check_unchanged, identity, read_pieces, title
+from quantize.errors import CalibrationError, SourceChanged
 from quantize.recipe.schema import Calibration, Corpus
 from quantize.source.resolved import Source
+from quantize.source.unchanged import guarded
 
 SAMPLER_VERSION = 2  # raise when the same recipe would give other windows
 SURPLUS = 4  # how many times the tokens of the windows are read, so that random windows hardly overlap
@@ -47,12 +48,15 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     """The source's tokenizer.
 
     Raises:
-        CalibrationError: the source has none that can be read.
+        CalibrationError: the source has none that can be read. SourceChanged: its files are not what was hashed.
     """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        with guarded(source):
+            return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except SourceChanged:
+        raise
     except Exception as error:  # tokenizer readers raise anything, also from their Rust side
         reason = " ".join(str(error).split())[:300]
         raise CalibrationError(f"{source.named}: its tokenizer cannot be read: {reason}") from None
@@ -62,7 +66,7 @@ def sample_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
     """Cut ``samples`` random windows out of the calibration texts, in equal parts from each.
 
     Raises:
-        CalibrationError: a text that is shorter than one window.
+        CalibrationError: a text that is shorter than one window, or not the one that was planned with.
     """
     count, length = calibration.samples, calibration.sequence_length
     generator = np.random.Generator(np.random.PCG64(calibration.seed))
@@ -73,6 +77,8 @@ def sample_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
         share = count // len(corpora) + (index < count % len(corpora))
         if share:
             rows.append(_windows(corpus, tokenizer, share, length, bos, generator))
+    for corpus in corpora:
+        check_unchanged(corpus)
     ids = np.concatenate(rows)
     digest = hashlib.sha256(np.ascontiguousarray(ids, dtype="<i8").tobytes()).hexdigest()
     return Tokens(ids, digest, bos is not None)

@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,10 +146,11 @@ def publish(staged: Path, target: Path, work: Path) -> None:
     sync_folder(target.parent)
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and SHA-256 of every file below ``folder``, by relative name."""
+def describe_files(folder: Path, known: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of every file below ``folder``, by relative name; ``known`` are not read again."""
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+        path.relative_to(folder).as_posix(): known.get(path.relative_to(folder).as_posix())
+        or {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }

@@ -1,14 +1,15 @@
 """A build that is not through yet, on disk: all that is needed to go on after its last finished block.
 
 Below ``dist/.quantize/unfinished/<key>/`` lie the branches' open shards, the states that enter the next block, the
-importance matrix so far, and ``state.json``. The state is written last, after everything that it speaks of is
-flushed, so at any moment it tells the truth. Imports no torch.
+importance matrix so far, and ``blocks.jsonl``, which says what the build is of and then, a line a block, what was
+written and its hashes. The line is written last, after everything that it speaks of is flushed, so at any moment the
+file tells the truth; and what it speaks of is held against its hash before it is used. Imports no torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
-import json
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -18,20 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from quantize.errors import BuildError
-from quantize.dist.ledger import LedgerEntry
-from quantize.files.digest import key_of
 from quantize.dist.layout import UNFINISHED, WORK_FOLDER
-from quantize.files.atomic import sync_folder
-from quantize.files.atomic import write_atomically
+from quantize.dist.ledger import LedgerEntry
+from quantize.dist.records import BLOCKS, Records
+from quantize.errors import DamagedBuild
+from quantize.files.atomic import sync_folder, write_atomically
+from quantize.files.digest import key_of
 
-STATE = "state.json"
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a build has come.
+    """What a build is of, and how far it has come.
 
     Attributes:
         inputs: what the pass depends on beside its branches: versions, device, dtype; whether its ``statistics`` are
@@ -39,8 +39,6 @@ class State:
         branches: the key of each branch, by label. imatrix: whether an importance matrix is gathered.
         blocks: of the model. next_block: the first that is not finished.
         shape: of the hidden states, [samples, length, width].
-        ledger: rows of the finished blocks, by label. missing: tensors that are not written yet, by label.
-        tokens: what each linear's importance comes from.
     """
 
     inputs: Mapping[str, Any]
@@ -49,9 +47,6 @@ class State:
     blocks: int
     next_block: int = 0
     shape: tuple[int, ...] = ()
-    ledger: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    missing: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    tokens: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -78,12 +73,43 @@ class State:
         return there == dict(wish.branches) and self.imatrix == wish.imatrix
 
 
+@dataclass(frozen=True)
+class Block:
+    """What a finished block left, all of it flushed to the disk.
+
+    Attributes:
+        next_block: the block after it. shape: of the hidden states, [samples, length, width].
+        ledger: new rows, by label. written: digests of new tensors by name, by label.
+        states: SHA-256 of the files of the states that enter the next block, by file name.
+        tokens: what the importance of the block's linears comes from. importance: file and SHA-256 of their diagonals.
+    """
+
+    next_block: int
+    shape: tuple[int, ...] = ()
+    ledger: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    written: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    states: Mapping[str, str] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    importance: tuple[str, str] | None = None
+
+
 @dataclass
 class Unfinished:
-    """The folder of one unfinished build."""
+    """The folder of one unfinished build.
+
+    Attributes:
+        blocks: what the finished blocks left.
+    """
 
     folder: Path
     state: State
+    records: Records
+    blocks: list[Block] = field(default_factory=list)
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong with the record of the finished blocks, where something is."""
+        return self.records.fault
 
     @property
     def nbytes(self) -> int:
@@ -117,52 +143,65 @@ class Unfinished:
 
     def rows(self, label: str) -> list[LedgerEntry]:
         """The ledger of a branch as far as it goes."""
-        return [LedgerEntry(**row) for row in self.state.ledger.get(label, ())]
+        return [LedgerEntry(**row) for block in self.blocks for row in block.ledger.get(label, ())]
 
-    def keep(
-        self,
-        next_block: int,
-        shape: Sequence[int],
-        ledgers: Mapping[str, Sequence[LedgerEntry]],
-        missing: Mapping[str, Sequence[str]],
-        diagonals: Mapping[str, tuple[np.ndarray, int]] | None,
-    ) -> None:
-        """Note that all blocks before ``next_block`` are finished. What the branches and states wrote is flushed.
+    def written(self, label: str) -> dict[str, str]:
+        """Digests of a branch's tensors that are written, by name."""
+        return {name: digest for block in self.blocks for name, digest in block.written.get(label, {}).items()}
+
+    def states_digest(self, file: str) -> str | None:
+        """SHA-256 of a file of the states that enter the next block."""
+        return self.blocks[-1].states.get(file) if self.blocks else None
+
+    def keep(self, block: Block, diagonals: Mapping[str, tuple[np.ndarray, int]] | None) -> None:
+        """Note a finished block. What the branches and states wrote is flushed.
 
         Args:
             diagonals: of H, float32 [K], with token counts, of the linears of all finished blocks.
-        """
-        known = self.state.tokens
-        if new := {name: entry for name, (entry, _) in (diagonals or {}).items() if name not in known}:
-            data = io.BytesIO()
-            arrays: dict[str, Any] = new
-            np.savez(data, **arrays)
-            write_atomically(self.folder / f"imatrix-{next_block:05d}.npz", data.getvalue())
-        self.state = replace(
-            self.state,
-            next_block=next_block,
-            shape=tuple(shape),
-            ledger={label: [asdict(entry) for entry in entries] for label, entries in ledgers.items()},
-            missing=missing,
-            tokens={name: count for name, (_, count) in (diagonals or {}).items()},
-        )
-        write_atomically(self.folder / STATE, json.dumps({"schema": SCHEMA, **asdict(self.state)}).encode())
-        sync_folder(self.folder)
 
-    def damaged(self, why: object) -> BuildError:
+        Raises:
+            OSError: no space; the blocks before it stay finished.
+        """
+        known = {name for before in self.blocks for name in before.tokens}
+        if new := {name: entry for name, entry in (diagonals or {}).items() if name not in known}:
+            data = io.BytesIO()
+            arrays: dict[str, Any] = {name: diagonal for name, (diagonal, _) in new.items()}
+            np.savez(data, **arrays)
+            file = f"imatrix-{block.next_block:05d}.npz"
+            write_atomically(self.folder / file, data.getvalue())
+            block = replace(
+                block,
+                tokens={name: count for name, (_, count) in new.items()},
+                importance=(file, hashlib.sha256(data.getvalue()).hexdigest()),
+            )
+        sync_folder(self.folder)
+        self.records.append(*([] if self.records.lines else [_head(self.state)]), asdict(block))
+        self._enter(block)
+
+    def damaged(self, why: object) -> DamagedBuild:
         """The error where it cannot be gone on with."""
-        return BuildError(
+        return DamagedBuild(
             f"{self.folder}: this unfinished build is damaged ({why}); remove it with 'quantize clean' and build again"
         )
 
     def diagonals(self) -> dict[str, tuple[np.ndarray, int]]:
-        """The importance matrix as far as it goes."""
-        found = {}
+        """The importance matrix as far as it goes.
+
+        Raises:
+            DamagedBuild: it is not what was written.
+        """
+        found: dict[str, tuple[np.ndarray, int]] = {}
         try:
-            for path in sorted(self.folder.glob("imatrix-*.npz")):
-                with np.load(path) as stored:
-                    found.update({name: stored[name] for name in stored.files})
-            return {name: (found[name], count) for name, count in self.state.tokens.items()}
+            for block in self.blocks:
+                if block.importance is None:
+                    continue
+                file, digest = block.importance
+                data = (self.folder / file).read_bytes()
+                if hashlib.sha256(data).hexdigest() != digest:
+                    raise ValueError(f"{file} is not what was written")
+                with np.load(io.BytesIO(data)) as stored:
+                    found.update({name: (stored[name], count) for name, count in block.tokens.items()})
+            return found
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise self.damaged(error) from None
 
@@ -172,9 +211,13 @@ class Unfinished:
             path.unlink()
 
     def remove(self) -> None:
-        """Free its space. The state goes first, so that no half of it is ever taken for a whole."""
-        (self.folder / STATE).unlink(missing_ok=True)
+        """Free its space. The record goes first, so that no half of it is ever taken for a whole."""
+        (self.folder / BLOCKS).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _enter(self, block: Block) -> None:
+        self.blocks.append(block)
+        self.state = replace(self.state, next_block=block.next_block, shape=block.shape)
 
 
 def find_unfinished(dist: Path) -> list[Unfinished]:
@@ -185,9 +228,15 @@ def find_unfinished(dist: Path) -> list[Unfinished]:
 
 
 def open_unfinished(dist: Path, wishes: Sequence[State]) -> Unfinished:
-    """The unfinished build that serves one of ``wishes``, or a new one for the first of them."""
+    """The unfinished build that serves one of ``wishes``, or a new one for the first of them.
+
+    Raises:
+        DamagedBuild: the record of its blocks is damaged.
+    """
     for one in find_unfinished(dist):
-        if any(one.state.serves(wish) for wish in wishes):
+        if any(one.folder.name == wish.key or one.state.serves(wish) for wish in wishes):
+            if one.fault:
+                raise one.damaged(one.fault)
             return one
     wish = wishes[0]
     parent = dist / WORK_FOLDER / UNFINISHED
@@ -197,15 +246,34 @@ def open_unfinished(dist: Path, wishes: Sequence[State]) -> Unfinished:
             shutil.rmtree(leftover, ignore_errors=True)
     folder = parent / wish.key
     folder.mkdir()
-    return Unfinished(folder, wish)
+    return Unfinished(folder, wish, Records(folder / BLOCKS))
+
+
+def _head(state: State) -> dict[str, Any]:
+    """The first line: what does not change from block to block."""
+    fixed = {name: value for name, value in asdict(state).items() if name not in {"next_block", "shape"}}
+    return {"schema": SCHEMA, **fixed}
 
 
 def _read(folder: Path) -> Unfinished | None:
     try:
-        data = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if data.pop("schema") != SCHEMA:
+        records = Records.read(folder / BLOCKS)
+        head, *lines = records.lines
+        if head.pop("schema") != SCHEMA:
             return None
-        state = State(**data | {"shape": tuple(data["shape"])})
-        return Unfinished(folder, state) if folder.name == state.key else None
+        state = State(**head)
+        if folder.name != state.key:
+            return None
+        one = Unfinished(folder, state, records)
+        for line in lines:
+            one._enter(_block(line))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # killed before its first block, or of another version: nothing to go on with
+    return one if one.blocks or one.fault else None
+
+
+def _block(line: Mapping[str, Any]) -> Block:
+    importance = line["importance"]
+    return Block(
+        **{**line, "shape": tuple(line["shape"]), "importance": tuple(importance) if importance else None}
+    )

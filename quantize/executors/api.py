@@ -62,13 +62,18 @@ class Windows:
         """The kept states of a part that enter ``block``, one for each stream.
 
         Raises:
-            BuildError: they cannot be read.
+            DamagedBuild: they cannot be read, or are not what was written.
         """
-        shape = (len(self.parts[part]), *self.kept.state.shape[1:])
+        shape, dtype = (len(self.parts[part]), *self.kept.state.shape[1:]), self.model.compute_dtype
+        places, digests = self.places(part), self.digests(part, block)
         try:
-            return [States(shape, self.model.compute_dtype, place, block) for place in self.places(part)]
+            return [States(shape, dtype, place, block, digest) for place, digest in zip(places, digests, strict=True)]
         except OSError as error:
             raise self.kept.damaged(error) from None
+
+    def digests(self, part: int, block: int) -> list[str | None]:
+        """SHA-256 of the kept states of a part that enter ``block``, one for each stream."""
+        return [self.kept.states_digest(place.file(block).name) for place in self.places(part)]
 
 
 class Streams(Protocol):
@@ -88,8 +93,12 @@ class Streams(Protocol):
     def advance(self, index: int, block: nn.Module, stream: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Send a stream through the block as it is with other weights, by the linear's name in the block."""
 
-    def keep(self, next_block: int) -> None:
-        """See to it that the states that enter ``next_block`` lie in the folder of what is unfinished."""
+    def keep(self, next_block: int) -> Mapping[str, str]:
+        """See to it that the states that enter ``next_block`` lie in the folder of what is unfinished.
+
+        Returns:
+            SHA-256 of their files, by file name.
+        """
 
     def close(self) -> None:
         """The pass is over."""

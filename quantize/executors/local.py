@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from quantize.calibration.parts import Part, add_part
+from quantize.calibration.states import States
 from quantize.calibration.statistics import Timed
 from quantize.errors import SolveError
 from quantize.executors.api import Gathered, Job, Solved, Streams, Wait, Windows
@@ -65,11 +66,17 @@ class LocalStreams:
         for part in self._parts:
             part.advance(index, block, stream, weights)
 
-    def keep(self, next_block: int) -> None:
+    def keep(self, next_block: int) -> Mapping[str, str]:
         """They lie there since the block was through."""
+        return named_digests(stream.states for part in self._parts for stream in part.streams)
 
     def close(self) -> None:
         """Nothing is left of them."""
+
+
+def named_digests(streams: Iterable[States]) -> dict[str, str]:
+    """SHA-256 of states as they lie on the disk, by the names of their files."""
+    return {states.place.file(states.block).name: states.digest for states in streams if states.place and states.digest}
 
 
 def solve_job(job: Job, with_energy: bool = True) -> Solved:

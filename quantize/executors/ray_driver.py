@@ -26,6 +26,7 @@ from quantize.calibration.statistics import InputStatistics, Timed
 from quantize.errors import BuildError, QuantizeError
 from quantize.executors import ray_tasks
 from quantize.executors.api import Gathered, Job, Solved, Streams, Wait, Windows
+from quantize.executors.local import named_digests
 from quantize.executors.quantizers import Children, Quantizers
 from quantize.executors.ray_tasks import first_line
 from quantize.files.notify import Notify
@@ -269,18 +270,22 @@ class RayStreams:
         packed = ray.put({name: Packed.of(weight) for name, weight in weights.items()})
         list(self._all(lambda number: ("advance", (index, stream, packed))))
 
-    def keep(self, next_block: int) -> None:
+    def keep(self, next_block: int) -> Mapping[str, str]:
         """Fetch the states of those workers that do not see the folder where they belong."""
-        apart = [number for number, shared in enumerate(self._shared) if not shared]
-        if apart:
-            results = list(self._all(lambda number: ("states", ()) if number in apart else None))
-            for number in apart:
-                for place, one in zip(self._windows.places(number), results[number], strict=True):
-                    states = States(one.shape, one.dtype, place)
-                    states.whole, states.block = one.tensor(), next_block - 1
-                    states.turn()
+        digests: dict[str, str] = {}
+        results = list(self._all(lambda number: ("digests" if self._shared[number] else "states", ())))
+        for number, found in enumerate(results):
+            if isinstance(found, dict):
+                digests |= found
+                continue
+            for place, one in zip(self._windows.places(number), found, strict=True):
+                states = States(one.shape, one.dtype, place)
+                states.whole, states.block = one.tensor(), next_block - 1
+                states.turn()
+                digests |= named_digests([states])
         self._calls.clear()
         self._block = next_block
+        return digests
 
     def close(self) -> None:
         for worker in filter(None, self._workers):
@@ -346,18 +351,17 @@ class RayStreams:
             )
         # a worker has another working directory
         places = [replace(place, folder=place.folder.absolute()) for place in windows.places(number)]
-        source = self._model.source
-        checkpoint = replace(source.checkpoint, folder=source.folder.absolute())
         states = [] if shared or not self._block else windows.states(number, self._block)
         wish = ray_tasks.Begin(
             settings=_settings(self._model.device),
-            source=replace(source, checkpoint=checkpoint),
+            source=self._model.source.for_other_processes(),
             prefix=self._model.block_prefix,
             dtype=self._model.compute_dtype,
             trust_remote_code=windows.trust_remote_code,
             ids=windows.parts[number],
             batch=windows.batch,
             places=places if shared else [None] * len(places),
+            digests=windows.digests(number, self._block),
             block=self._block,
             width=self.shape[-1],
             states=[Packed.of(one.whole) for one in states],

@@ -20,9 +20,9 @@ from torch import nn
 
 from quantize.calibration.parts import Packed, PackedStatistics, Part
 from quantize.calibration.states import Place, States
-from quantize.errors import BuildError
+from quantize.errors import BuildError, DamagedBuild
 from quantize.executors.api import Job
-from quantize.executors.local import solve_job
+from quantize.executors.local import named_digests, solve_job
 from quantize.executors.memory import give_back, return_large_buffers
 from quantize.files.cache import cache_folder
 from quantize.files.versions import versions_of
@@ -51,6 +51,7 @@ class Begin:
     Attributes:
         ids: int64 [samples, length]. batch: windows run together.
         places: where the states of each stream lie; None for those of a worker that does not see that folder.
+        digests: SHA-256 of the states that lie there.
         block: go on with the states that enter this block; 0 is the start. width: of the states, where they go on.
         states: these states, for a worker that does not see the folder.
     """
@@ -63,6 +64,7 @@ class Begin:
     ids: np.ndarray
     batch: int
     places: Sequence[Place | None]
+    digests: Sequence[str | None]
     block: int
     width: int
     states: Sequence[Packed]
@@ -116,6 +118,10 @@ class ShardWorker:
         known = {name: weight.tensor().to(self.model.device) for name, weight in weights.items()}
         self.part.advance(index, self.block, stream, known)
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the states of every stream as they lie on the disk, by the names of their files."""
+        return named_digests(stream.states for stream in self.part.streams)
+
     def states(self) -> list[Packed]:
         """The states of every stream as they are now."""
         return [Packed.of(stream.hidden) for stream in self.part.streams]
@@ -129,9 +135,9 @@ def _restored(wish: Begin) -> list[States]:
             states.whole, states.block = wish.states[number].tensor(), wish.block
         else:
             try:
-                states = States(shape, wish.dtype, place, wish.block)
+                states = States(shape, wish.dtype, place, wish.block, wish.digests[number])
             except OSError as error:
-                raise BuildError(
+                raise DamagedBuild(
                     f"{place.folder}: this unfinished build cannot be read on the node {platform.node()} ({error}); "
                     "remove it with 'quantize clean' and build again"
                 ) from None

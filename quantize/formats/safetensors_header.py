@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,16 @@ MOST_DIMENSIONS = 64
 
 @dataclass(frozen=True)
 class Header:
-    """Tensors of a file: what they are, and between which bytes of it each lies; ``start`` is the first of them."""
+    """Tensors of a file: what they are, and between which bytes of it each lies; ``start`` is the first of them.
+
+    Attributes:
+        metadata: what the file says beside its tensors.
+    """
 
     tensors: Mapping[str, TensorSpec]
     places: Mapping[str, tuple[int, int]]
     start: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -50,14 +55,15 @@ def read_header(read: Callable[[int, int], bytes], file: str = "") -> Header:
         raise ValueError("it ends too early")
     try:
         table = json.loads(text, object_pairs_hook=_unique)
-        table.pop("__metadata__", None)
+        metadata = table.pop("__metadata__", None)
         specs = {name: TensorSpec(entry["dtype"], tuple(entry["shape"]), file) for name, entry in table.items()}
         places = {name: tuple(entry["data_offsets"]) for name, entry in table.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("its header is damaged") from None
     _check_places(specs, places)
     start = 8 + length
-    return Header(specs, {name: (start + first, start + last) for name, (first, last) in places.items()}, start)
+    places = {name: (start + first, start + last) for name, (first, last) in places.items()}
+    return Header(specs, places, start, metadata if isinstance(metadata, dict) else {})
 
 
 def file_header(path: Path) -> Header:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
+from quantize.formats.safetensors_digests import CHUNK, begin_digest, digest_of
 from quantize.formats.safetensors_header import header_of
 from quantize.formats.tensors import INDEX_NAME, TensorSpec
 
@@ -30,23 +31,24 @@ class ShardWriter:
     Args:
         folder: an existing folder; the files must not exist yet.
         shards: for each file name the tensors it holds.
-        missing: go on with existing files, in which all tensors but these are whole.
+        written: go on with existing files, which hold these tensors already: their digests by name.
 
     Raises:
-        OSError: the files exist, or where ``missing`` is given, do not. ValueError: they are of another layout.
+        OSError: the files exist, or where ``written`` is given, do not.
+        ValueError: they are of another layout, or a tensor is not what was written.
     """
 
     def __init__(
         self,
         folder: Path,
         shards: Mapping[str, Mapping[str, TensorSpec]],
-        missing: Collection[str] | None = None,
+        written: Mapping[str, str] | None = None,
     ) -> None:
-        self.folder, self.shards, self._new = folder, shards, missing is None
+        self.folder, self.shards, self._new = folder, shards, written is None
         self._files: dict[str, int] = {}
         self._places: dict[str, tuple[str, int, TensorSpec]] = {}
-        tensors = {name for inside in shards.values() for name in inside}
-        self._missing = tensors if missing is None else tensors & set(missing)
+        self._digests = dict(written or {})
+        self._unnoted: dict[str, str] = {}
 
     def __enter__(self) -> ShardWriter:
         for name, tensors in self.shards.items():
@@ -59,6 +61,7 @@ class ShardWriter:
                 raise ValueError(f"{name} is of another layout")
             for key, offset in offsets.items():
                 self._places[key] = (name, len(header) + offset, tensors[key])
+        self._check_written()
         return self
 
     def __exit__(
@@ -79,12 +82,17 @@ class ShardWriter:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} where the layout has {spec}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         _write_all(self._files[shard], data.data, offset)
-        self._missing.discard(name)
+        self._digests[name] = self._unnoted[name] = digest_of(spec, data.data)
 
     @property
-    def missing(self) -> list[str]:
-        """Tensors that are still to be written."""
-        return sorted(self._missing)
+    def digests(self) -> Mapping[str, str]:
+        """Of what was written, by tensor; see :func:`digest_of`."""
+        return self._digests
+
+    def take_unnoted(self) -> dict[str, str]:
+        """Digests of what was written since this was asked last."""
+        unnoted, self._unnoted = self._unnoted, {}
+        return unnoted
 
     def sync(self) -> None:
         """Flush what was written to the disk."""
@@ -97,8 +105,8 @@ class ShardWriter:
         Raises:
             ValueError: a tensor is missing.
         """
-        if self._missing:
-            raise ValueError(f"{len(self._missing)} tensors were never written, such as {min(self._missing)}")
+        if missing := self._places.keys() - self._digests.keys():
+            raise ValueError(f"{len(missing)} tensors were never written, such as {min(missing)}")
         self.sync()
         if len(self.shards) > 1:
             total = sum(spec.nbytes for tensors in self.shards.values() for spec in tensors.values())
@@ -108,6 +116,23 @@ class ShardWriter:
                 file.write(json.dumps(index, indent=2) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+
+    def _check_written(self) -> None:
+        """Read what an interrupted build wrote, from the first byte to the last."""
+        if odd := self._digests.keys() - self._places.keys():
+            raise ValueError(f"{min(odd)} is of another layout")
+        for name in sorted(self._digests, key=lambda name: self._places[name][:2]):
+            shard, offset, spec = self._places[name]
+            if _digest_at(self._files[shard], offset, spec) != self._digests[name]:
+                raise ValueError(f"{name} in {shard} is not what was written")
+
+
+def _digest_at(file: int, offset: int, spec: TensorSpec) -> str:
+    digest, end = begin_digest(spec), offset + spec.nbytes
+    while chunk := os.pread(file, min(CHUNK, end - offset), offset):
+        digest.update(chunk)
+        offset += len(chunk)
+    return str(digest.hexdigest())
 
 
 def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:

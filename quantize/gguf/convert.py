@@ -25,6 +25,7 @@ from quantize.formats.tensors import TensorSpec
 from quantize.gguf.toolchain import require_library, tree, tree_identity
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.resolved import Source
+from quantize.source.unchanged import check_small_files, check_weights
 
 SLACK = 64 * 2**20  # what a header may take
 HEADER_SECONDS = 3600.0
@@ -148,6 +149,10 @@ class Conversion:
                 found: dict[str, Any] = run_child(task)
             except ChildFailed as error:
                 raise GgufError(f"{self.source.named}: llama.cpp cannot convert this model: {_reason(error)}") from None
+            # the converter reads the source by itself: what it read is what was hashed if it still is, afterwards
+            check_small_files(self.source)
+            if mode == "full":
+                check_weights(self.source)
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -1,7 +1,7 @@
 """What a measurement keeps on disk: the source's last hidden states, and everything if it is interrupted.
 
 The source's log-probabilities follow from its last hidden states by one product with the head, which is a hundred
-times smaller to keep than they are.
+times smaller to keep than they are. Each tensor carries a hash, which is looked at when it is read.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from quantize.files.cache import cache_folder
 from quantize.files.space import touch
-from quantize.source.tensor_file import save_whole
+from quantize.source.tensor_file import TensorFile, save_whole
 
 INTERIM_SECONDS = 60.0
 
@@ -74,8 +72,9 @@ class Store:
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
-    """States by name; empty where there are none that can be read."""
+    """States by name; empty where there are none, or not those that were written: they are computed again then."""
     try:
-        return load_file(path)
-    except (OSError, SafetensorError):
+        file = TensorFile.guarded(path)
+        return {name: file.read(name) for name in file.names}
+    except (OSError, ValueError, KeyError):
         return {}

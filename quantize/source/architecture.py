@@ -9,14 +9,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantize.errors import SourceError
 from quantize.source.resolved import Source
+from quantize.source.unchanged import guarded
 
 
 def empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The architecture of a source, its parameters on the meta device.
 
     Raises:
-        SourceError: transformers does not know it.
+        SourceError: transformers does not know it. SourceChanged: its files are not what was hashed.
     """
+    with guarded(source):
+        return _empty_model(source, dtype, trust_remote_code)
+
+
+def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     from accelerate import init_empty_weights
 
     try:

@@ -19,13 +19,14 @@ from typing import Any
 
 from quantize.errors import SourceError, shortly
 from quantize.files.cache import cache_folder
-from quantize.files.digest import cached_sha256
+from quantize.files.digest import cached_sha256, sha256_of_file
 from quantize.files.notify import Notify
 from quantize.files.space import touch
 from quantize.formats.gguf_reader import check_gguf
 from quantize.formats.gguf_reader import open_gguf as open_reader
 from quantize.source.checkpoint import read_checkpoint
 from quantize.source.resolved import Source, safe_name
+from quantize.source.unchanged import changed
 
 CONVERSION = "1"  # raise when the conversion's result changes
 
@@ -56,6 +57,7 @@ def open_gguf(path: Path, named: str, notify: Notify) -> Source:
 
     Raises:
         SourceError: not a GGUF file, or an architecture that transformers cannot read.
+        SourceChanged: it was replaced in the middle of the conversion.
     """
     try:
         check_gguf(path)
@@ -65,13 +67,13 @@ def open_gguf(path: Path, named: str, notify: Notify) -> Source:
     folder = cache_folder() / "sources" / f"{safe_name(path.stem)}-{digest[:16]}-{CONVERSION}"
     if not (folder / "config.json").is_file():
         notify(f"converting {path.name} to a float16 checkpoint (once; kept in the cache)")
-        _convert(path, folder)
+        _convert(path, folder, digest)
     touch(folder)
     origin = {"file": path.name, "sha256": digest}
     return Source(named, safe_name(path.stem.split(".Q")[0]), read_checkpoint(folder), origin=origin)
 
 
-def _convert(path: Path, folder: Path) -> None:
+def _convert(path: Path, folder: Path, digest: str) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -111,6 +113,8 @@ def _convert(path: Path, folder: Path) -> None:
         for file in temporary.iterdir():
             file.chmod(0o644)
         temporary.chmod(0o755)
+        if sha256_of_file(path) != digest:
+            raise changed(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     finally:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import SourceError
-from quantize.files.digest import cached_sha256
 from quantize.files.notify import Notify
 from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME, TensorSpec
 from quantize.hub.client import is_network
@@ -21,6 +20,7 @@ from quantize.source.checkpoint import (
     read_config,
     read_index,
 )
+from quantize.source.fingerprints import cached_sha256
 from quantize.source.resolved import Source, safe_name
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from quantize.errors import SourceError
-from quantize.files.digest import cached_sha256
+from quantize.errors import SourceChanged, SourceError
+from quantize.formats.safetensors_digests import Fingerprint
 from quantize.source.checkpoint import Checkpoint, is_carried_over, non_weight_files
+from quantize.source.fingerprints import cached_fingerprint, cached_sha256
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Source:
         remote_hashes: hash by file name as the hub tells it (SHA-256 of LFS files, ``git:`` and the blob id of
             others), so that planning from headers and building from files see the same source.
         small_files: a folder with all files but the weights, where only those were fetched.
+        known_fingerprints: of the weights, where they were found elsewhere, and are not to be found here again.
     """
 
     named: str
@@ -38,6 +41,7 @@ class Source:
     remote_hashes: dict[str, str] | None = None
     small_files: Path | None = None
     base_model: str | None = None
+    known_fingerprints: Mapping[str, Fingerprint] | None = None
 
     @property
     def folder(self) -> Path:
@@ -52,6 +56,36 @@ class Source:
             return self.remote_hashes
         names = [*self.checkpoint.shards, "config.json", *non_weight_files(self.folder)]
         return {name: cached_sha256(self.folder / name) for name in sorted(set(names))}
+
+    @cached_property
+    def fingerprints(self) -> Mapping[str, Fingerprint]:
+        """What the weights were when they were hashed, by the names of their files.
+
+        Raises:
+            SourceError: a file is another than the one in :attr:`hashes`, or cannot be read.
+        """
+        if self.known_fingerprints is not None:
+            return self.known_fingerprints
+        found = {}
+        for name in self.checkpoint.shards:
+            path = self.folder / name
+            try:
+                found[name] = cached_fingerprint(path)
+            except (OSError, ValueError) as error:
+                raise SourceError(f"{path}: cannot be read any more: {error}") from None
+            wanted = self.hashes[name]
+            if not wanted.startswith("git:") and found[name].sha256 != wanted:
+                raise SourceChanged(f"{path}: changed after it was hashed; start again")
+        return found
+
+    def for_other_processes(self) -> Source:
+        """The same source, whose files are held against the hashes that were taken here wherever they are read."""
+        return replace(
+            self,
+            checkpoint=replace(self.checkpoint, folder=self.folder.absolute()),
+            remote_hashes=self.hashes,
+            known_fingerprints=self.fingerprints,
+        )
 
     @property
     def carried_over(self) -> list[str]:

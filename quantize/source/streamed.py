@@ -23,7 +23,8 @@ from quantize.source.experts import Expert, split_experts
 from quantize.source.prefetch import Prefetch
 from quantize.source.resolved import Source
 from quantize.source.routing import find_routers
-from quantize.source.tensor_file import DTYPES, TensorFile
+from quantize.source.source_tensors import SourceTensors
+from quantize.source.tensor_file import DTYPES
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -78,7 +79,7 @@ class StreamedModel:
         prefetch: bool | None = None,
     ) -> None:
         self.source, self.compute_dtype, self.device = source, compute_dtype, device
-        self._files: dict[str, TensorFile] = {}
+        self._tensors = SourceTensors(source)
         self.model = empty_model(source, compute_dtype, trust_remote_code)
         split_experts(self.model, source.checkpoint.tensors)
         self.names = match_names(self.model, source)
@@ -100,17 +101,13 @@ class StreamedModel:
         """A tensor as stored, by its name in the checkpoint.
 
         Raises:
+            SourceChanged: it is not what was hashed.
             SourceError: it holds NaN or infinity, or its file cannot be read any more.
         """
-        spec = self.source.checkpoint.tensors[name]
-        try:
-            if spec.file not in self._files:
-                self._files[spec.file] = TensorFile(self.source.folder / spec.file)
-            tensor = self._files[spec.file].read(name)
-        except (OSError, KeyError, ValueError) as error:
-            raise SourceError(f"{self.source.folder / spec.file}: cannot read {name}: {error}") from None
+        tensor = self._tensors.read(name)
         if tensor.is_floating_point() and not _is_finite(tensor):
-            raise SourceError(f"{self.source.folder / spec.file}: {name} holds NaN or infinity; the source is damaged")
+            path = self.source.folder / self.source.checkpoint.tensors[name].file
+            raise SourceError(f"{path}: {name} holds NaN or infinity; the source is damaged")
         return tensor
 
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON heade
 
 from __future__ import annotations
 
-import math
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from quantize.formats.safetensors_digests import digest_of
 from quantize.formats.safetensors_header import file_header
+from quantize.formats.tensors import TensorSpec
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -25,12 +27,32 @@ DTYPES = {
 }  # fmt: skip
 
 
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DIGESTS = "digests"
+"""Key of a file's metadata: the digest of each tensor, as JSON."""
+
+
+class NotAsWritten(ValueError):
+    """A tensor's bytes are not those that were hashed."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is not what it was when its hash was taken")
+
+
 def save_whole(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file whole, or not at all: under a temporary name, flushed, renamed."""
+    """Write a safetensors file whole, or not at all: under a temporary name, flushed, renamed.
+
+    The digest of every tensor goes with it, for :meth:`TensorFile.guarded`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digests = {
+        name: digest_of(TensorSpec(NAMES[tensor.dtype], tuple(tensor.shape)), _bytes(tensor))
+        for name, tensor in plain.items()
+    }
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        save_file(plain, temporary, {DIGESTS: json.dumps(digests)})
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -38,15 +60,43 @@ def save_whole(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+    return data
+
+
 class TensorFile:
     """One safetensors file; its header is read once.
+
+    Args:
+        digests: of each tensor, which what is read is held against; None trusts the disk.
 
     Raises:
         OSError, ValueError: not there, or no such file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._header = path, file_header(path)
+    def __init__(self, path: Path, digests: Mapping[str, str] | None = None) -> None:
+        self.path, self._header, self._digests = path, file_header(path), digests
+
+    @classmethod
+    def guarded(cls, path: Path) -> TensorFile:
+        """A file of :func:`save_whole`, held against the digests that it carries.
+
+        Raises:
+            OSError, ValueError: not there, no such file, or without digests.
+        """
+        file = cls(path)
+        try:
+            file._digests = dict(json.loads(file._header.metadata[DIGESTS]))
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise ValueError("it carries no digests") from None
+        return file
+
+    @property
+    def names(self) -> list[str]:
+        """Of all its tensors."""
+        return list(self._header.tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._header.tensors
@@ -57,11 +107,12 @@ class TensorFile:
         Raises:
             OSError: the file cannot be read. KeyError: no such tensor, or a dtype unknown here.
             ValueError: the file is shorter than its header says.
+            NotAsWritten: it is not what its digest says.
         """
         spec, (first, last) = self._header.tensors[name], self._header.places[name]
         dtype, shape = DTYPES[spec.dtype], spec.shape
         tensor = torch.empty(shape, dtype=dtype)
-        view: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data if math.prod(shape) else memoryview(b"")
+        data = view = _bytes(tensor)
         with self.path.open("rb", buffering=0) as file:
             file.seek(first)
             if len(view) != last - first:
@@ -71,4 +122,6 @@ class TensorFile:
                 if not count:
                     raise ValueError("it ends too early")
                 view = view[count:]
+        if self._digests is not None and digest_of(spec, data) != self._digests.get(name):
+            raise NotAsWritten(name)
         return tensor

@@ -1,0 +1,43 @@
+"""The tensors of a source by name, each held against the hash of the file that it was planned from."""
+
+from __future__ import annotations
+
+import torch
+
+from quantize.errors import SourceError
+from quantize.files.digest import identity_of
+from quantize.source.fingerprints import note_tensor
+from quantize.source.resolved import Source
+from quantize.source.tensor_file import NotAsWritten, TensorFile
+from quantize.source.unchanged import changed
+
+
+class SourceTensors:
+    """Reads tensors of a source with local weights. May be used by several threads."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._files: dict[str, TensorFile] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._source.checkpoint.tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as stored.
+
+        Raises:
+            SourceChanged: it is not what was hashed. SourceError: its file cannot be read any more.
+        """
+        shard = self._source.checkpoint.tensors[name].file
+        path, whole = self._source.folder / shard, self._source.fingerprints[shard]
+        try:
+            identity = identity_of(path.resolve())
+            if shard not in self._files:
+                self._files[shard] = TensorFile(path, whole.tensors)
+            tensor = self._files[shard].read(name)
+        except NotAsWritten:
+            raise changed(path, name) from None
+        except (OSError, KeyError, ValueError) as error:
+            raise SourceError(f"{path}: cannot read {name}: {error}") from None
+        note_tensor(identity, name, whole)
+        return tensor
