@@ -15,11 +15,13 @@ def card(recipe: str, overrides: tuple[str, ...], dist: str, method: str | None)
     """Render the model cards of RECIPE again, into the finished branches in dist; nothing else is touched."""
     from quantize.planning.planner import plan_recipe
     from quantize.publishing.card import refresh_cards, render
+    from quantize.publishing.finished import check_dist
     from quantize.recipe import load_recipe
 
     plan = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
     if method:
         click.echo(render(plan, method), nl=False)
         return
+    check_dist(plan, say)
     for path in refresh_cards(plan):
         click.echo(f"wrote  {path}")
