@@ -17,7 +17,15 @@ from itertools import count
 from typing import Any
 
 from quantize.files.notify import Notify
-from quantize.hub.errors import GAVE_UP, AskedToWait, Unanswered, is_interrupted, is_passing_status, reason_of
+from quantize.hub.errors import (
+    GAVE_UP,
+    AskedToWait,
+    Unanswered,
+    is_interrupted,
+    is_passing_status,
+    reason_of,
+    status_of,
+)
 
 LONGEST = 300.0
 """Seconds that a command waits at the hub's word; asked for more, it stops and says until when."""
@@ -46,7 +54,7 @@ class Patience:
             AskedToWait: it asks for more than :data:`LONGEST` seconds.
         """
         headers = getattr(getattr(error, "response", None), "headers", {})
-        asked = asked_wait(headers, rate_limited=getattr(error.response, "status_code", 0) == 429) if headers else None
+        asked = asked_wait(headers, rate_limited=status_of(error) == 429)
         seconds = self.first_wait * 2 ** (attempt - 1) if asked is None else asked
         if seconds > LONGEST:
             until = datetime.now(UTC) + timedelta(seconds=seconds)
@@ -62,7 +70,7 @@ class Patience:
             AskedToWait: the hub asks for too long a wait.
         """
         body = getattr(request.stream, "_stream", None)
-        start = body.tell() if hasattr(body, "tell") else None
+        start = body.tell() if body is not None and hasattr(body, "tell") else None
         for attempt in count(1):
             error = _failure(plain, request, options)
             if not isinstance(error, Exception):

@@ -16,7 +16,7 @@ from quantize.files.atomic import write_atomically
 from quantize.formats.tensors import DTYPE_BYTES
 from quantize.planning.engines import layout_of
 from quantize.planning.plan import Plan, PlannedVariant
-from quantize.publishing.finished import LICENCES
+from quantize.publishing.finished import LICENCE_FILES
 from quantize.publishing.picture import FILES, draw
 from quantize.publishing.prompt import prompt_as_python, prompt_template
 from quantize.publishing.quality import cells, loads_in, measured, summary
@@ -31,7 +31,7 @@ OURS = f"quantize {__version__}"
 
 def licence_files(source: Source) -> list[str]:
     """The source's files that state its licence, which go with everything made of it."""
-    return [name for name in source.hashes if name.lower().startswith(LICENCES)]
+    return [name for name in source.hashes if name.lower().startswith(LICENCE_FILES)]
 
 
 def render_card(plan: Plan, method: Method) -> str:

@@ -176,12 +176,12 @@ def accounted(manifest: Mapping[str, Any]) -> dict[str, str]:
     found = {
         name: digest
         for name, digest in (carried.items() if isinstance(carried, Mapping) else ())
-        if isinstance(name, str) and isinstance(digest, str) and name.lower().startswith(LICENCES)
+        if isinstance(name, str) and isinstance(digest, str) and name.lower().startswith(LICENCE_FILES)
     }
     return found | {name: str(entry["sha256"]) for name, entry in described_files(dict(manifest)).items()}
 
 
-LICENCES = ("license", "licence", "notice", "use_policy", "copying")
+LICENCE_FILES = ("license", "licence", "notice", "use_policy", "copying")
 """How files begin that state a licence; they go with everything made of the source."""
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from quantize.publishing.finished import SMALL, LocalFile
 
@@ -71,7 +71,7 @@ def _large() -> type:
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.lfs import UploadInfo
 
-    class Info(UploadInfo):  # type: ignore[misc]
+    class Info(UploadInfo):
         """Knows the SHA-256 without reading. Xet computes it anew while it reads, and that must be the same."""
 
         def __init__(self, size: int, sample: bytes, file: LocalFile) -> None:
@@ -91,7 +91,7 @@ def _large() -> type:
         def is_hashed(self) -> bool:
             return False
 
-    class Large(CommitOperationAdd):  # type: ignore[misc]
+    class Large(CommitOperationAdd):
         def __init__(self, name: str, file: LocalFile) -> None:
             self.file = file
             super().__init__(name, str(file.path.absolute()))
@@ -100,6 +100,6 @@ def _large() -> type:
         @contextmanager
         def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
             with super().as_file(with_tqdm) as inner:
-                yield Checked(inner, self.file)  # type: ignore[misc]
+                yield cast("BinaryIO", Checked(inner, self.file))
 
     return Large
