@@ -116,11 +116,12 @@ class Hub:
 
     def read(self, repo: str, revision: str, name: str) -> bytes:
         """The content of a file, which should be a small one."""
-        from huggingface_hub import hf_hub_url
+        from urllib.parse import quote
+
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         with self.explained(repo):
-            url = hf_hub_url(repo, name, revision=revision, endpoint=self.api.endpoint)
+            url = f"{self.api.endpoint}/{repo}/resolve/{quote(revision, safe='')}/{quote(name)}"
             response = get_session().get(url, headers=build_hf_headers(token=self.api.token))
             hf_raise_for_status(response)
             return bytes(response.content)
@@ -222,7 +223,8 @@ class Hub:
 
 def why(raised: Exception, endpoint: str, repo: str) -> str | None:
     """As :meth:`Hub.reason`."""
-    if (error := cause_of(raised)) is not None:
+    error = cause_of(raised) if type(raised) is not ValueError else None
+    if error is not None:
         return reason_of(error, endpoint, repo)
     reason = malformed(raised)
     return f"{host_of(endpoint)} {reason}" if reason and reason.startswith("answered") else reason

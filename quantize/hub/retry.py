@@ -33,6 +33,11 @@ COMMIT = re.compile(r"/api/\w+/[^/]+/[^/]+/commit/")
 """A commit whose answer was lost may have been made, so that only who looks may repeat it."""
 
 
+def sleep(seconds: float) -> None:
+    """Wait."""
+    time.sleep(seconds)
+
+
 @dataclass
 class Patience:
     """How often to try, and how long to wait between.
@@ -43,11 +48,11 @@ class Patience:
     """
 
     notify: Notify = lambda line: None
-    pause: Callable[[float], None] = time.sleep
+    pause: Callable[[float], None] = sleep
     attempts: int = 3
     first_wait: float = 1.0
 
-    def wait(self, error: Exception, attempt: int) -> None:
+    def wait(self, error: Exception, attempt: int, reason: str | None = None) -> None:
         """Wait before the next attempt, as long as the hub asks, and say so.
 
         Raises:
@@ -59,7 +64,7 @@ class Patience:
         if seconds > LONGEST:
             until = datetime.now(UTC) + timedelta(seconds=seconds)
             raise AskedToWait(seconds, f"{until:%Y-%m-%d %H:%M} UTC") from error
-        self.notify(f"waiting {seconds:.3g} s, then trying again ({reason_of(error)})")
+        self.notify(f"waiting {seconds:.3g} s, then trying again ({reason or reason_of(error)})")
         self.pause(seconds)
 
     def send(self, plain: Callable[..., Any], request: Any, **options: Any) -> Any:
@@ -70,6 +75,7 @@ class Patience:
             AskedToWait: the hub asks for too long a wait.
         """
         body = getattr(request.stream, "_stream", None)
+        body = None if isinstance(body, bytes) else body
         start = body.tell() if body is not None and hasattr(body, "tell") else None
         for attempt in count(1):
             error = _failure(plain, request, options)

@@ -244,5 +244,8 @@ def _is_same(file: LocalFile, remote: RemoteFile) -> bool:
         return False
     if remote.sha256 is None:
         return remote.blob_id == file.blob_id
-    # what is not sent is read here, so that every file is held against its manifest, and once
-    return remote.sha256 == file.sha256 and (file.wanted is None or file.hashes[0] == remote.sha256)
+    if remote.sha256 != file.sha256:
+        return False
+    if file.wanted is not None:
+        file.check()  # what is not sent is read here, so that every file is held against its manifest once
+    return True

@@ -29,11 +29,13 @@ class LocalFile:
 
     Attributes:
         wanted: SHA-256 by the manifest, or the blob id as ``git:...``; None for a file that it does not describe.
+        checked: whether its bytes were held against ``wanted``.
     """
 
     path: Path
     nbytes: int
     wanted: str | None = None
+    checked: bool = False
     _content: bytes | None = field(default=None, repr=False)
     _hashes: tuple[str, str] | None = field(default=None, repr=False)
 
@@ -64,6 +66,15 @@ class LocalFile:
                 self._hash_in_pieces()
         assert self._hashes is not None
         return self._hashes
+
+    def check(self) -> None:
+        """Hold the bytes against the manifest, unless that was done.
+
+        Raises:
+            ReleaseError: they are not what it says, or cannot be read.
+        """
+        if not self.checked:
+            _ = self.hashes
 
     def read(self) -> bytes:
         """The bytes, held against the manifest.
@@ -106,7 +117,7 @@ class LocalFile:
     def _take(self, sha256: str, blob: str) -> None:
         if self.wanted is not None and self.wanted not in {sha256, f"git:{blob}"}:
             raise self.differs()
-        self._hashes = sha256, blob
+        self._hashes, self.checked = (sha256, blob), True
 
 
 def finished_folders(plan: Plan) -> dict[Path, tuple[str, str]]:
@@ -199,7 +210,7 @@ def check_dist(plan: Plan, notify: Notify = lambda line: None) -> None:
         for name, file in files_of(folder).items():
             file.wanted = wanted.get(name)
             if file.wanted is not None:
-                _ = file.hashes
+                file.check()
                 file._content = None
             elif name not in CARD_FILES and name != MANIFEST_NAME:
                 notify(f"{file.path}: is no part of this branch, so it will not be published")

@@ -7,14 +7,13 @@ or not at all, and only in what is ours there.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 from quantize.errors import HubInputError, PushError
 from quantize.files.notify import Notify
 from quantize.hub.client import Hub, Standing
 from quantize.hub.errors import AskedToWait, cause_of, is_passing, own_error, server_text, status_of
-from quantize.hub.retry import Patience
+from quantize.hub.retry import Patience, patient, sleep
 from quantize.planning.plan import Plan
 from quantize.publishing.compare import BranchChange, compare, finished_changes
 from quantize.publishing.finished import commit_message, finished_folders
@@ -22,6 +21,8 @@ from quantize.publishing.upload import addition
 
 ATTEMPTS = 5
 FIRST_WAIT = 1.0
+LOST = frozenset({400, 403, 404, 422})
+"""Statuses of an upload that a new one, with a new address, may mend."""
 
 
 class Pusher:
@@ -39,7 +40,7 @@ class Pusher:
 
     def __init__(
         self, plan: Plan, endpoint: str | None = None, notify: Notify = lambda line: None,
-        pause: Callable[[float], None] = time.sleep, *, overwrite: Sequence[str] = (),
+        pause: Callable[[float], None] = sleep, *, overwrite: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.plan, self.notify, self.overwrite = plan, notify, tuple(overwrite)
         self.patience = Patience(notify, pause, ATTEMPTS, FIRST_WAIT)
@@ -56,7 +57,7 @@ class Pusher:
         found = [self._compare(change, standings[change.repo]) for change in branches]
         for change in found:
             for name in change.uploads:
-                _ = change.files[name].hashes  # as a push would find out while sending it
+                change.files[name].check()  # as a push would find out while sending it
         return found
 
     def push(self, *, create: bool = True, private: bool | None = None) -> list[BranchChange]:
@@ -168,7 +169,7 @@ class Pusher:
                     raise own from None
                 error = cause_of(raised)
                 # an upload's address expires, and the storage may lose what it took: the next attempt begins anew
-                stored = error is not None and error is not raised and status_of(error) in {400, 403, 404, 422}
+                stored = error is not None and isinstance(raised, RuntimeError) and status_of(error) in LOST
                 if error is None or not (is_passing(error) or stored):
                     raise self._said(change, raised, stored) from None
                 now = self._again(change)
@@ -182,14 +183,12 @@ class Pusher:
                 if attempt == ATTEMPTS:
                     raise self._said(change, raised, stored) from None
                 try:
-                    self.patience.wait(error, attempt)
+                    self.patience.wait(error, attempt, _stored(error) if stored else None)
                 except AskedToWait as asked:
                     raise self._said(change, asked, False) from None
 
     def _commit(self, change: BranchChange) -> None:
         from huggingface_hub import CommitOperationDelete
-
-        from quantize.hub.retry import patient
 
         adds = [addition(name, change.files[name]) for name in change.uploads]
         removes = [CommitOperationDelete(name) for name in change.deletes]
@@ -204,16 +203,18 @@ class Pusher:
 
     def _said(self, change: BranchChange, raised: Exception, stored: bool) -> PushError:
         if stored:
-            error = cause_of(raised) or raised
-            told = server_text(error)
-            status = status_of(error)
-            reason = f"the hub's storage did not keep what was uploaded (status {status}{', ' + told if told else ''})"
+            reason = _stored(cause_of(raised) or raised)
         else:
             found = self.hub.reason(raised, change.repo)
             if found is None and not isinstance(raised, RuntimeError):
                 raise raised
             reason = found or "the upload by Xet failed; try HF_HUB_DISABLE_XET=1"
         return PushError(f"{change.repo} {change.branch}: {reason}; nothing of this branch was changed")
+
+
+def _stored(error: Exception) -> str:
+    told = server_text(error)
+    return f"the hub's storage did not keep what was uploaded (status {status_of(error)}{', ' + told if told else ''})"
 
 
 def _stop_at_blocked(changes: Sequence[BranchChange]) -> None:

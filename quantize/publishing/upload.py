@@ -42,15 +42,13 @@ class Checked(io.RawIOBase):
         if start <= self.hashed < end:
             self.digest.update(memoryview(data)[self.hashed - start :])
             self.hashed = end
-        if end >= self.file.nbytes and (self.hashed != self.file.nbytes or self._is_other):
-            raise self.file.differs()
+        if end >= self.file.nbytes:
+            if self.hashed != self.file.nbytes or self.digest.hexdigest() != self.file.sha256:
+                raise self.file.differs()
+            self.file.checked = True
         if not data and size != 0 and end < self.file.nbytes:
             raise self.file.differs(f"{end:,} bytes in place of {self.file.nbytes:,}")
         return data
-
-    @property
-    def _is_other(self) -> bool:
-        return self.digest.hexdigest() != self.file.sha256
 
 
 def addition(name: str, file: LocalFile) -> Any:
@@ -86,6 +84,7 @@ def _large() -> type:
         def sha256(self, value: bytes) -> None:
             if value.hex() != self.file.sha256:
                 raise self.file.differs()
+            self.file.checked = True
 
         @property
         def is_hashed(self) -> bool:
