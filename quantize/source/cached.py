@@ -6,11 +6,13 @@ and a blob is called by its SHA-256 (LFS) or git's blob id, so that the hashes a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
 
 from quantize.errors import SourceError
+from quantize.files.atomic import write_atomically
 from quantize.files.digest import cached_sha256
 from quantize.formats.names import is_file_name
 from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME
@@ -29,9 +31,7 @@ def open_cached(model: Model, *, weights: bool) -> Source | None:
     Raises:
         SourceError: it is there in parts only, or damaged.
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    root = Path(HF_HUB_CACHE) / "--".join(["models", *model.source.split("/")])
+    root = _root(model)
     commit = _commit(root, model.revision)
     folder = root / "snapshots" / str(commit)
     if commit is None or not folder.is_dir():
@@ -54,6 +54,20 @@ def open_cached(model: Model, *, weights: bool) -> Source | None:
     checkpoint = read_checkpoint(folder)
     short = safe_name(model.source.rsplit("/", 1)[-1])
     return Source(model.source, short, checkpoint, commit=commit, hub_id=model.source, remote_hashes=hashes)
+
+
+def remember(model: Model, commit: str) -> None:
+    """Note in the hub's cache which commit a branch or tag is, as its own client does where it is asked for by name."""
+    if COMMIT_ID.fullmatch(model.revision) or not is_file_name(model.revision):
+        return
+    with contextlib.suppress(OSError):  # a cache that is shared and read-only serves all the same
+        write_atomically(_root(model) / "refs" / model.revision, commit.encode())
+
+
+def _root(model: Model) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / "--".join(["models", *model.source.split("/")])
 
 
 def _commit(root: Path, revision: str) -> str | None:

@@ -15,7 +15,7 @@ from quantize.hub.client import COMMIT_ID, check_access, is_missing, why
 from quantize.hub.errors import cause_of, status_of
 from quantize.hub.retry import Patience, patient
 from quantize.recipe.schema import Model
-from quantize.source.cached import open_cached
+from quantize.source.cached import open_cached, remember
 from quantize.source.checkpoint import (
     Checkpoint,
     check_dtypes,
@@ -79,6 +79,7 @@ def _online(model: Model, api: Any, *, weights: bool, small_files: bool, notify:
         folder = Path(snapshot_download(model.source, revision=commit, allow_patterns=[*shards, *small]))
         checkpoint = read_checkpoint(folder)
         _check_downloads(folder, {name: hashes[name] for name in shards})
+        remember(model, commit)
     else:
         checkpoint = _headers(model.source, api, commit)
         if small_files:
