@@ -123,3 +123,7 @@ class ReleaseError(QuantizeError):
 
 class PushError(ReleaseError):
     """The hub refuses, or holds something else than was expected."""
+
+
+class HubInputError(PushError):
+    """What was asked for cannot be right: no address of a hub, no token, a renamed repo, a public one for --private."""

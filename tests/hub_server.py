@@ -22,10 +22,11 @@ Tree = dict[str, bytes]
 
 @dataclass
 class Repo:
-    """Commits by id (their trees, oldest first) and branches by name."""
+    """Commits by id (their trees, oldest first), branches by name, and whether it is private."""
 
     commits: dict[str, Tree] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    private: bool = False
 
     def commit(self, branch: str, tree: Tree) -> str:
         name = hashlib.sha1(f"{branch}{len(self.commits)}".encode()).hexdigest()
@@ -46,6 +47,9 @@ class HubServer(ThreadingHTTPServer):
 
     Attributes:
         faults: by a word of the request (``commit``, ``lfs``, ``PUT``...), faults that each strike once.
+        lasting: as faults, but they strike each time. renamed: repos by their old names.
+        verifies: whether uploads have to be confirmed, as some stores want it. part: bytes of a part of a large
+            upload; None takes each in one piece.
         uploaded: bytes of LFS objects received. downloaded: bytes of files sent. log: (method, path) of each request.
     """
 
@@ -56,6 +60,11 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.faults: list[tuple[str, Fault]] = []
+        self.lasting: list[tuple[str, Fault]] = []
+        self.renamed: dict[str, str] = {}
+        self.verifies = False
+        self.part: int | None = None
+        self.parts: dict[str, dict[int, bytes]] = {}
         self.uploaded = self.downloaded = 0
         self.log: list[tuple[str, str]] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -83,6 +92,12 @@ class Handler(BaseHTTPRequestHandler):
                 if fault(self):
                     return
                 break
+        for word, fault in self.server.lasting:
+            if word in f"{self.command} {path}" and fault(self):
+                return
+        for old, new in self.server.renamed.items():
+            if re.search(rf"/{old}(?=[/.]|$)", path):
+                return self.answer({}, 307, {"Location": self.path.replace(old, new, 1)})
         if not path.startswith("/objects/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.refuse(401, "Invalid credentials")
         self.route(path)
@@ -96,6 +111,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"errors": [], "warnings": []})
         if path.startswith("/objects/"):
             return self.receive(path)
+        if path.startswith("/verify/"):
+            known = json.loads(self.body)["oid"] in self.server.objects
+            return self.answer({}) if known else self.refuse(404, "Object not found")
         if match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", path):
             return self.batch()
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -136,7 +154,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.commit(match[1], rest)
         if verb in {None, "revision"}:
             head = self.at(repo, rest or "main")
-            return self.answer({"id": match[1], "modelId": match[1], "sha": head, "siblings": []})
+            about = {"id": match[1], "modelId": match[1], "sha": head, "siblings": [], "private": repo.private}
+            return self.answer(about)
         return self.refuse(404, f"no such thing: {path}")
 
     def resolve(self, named: str, revision: str, name: str) -> None:
@@ -176,7 +195,7 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         if name in self.server.repos:
             return self.answer({"error": "You already created this repo", "url": f"{self.server.url}/{name}"}, 409)
-        self.server.repos[name] = Repo()
+        self.server.repos[name] = Repo(private=asked.get("visibility") == "private" or bool(asked.get("private")))
         self.server.repos[name].commit("main", {".gitattributes": GITATTRIBUTES})
         self.answer({"url": f"{self.server.url}/{name}", "name": name})
 
@@ -184,12 +203,27 @@ class Handler(BaseHTTPRequestHandler):
         objects = []
         for item in json.loads(self.body)["objects"]:
             known = item["oid"] in self.server.objects
-            actions = {} if known else {"actions": {"upload": {"href": f"{self.server.url}/objects/{item['oid']}"}}}
-            objects.append({**item, **actions})
+            objects.append({**item, **({} if known else {"actions": self.actions(item)})})
         self.answer({"transfer": "basic", "objects": objects}, kind="application/vnd.git-lfs+json")
 
+    def actions(self, item: dict[str, Any]) -> dict[str, Any]:
+        """How an object is to be uploaded."""
+        address, part = f"{self.server.url}/objects/{item['oid']}", self.server.part
+        header = {}
+        if part is not None:
+            count = -(-item["size"] // part)
+            header = {"chunk_size": str(part), **{f"{n:05d}": f"{address}/{n}" for n in range(1, count + 1)}}
+        confirm = {"verify": {"href": f"{self.server.url}/verify/{item['oid']}"}} if self.server.verifies else {}
+        return {"upload": {"href": address, "header": header}, **confirm}
+
     def receive(self, path: str) -> None:
-        name = path.rpartition("/")[2]
+        name = path.split("/")[2]
+        parts = self.server.parts.setdefault(name, {})
+        if (number := path.rpartition("/")[2]) != name:
+            parts[int(number)] = self.body
+            return self.answer({}, headers={"ETag": f'"{number}"'})
+        if self.command == "POST":  # all parts are there
+            self.body = b"".join(parts[number] for number in sorted(parts))
         if hashlib.sha256(self.body).hexdigest() != name:
             return self.refuse(400, "hash mismatch")
         self.server.objects[name] = self.body
@@ -259,6 +293,41 @@ def status(code: int, **headers: str) -> Fault:
 
     def fault(handler: Handler) -> bool:
         handler.refuse(code, "as asked", headers={key.replace("_", "-"): value for key, value in headers.items()})
+        return True
+
+    return fault
+
+
+def page(code: int = 200) -> Fault:
+    """Answer with a web page, as a proxy or a login does."""
+
+    def fault(handler: Handler) -> bool:
+        body = b"<!DOCTYPE html><html><body>Please log in</body></html>"
+        handler.send_response(code)
+        handler.send_header("Content-Type", "text/html")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+        return True
+
+    return fault
+
+
+def data(value: Any, code: int = 200) -> Fault:
+    """Answer with this JSON."""
+
+    def fault(handler: Handler) -> bool:
+        handler.answer(value, code)
+        return True
+
+    return fault
+
+
+def refusal(code: int, message: str, error_code: str = "") -> Fault:
+    """Refuse in the hub's own words."""
+
+    def fault(handler: Handler) -> bool:
+        handler.refuse(code, message, error_code)
         return True
 
     return fault

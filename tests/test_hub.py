@@ -32,7 +32,8 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         files: the repo's files by name.
         damaged: names of files that arrive with another last byte than their hash says.
-        refusal: status and error code for every request, as for a gated repo.
+        refusal: status and error code for every request, as for a gated repo. once: for the next one.
+        page: what every request is answered with, as by a proxy.
         served: (method, file name, bytes of its body) of each answered request for a file.
     """
 
@@ -45,6 +46,8 @@ class Hub(ThreadingHTTPServer):
         self.commit = COMMIT
         self.damaged: set[str] = set()
         self.refusal: tuple[int, str] | None = None
+        self.once: tuple[int, str] | None = None
+        self.page: bytes | None = None
         self.served: list[tuple[str, str, int]] = []
 
     @property
@@ -67,7 +70,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         match = re.fullmatch(r"/(?P<api>api/models/)?(?P<repo>[\w.-]+/[\w.-]+)/(?P<verb>\w+)/(?P<rest>.+)", path)
-        if self.server.refusal:
+        if once := self.server.once:
+            self.server.once = None
+            self.refuse(*once)
+        elif self.server.page is not None:
+            self.send(200, self.server.page, {"Content-Type": "text/html"})
+        elif self.server.refusal:
             self.refuse(*self.server.refusal)
         elif not match or match["repo"] != REPO:
             self.refuse(404, "RepoNotFound")
@@ -233,6 +241,43 @@ def test_a_gated_repo_says_what_to_do(quantize: Command, hub: Hub) -> None:
 def test_no_network_is_one_clear_error(quantize: Command) -> None:
     result = quantize("plan", HF_ENDPOINT="http://127.0.0.1:1")
     assert_refused(result, REPO, "the hub could not be reached", "a local directory works too")
+
+
+@pytest.mark.parametrize("revision", ["main", COMMIT])
+def test_what_lies_in_the_cache_works_offline(quantize: Command, hub: Hub, tmp_path: Path, revision: str) -> None:
+    pinned = ["--set", f"model.revision={revision}"]
+    assert quantize("build", "--device", "cpu", *pinned).returncode == 0
+    offline: dict[str, str] = {"HF_HUB_OFFLINE": "1"}
+    for how in (offline, {"HF_ENDPOINT": "http://127.0.0.1:1"}):
+        result = quantize("plan", "--check", *pinned, **how)  # the same hashes, and so the same keys
+        assert result.returncode == 0, result.stderr
+        assert f"commit {COMMIT[:12]} as it lies in the HF cache" in result.stderr
+    assert_refused(quantize("plan", "--set", "model.revision=other", **offline), REPO, "does not lie in the HF cache")
+    cache = tmp_path / "hf" / "hub"
+    shutil.rmtree(next(cache.glob("models--*/trees")))
+    assert quantize("plan", "--check", *pinned, **offline).returncode == 0  # by the names of the blobs
+    shard = next(cache.glob(f"models--*/snapshots/*/{SHARD}"))
+    real = shard.resolve()
+    data = real.read_bytes()
+    real.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert_refused(quantize("build", *pinned, **offline), SHARD, "its SHA-256 differs")
+    shard.unlink()
+    assert_refused(quantize("plan", *pinned, **offline), SHARD, "is missing")
+
+
+PAGE = b"<!DOCTYPE html><html>log in</html>"
+
+
+@pytest.mark.parametrize("body", [PAGE, b"[]", b"{}", b'{"id": 3, "sha": [], "siblings": 7}', b'{"siblings": [{}]}'])
+def test_an_answer_of_another_kind_is_one_sentence(quantize: Command, hub: Hub, body: bytes) -> None:
+    hub.page = body
+    assert_refused(quantize("plan"), REPO, "answered with")
+
+
+def test_a_read_is_tried_again_and_says_how_long(quantize: Command, hub: Hub) -> None:
+    hub.once = 503, "Unavailable"
+    result = quantize("plan")
+    assert (result.returncode, "waiting 1 s" in result.stderr) == (0, True)
 
 
 def test_a_shard_that_differs_from_its_hash_is_refused(quantize: Command, hub: Hub, tmp_path: Path) -> None:

@@ -44,18 +44,18 @@ def test_a_second_push_uploads_nothing_and_commits_nothing(hub: HubServer, run: 
     assert run("push", both, "--check").returncode == 0
 
 
-def test_only_what_differs_is_uploaded_and_leftovers_go(hub: HubServer, run: Any, both: Path) -> None:
+def test_only_what_differs_is_uploaded_and_what_others_wrote_stays(hub: HubServer, run: Any, both: Path) -> None:
     assert run("push", both).returncode == 0
     uploaded = hub.uploaded
     repo = hub.repos[REPO]
     repo.commit("main", {**repo.tree("main"), "README.md": b"edited by hand\n", "old.safetensors": b"0"})
     plan = json.loads(run("push", both, "--dry-run", "--json").stdout)
     main = next(change for change in plan if change["branch"] == "main")
-    assert (list(main["uploads"]), main["deletes"]) == (["README.md"], ["old.safetensors"])
-    assert run("push", both, "--check").returncode == 2
-    assert run("diff", both).returncode == 0
-    assert "old.safetensors" in repo.tree("main")
-    assert run("push", both).returncode == 0
+    assert (list(main["uploads"]), main["deletes"]) == ([], [])
+    assert main["stays"] == ["README.md", "old.safetensors"]  # somebody else's
+    assert run("push", both, "--check").returncode in {2, 3}
+    assert run("push", both, "--overwrite", "README.md").returncode == 0
+    del repo.tree("main")["old.safetensors"]
     assert_published(hub, both)
     assert hub.uploaded == uploaded
 
@@ -108,13 +108,17 @@ def test_an_answer_that_was_lost_makes_no_second_commit(hub: HubServer, run: Any
 
 def test_a_branch_that_somebody_moved_is_left_alone(hub: HubServer, run: Any, both: Path) -> None:
     assert run("push", both).returncode == 0
-    (both / "tiny-llama-GPTQ" / "main" / "extra.txt").write_text("new\n")
+    (both / "tiny-llama-GPTQ" / "main" / "README.md").write_text("new\n")
     hub.faults.append(("/commit/main", hub_server.move(REPO, "main")))
     result = run("push", both)
     assert result.returncode == 2
     assert "somebody else moved the branch" in result.stderr
     assert hub.repos[REPO].tree("main")["theirs.txt"] == b"mine now\n"
-    assert "extra.txt" not in hub.repos[REPO].tree("main")
+    assert hub.repos[REPO].tree("main")["README.md"] != b"new\n"
+    again = run("push", both)
+    assert again.returncode == 0, again.stderr
+    tree = hub.repos[REPO].tree("main")
+    assert (tree["README.md"], tree["theirs.txt"]) == (b"new\n", b"mine now\n")
 
 
 @pytest.mark.parametrize(

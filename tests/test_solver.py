@@ -28,7 +28,10 @@ ACROSS = [
     GptqParameters(bits, (-1, 16, 32)[place % 3], desc_act, sym, damp_percent=0.05, mse=mse, act_group_aware=aware)
     for place, (bits, (desc_act, aware), sym, mse) in enumerate(
         itertools.product(
-            (2, 3, 4, 8), ((False, False), (False, True), (True, False), ("static", False)), (True, False), (False, True)
+            (2, 3, 4, 8),
+            ((False, False), (False, True), (True, False), ("static", False)),
+            (True, False),
+            (False, True),
         )
     )
 ]  # fmt: skip

@@ -16,12 +16,14 @@ def card(recipe: str, overrides: tuple[str, ...], dist: str, method: str | None)
     from quantize.dist.layout import locked
     from quantize.planning.planner import plan_recipe
     from quantize.publishing.card import refresh_cards, render
+    from quantize.publishing.finished import check_dist
     from quantize.recipe import load_recipe
 
     plan = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
     if method:
         click.echo(render(plan, method), nl=False)
         return
+    check_dist(plan, say)
     with locked(plan.dist, create=False) as held:
         for path in refresh_cards(plan, held):
             click.echo(f"wrote  {path}")

@@ -27,6 +27,7 @@ from quantize.errors import ReleaseError
     help="Where to look: in dist, on the hub, or both.",
 )  # fmt: skip
 @endpoint_option
+@click.option("--keep", multiple=True, metavar="PATTERN", help="Leave branches, levels and files that match alone.")
 @click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
@@ -36,13 +37,15 @@ def prune(
     dist: str,
     where: str,
     endpoint: str | None,
+    keep: tuple[str, ...],
     dry_run: bool,
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Remove branches and GGUF levels that RECIPE names no more, in dist and on the hub. Asks first.
+    """Remove what RECIPE does not name, in dist and on the hub. Asks first.
 
-    Only what quantize built itself (it carries its manifest) is removed, and never a `main`.
+    That is branches and GGUF levels which quantize built (they carry its manifest) and RECIPE names no more, and files
+    on the hub that lie in a branch of RECIPE without being part of it. Other people's branches stay, and every `main`.
     """
     from quantize.hub.client import Hub
     from quantize.planning.planner import plan_recipe
@@ -50,14 +53,21 @@ def prune(
     from quantize.recipe import load_recipe
 
     plan = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
-    hub = Hub(endpoint) if where != "dist" else None
+    hub = Hub(endpoint, say) if where != "dist" else None
     orphans = [*(orphans_in_dist(plan) if where != "hub" else ()), *(orphans_on_hub(plan, hub) if hub else ())]
+    orphans = [orphan for orphan in orphans if not orphan.matches(keep)]
     if as_json:
         print_json([orphan.as_data() for orphan in orphans])
     elif orphans:
-        rows = [["where", "repo", "branch", "level", "bytes"]]
-        rows += [[item.where, item.repo, item.branch, item.level or "", gigabytes(item.nbytes)] for item in orphans]
+        rows = [["where", "repo", "branch", "level or file", "bytes"]]
+        rows += [
+            [item.where, item.repo, item.branch, item.level or item.file or "", gigabytes(item.nbytes)]
+            for item in orphans
+        ]
         click.echo(table(rows, right=frozenset({4})))
+        for item in orphans:
+            for name in item.others:
+                click.echo(f"{item.label}: goes with {name}, which quantize did not write")
     else:
         click.echo("nothing to prune")
     if dry_run or not orphans:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -21,7 +21,7 @@ from quantize.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from quantize.publishing.push import BranchChange
+    from quantize.publishing.compare import BranchChange
 
 DIFFERS = 2
 
@@ -34,7 +34,11 @@ DIFFERS = 2
 @click.option("--dry-run", is_flag=True, help="Show what would be uploaded and deleted; change nothing.")
 @click.option("--check", is_flag=True, help="As --dry-run, and exit with code 2 if anything differs.")
 @click.option("--create/--no-create", default=True, show_default=True, help="Create repos that do not exist.")
-@click.option("--private", is_flag=True, default=None, help="Create repos as private ones.")
+@click.option("--private", is_flag=True, default=None, help="Create repos as private ones; refused for public ones.")
+@click.option(
+    "--overwrite", multiple=True, metavar="NAME",
+    help="Replace a file on the hub that quantize did not write, such as README.md; may be repeated.",
+)  # fmt: skip
 @json_option
 def push(
     recipe: str,
@@ -46,25 +50,29 @@ def push(
     check: bool,
     create: bool,
     private: bool | None,
+    overwrite: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Push the finished branches of RECIPE to their hub repos: one commit a branch, `main` last.
 
-    Uploads only what differs. The token comes from HF_TOKEN or `hf auth login`.
+    Uploads only what differs, after holding it against the manifest. Files on the hub that quantize did not write stay.
+    The token comes from HF_TOKEN or `hf auth login`.
     """
     from quantize.planning.planner import plan_recipe
     from quantize.publishing.push import Pusher
     from quantize.recipe import load_recipe
 
     plan = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
-    pusher = Pusher(plan, endpoint, notify=say)
+    pusher = Pusher(plan, endpoint, notify=say, overwrite=overwrite)
     if dry_run or check:
         changes = pusher.changes()
         _show(changes, as_json)
-        if check and any(change.is_needed for change in changes):
+        if check and any(change.differs for change in changes):
             sys.exit(DIFFERS)
         return
     made = pusher.push(create=create, private=private)
+    for change in made:
+        _name_others(change, say)
     if as_json:
         print_json([change.as_data() for change in made])
         return
@@ -107,3 +115,17 @@ def _show(changes: Sequence[BranchChange], as_json: bool) -> None:
     for change in changes:
         for name in change.deletes:
             click.echo(f"delete  {change.repo} {change.branch} {name}")
+        for name in change.blocked:
+            click.echo(
+                f"refuse  {change.repo} {change.branch} {name}  (not written by quantize; --overwrite replaces it)"
+            )
+        _name_others(change, click.echo)
+
+
+def _name_others(change: BranchChange, tell: Callable[[str], None]) -> None:
+    for name in change.cards:
+        tell(
+            f"stays   {change.repo} {change.branch} {name}  (edited or not by quantize; --overwrite {name} replaces it)"
+        )
+    for name in change.others:
+        tell(f"stays   {change.repo} {change.branch} {name}  (not written by quantize; `quantize prune` removes it)")

@@ -100,7 +100,7 @@ def _published(planned: Plan, endpoint: str | None) -> dict[str, Any]:
     from quantize.hub.client import Hub
     from quantize.publishing.compare import published
 
-    return dict(published(Hub(endpoint), planned))
+    return dict(published(Hub(endpoint, say), planned))
 
 
 def _not_in_recipe(planned: Plan) -> list[str]:

@@ -1,16 +1,46 @@
-"""The hub's client, and its errors as sentences: what push, status, prune and lint share.
+"""The hub's client: what push, status, prune and lint share. Every answer is checked, every failure is one sentence.
 
 The token comes from the ecosystem's places only (``HF_TOKEN``, ``hf auth login``).
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from quantize.errors import PushError
+from quantize.errors import HubInputError, PushError
+from quantize.files.notify import Notify
+from quantize.hub.errors import NOT_THE_API, cause_of, malformed, own_error, reason_of, shown, status_of
+from quantize.hub.retry import Patience, patient
+
+COMMIT_ID = re.compile(r"[0-9a-f]{40}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a revision. ``blob_id`` is git's; ``sha256`` is of the content, where it lies in LFS or Xet."""
+
+    name: str
+    nbytes: int
+    blob_id: str
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A repo as it stands. ``is_private`` is None where the hub does not say; ``heads`` has a commit by branch."""
+
+    is_private: bool | None
+    heads: Mapping[str, str]
+
+    def __str__(self) -> str:
+        seen = {True: "private, ", False: "public, ", None: ""}[self.is_private]
+        return f"is there: {seen}{'branches' if len(self.heads) != 1 else 'branch'} {', '.join(sorted(self.heads))}"
 
 
 class Hub:
@@ -18,95 +48,229 @@ class Hub:
 
     Args:
         endpoint: of the hub; None is the ecosystem's default (``HF_ENDPOINT``).
+        patience: how often requests are tried.
+
+    Raises:
+        HubInputError: the endpoint is no address, or the token cannot be one.
     """
 
-    def __init__(self, endpoint: str | None = None) -> None:
+    def __init__(
+        self, endpoint: str | None = None, notify: Notify = lambda line: None, patience: Patience | None = None
+    ) -> None:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars
 
         if not sys.stderr.isatty():
             disable_progress_bars()
         self.api = HfApi(endpoint=endpoint)
+        check_access(self.api.endpoint)
+        self.notify, self.patience = notify, patience or Patience(notify)
+        self._without_xet: dict[str, bool] = {}
+
+    def look(self, repo: str) -> Standing | None:
+        """How a repo stands; None where there is none that this account sees.
+
+        Raises:
+            HubInputError: the repo has another name by now. PushError: the hub refuses, or cannot be reached.
+        """
+        with self.explained(repo):
+            try:
+                info = self.api.model_info(repo)
+            except Exception as error:
+                if is_missing(error):
+                    return None
+                raise
+            name, private = info.id, info.private
+        if not isinstance(name, str):
+            raise PushError(f"{repo}: the hub {NOT_THE_API}")
+        if name != repo:
+            raise HubInputError(
+                f"{repo}: is {shown(name)} on the hub by now; set `release.owner` or `release.repo` in the recipe so "
+                "that it gives this name, or rename the repo back"
+            )
+        return Standing(private if isinstance(private, bool) else None, self.heads(repo))
 
     def heads(self, repo: str) -> dict[str, str]:
         """The head commit of every branch; empty where there is no such repo."""
-        from huggingface_hub.errors import RepositoryNotFoundError
-
         with self.explained(repo):
             try:
                 refs = self.api.list_repo_refs(repo)
-            except RepositoryNotFoundError:
-                return {}
-        return {ref.name: ref.target_commit for ref in refs.branches}
+            except Exception as error:
+                if is_missing(error):
+                    return {}
+                raise
+            heads = {ref.name: ref.target_commit for ref in refs.branches}
+            for name, commit in heads.items():
+                if not isinstance(name, str) or not name.isprintable() or not COMMIT_ID.fullmatch(commit):
+                    raise ValueError(name)
+        return heads
 
-    def files(self, repo: str, revision: str) -> Mapping[str, Any]:
-        """Files of a revision by name, each a ``huggingface_hub.RepoFile``."""
+    def files(self, repo: str, revision: str) -> dict[str, RemoteFile]:
+        """Files of a revision, by name."""
         from huggingface_hub import RepoFile
 
         with self.explained(repo):
             tree = self.api.list_repo_tree(repo, recursive=True, revision=revision)
-            return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+            found = [_remote_file(entry) for entry in tree if isinstance(entry, RepoFile)]
+        return {file.name: file for file in found}
+
+    def read(self, repo: str, revision: str, name: str) -> bytes:
+        """The content of a file, which should be a small one."""
+        from urllib.parse import quote
+
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        with self.explained(repo):
+            url = f"{self.api.endpoint}/{repo}/resolve/{quote(revision, safe='')}/{quote(name)}"
+            response = get_session().get(url, headers=build_hf_headers(token=self.api.token))
+            hf_raise_for_status(response)
+            return bytes(response.content)
+
+    def first_commit(self, repo: str) -> str:
+        """The commit that the repo's main branch began with."""
+        with self.explained(repo):
+            return str(self.api.list_repo_commits(repo)[-1].commit_id)
+
+    def create(self, repo: str, *, private: bool | None) -> None:
+        """Create a repo. One that somebody else created meanwhile is no error."""
+        with self.explained(repo):
+            try:
+                self.api.create_repo(repo, private=private, exist_ok=True)
+            except Exception as error:
+                cause = cause_of(error)
+                if cause is None or status_of(cause) not in {400, 409} or "exist" not in str(error).lower():
+                    raise
+
+    def create_branch(self, repo: str, branch: str, start: str) -> None:
+        """Create a branch at a commit; one that is there stays."""
+        with self.explained(repo):
+            self.api.create_branch(repo, branch=branch, revision=start, exist_ok=True)
+
+    def delete_branch(self, repo: str, branch: str) -> None:
+        """Delete a branch; one that is gone is no error, as the answer to the first attempt may have been lost."""
+        with self.explained(repo):
+            try:
+                self.api.delete_branch(repo, branch=branch)
+            except Exception as error:
+                cause = cause_of(error)
+                if cause is None or status_of(cause) != 404 or branch in self.heads(repo):
+                    raise
+
+    def delete_files(self, repo: str, branch: str, head: str, names: Sequence[str]) -> None:
+        """Delete files in one commit on ``head``."""
+        from huggingface_hub import CommitOperationDelete
+
+        with self.explained(repo):
+            self.api.create_commit(
+                repo, [CommitOperationDelete(name) for name in names],
+                commit_message=f"{branch}: remove {len(names)} files", revision=branch, parent_commit=head,
+            )  # fmt: skip
+
+    @contextmanager
+    def storage(self, repo: str, branch: str) -> Iterator[None]:
+        """Upload by Xet where the hub has it, else by LFS: the client takes Xet for granted where it is installed."""
+        from huggingface_hub import constants
+
+        if repo not in self._without_xet:
+            self._without_xet[repo] = not self._has_xet(repo, branch)
+        if constants.HF_HUB_DISABLE_XET or not self._without_xet[repo]:
+            yield
+            return
+        constants.HF_HUB_DISABLE_XET = True
+        try:
+            yield
+        finally:
+            constants.HF_HUB_DISABLE_XET = False
+
+    def _has_xet(self, repo: str, branch: str) -> bool:
+        from importlib.util import find_spec
+        from urllib.parse import quote
+
+        from huggingface_hub import constants
+        from huggingface_hub.utils import build_hf_headers, get_session
+
+        if constants.HF_HUB_DISABLE_XET or find_spec("hf_xet") is None:
+            return True
+        with self.explained(repo):
+            url = f"{self.api.endpoint}/api/models/{repo}/xet-write-token/{quote(branch, safe='')}"
+            response = get_session().get(url, headers=build_hf_headers(token=self.api.token))
+        if response.status_code in {404, 405, 410, 501} or "html" in response.headers.get("Content-Type", ""):
+            self.notify(f"{repo}: this hub has no Xet storage; uploading by LFS (as with HF_HUB_DISABLE_XET=1)")
+            return False
+        return True
 
     @contextmanager
     def explained(self, repo: str) -> Iterator[None]:
-        """Turn what the hub or the network says into one sentence.
+        """Send the requests of the body patiently, and turn what the hub or the network says into one sentence.
 
         Raises:
             PushError: naming the repo.
         """
         try:
-            yield
+            with patient(self.patience):
+                yield
         except Exception as raised:
-            if (error := cause_of(raised)) is not None:
-                raise PushError(f"{repo}: {reason_of(error)}") from None
+            if (own := own_error(raised)) is not None:
+                raise own from None
+            if (reason := self.reason(raised, repo)) is not None:
+                raise PushError(f"{repo}: {reason}") from None
             raise
 
-
-def status_of(error: Exception) -> int | None:
-    """The HTTP status of the hub's answer, where there was one."""
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def cause_of(error: BaseException | None) -> Exception | None:
-    """The hub's answer or the network's failure behind an error, which the client may have wrapped; None if neither."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    while error is not None:
-        if isinstance(error, Exception) and (isinstance(error, HfHubHTTPError | OSError) or is_network(error)):
-            return error
-        error = error.__cause__
-    return None
+    def reason(self, raised: Exception, repo: str) -> str | None:
+        """Why a call of the client failed, in one sentence; None for a defect that is neither hub's nor network's."""
+        return why(raised, self.api.endpoint, repo)
 
 
-def is_passing(error: Exception) -> bool:
-    """Whether another attempt may succeed: no answer, too many requests, or the server's own fault."""
-    status = status_of(error)
-    return status is None or status in {408, 409, 412, 429} or status >= 500
+def why(raised: Exception, endpoint: str, repo: str) -> str | None:
+    """As :meth:`Hub.reason`."""
+    error = cause_of(raised) if type(raised) is not ValueError else None
+    if error is not None:
+        return reason_of(error, endpoint, repo)
+    reason = malformed(raised)
+    return f"{host_of(endpoint)} {reason}" if reason and reason.startswith("answered") else reason
 
 
-def retry_after(error: Exception) -> float | None:
-    """Seconds that the hub asks to wait."""
-    value = getattr(getattr(error, "response", None), "headers", {}).get("Retry-After", "")
-    return float(value) if value.isdigit() else None
+def is_missing(error: Exception) -> bool:
+    """Whether an answer says that there is no such repo, rather than that this account may not see it."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if not isinstance(error, RepositoryNotFoundError) or isinstance(error, GatedRepoError):
+        return False
+    # the client words a refused token the same way
+    return status_of(error) != 401 or error.response.headers.get("X-Error-Code") == "RepoNotFound"
 
 
-def reason_of(error: Exception) -> str:
-    """One sentence, without addresses or tokens."""
-    status = status_of(error)
-    known = {
-        401: "the hub does not accept the token; log in with `hf auth login` or set HF_TOKEN",
-        403: "this account may not write to the repo; use a token with write permission",
-        404: "no such repo on the hub, or it is private to somebody else",
-        412: "the branch moved while it was written",
-        429: "the hub asks to slow down",
-    }
-    if status in known:
-        return known[status]
-    if status is not None:
-        return f"the hub answered with status {status}"
-    return f"the hub could not be reached ({type(error).__name__})"
+def host_of(endpoint: str) -> str:
+    """A hub's address without what may be a password in it."""
+    return re.sub(r"^\w+://|[^/@]*@", "", endpoint).split("/")[0] or "the hub"
 
 
-def is_network(error: Exception) -> bool:
-    """Errors of the HTTP library below the hub client, which has changed names between its versions."""
-    return type(error).__module__.split(".")[0].rstrip("2") in {"httpx", "httpcore", "requests", "urllib3"}
+def check_access(endpoint: str) -> None:
+    """Check what every request depends on.
+
+    Raises:
+        HubInputError: the endpoint is no address, or the token holds what no token can.
+    """
+    from huggingface_hub import get_token
+
+    if not re.fullmatch(r"https?://[!-~]+", endpoint):
+        host = shown(host_of(endpoint))
+        raise HubInputError(f"{host}: is no address of a hub; give --endpoint or HF_ENDPOINT as https://{host}")
+    token = get_token()
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        place = next(place for place, letter in enumerate(token, 1) if not "!" <= letter <= "~")
+        raise HubInputError(
+            f"the hub token (HF_TOKEN, or the file of `hf auth login`) has a character at place {place} that no token "
+            "has, such as a blank or a letter with an accent; copy it again"
+        )
+
+
+def _remote_file(entry: Any) -> RemoteFile:
+    """A checked row of a listing. Raises ValueError for one that cannot be right."""
+    sha256 = entry.lfs.sha256 if entry.lfs is not None else None
+    texts = (entry.path, str) , (entry.blob_id, str), (entry.size, int), (sha256, str | None)  # fmt: skip
+    if not all(isinstance(value, kind) for value, kind in texts) or isinstance(entry.size, bool):
+        raise ValueError(entry.path)
+    if sha256 is not None and not SHA256.fullmatch(sha256):
+        raise ValueError(entry.path)
+    return RemoteFile(entry.path, entry.size, entry.blob_id, sha256)

@@ -9,7 +9,7 @@ from typing import Any
 from quantize.errors import shortly
 from quantize.linting.files import RepoFiles
 from quantize.linting.findings import Finding, capped, error, note, warning
-from quantize.publishing.card import LICENCE_FILES
+from quantize.publishing.finished import LICENCE_FILES
 from quantize.publishing.source_card import front_matter
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")

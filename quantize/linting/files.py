@@ -125,8 +125,8 @@ class HubFiles(RepoFiles):
 
         self.name, self.branch, self.hub, self.head = repo, branch, hub, head
         listed = hub.files(repo, head)
-        self.sizes = {name: int(file.size) for name, file in listed.items()}
-        self.sha256 = {name: str(file.lfs.sha256) for name, file in listed.items() if file.lfs is not None}
+        self.sizes = {name: file.nbytes for name, file in listed.items()}
+        self.sha256 = {name: file.sha256 for name, file in listed.items() if file.sha256 is not None}
         self.system = HfFileSystem(endpoint=hub.api.endpoint, token=hub.api.token)
 
     def read(self, name: str, first: int, last: int) -> bytes:

@@ -16,16 +16,17 @@ from quantize.errors import RecipeError
 from quantize.formats.tensors import DTYPE_BYTES
 from quantize.planning.engines import layout_of
 from quantize.planning.plan import Plan, PlannedVariant
+from quantize.publishing.finished import LICENCE_FILES
 from quantize.publishing.picture import FILE, FORMER_FILES, draw
 from quantize.publishing.prompt import Prompt, find_prompt, prompt_as_python
 from quantize.publishing.quality import cells, loads_in, measured, summary
+from quantize.publishing.signature import sign
 from quantize.publishing.source_card import HUB, absolute_links, source_card, text_of, texts_of
 from quantize.recipe.levels import LEVELS
 from quantize.recipe.methods import AwqVariant, GptqVariant, Method
 from quantize.source.resolved import Source
 
 OURS = f"quantize {__version__}"
-LICENCE_FILES = ("license", "licence", "notice", "use_policy", "copying")
 
 
 def licence_files(source: Source) -> list[str]:
@@ -91,7 +92,7 @@ def refresh_cards(plan: Plan, held: Dist) -> list[Path]:
     pictures = {FILE: picture} if picture else {}
     changed = []
     for folder, method in {item.folder: item.method for item in plan.everything}.items():
-        if not folder.is_dir():
+        if read_manifest(folder) is None:  # not ours to write into
             continue
         for name, data in {"README.md": cards[method], **pictures}.items():
             path = folder / name
@@ -138,7 +139,7 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
         tags=sorted({*texts_of(front, "tags"), method}),
     )
     try:
-        return (
+        return sign(
             _environment(recipe.release.templates)
             .get_template(f"{method}.md.j2")
             .render(

@@ -1,19 +1,33 @@
-"""Dist against the hub: what of a branch differs, by the hashes that both sides know files by."""
+"""Dist against the hub: what of a branch differs, and what there is somebody else's and so not ours to touch.
+
+A file on the hub is ours if the manifest that lies beside it names it with the bytes it has; of the card, its last line
+tells. Everything else stays: it is listed, and replaced only where the user says so.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from quantize.hub.client import Hub
+from quantize.dist.manifest import MANIFEST_NAME, MOST_BYTES
+from quantize.dist.manifest_schema import problem
+from quantize.hub.client import Hub, RemoteFile
 from quantize.planning.levels import PlannedLevel
 from quantize.planning.plan import Plan
-from quantize.publishing.finished import LocalFile, files_of
+from quantize.publishing.finished import CARD, CARD_FILES, LocalFile, accounted, checked_files, files_of
+from quantize.publishing.signature import is_blank, is_unedited
 
 Published = Literal["yes", "differs", "no", "only there"]
 KEPT = frozenset({".gitattributes"})
 """Files that the hub wrote itself: never deleted, never overwritten."""
+MOST_READ = 20_000_000
+"""Bytes of a file outside LFS that is downloaded to see whose it is; the hub takes none of 10 MB there."""
 
 
 @dataclass
@@ -22,8 +36,12 @@ class BranchChange:
 
     Attributes:
         head: the commit that was read; None where the branch does not exist yet.
-        uploads: bytes by file. deletes: files of the hub that the branch has no more. same: files left alone.
-        remote: names of all files that the hub's branch has.
+        uploads: bytes by file. deletes: files of the hub that are ours and that the branch has no more.
+        same: files that are there already.
+        others: files of the hub that are not ours; they stay.
+        cards: of the card's files, those that somebody else wrote or edited; they stay too.
+        blocked: files of the release in whose place lie somebody else's; a push stops at them.
+        remote: names of all files that the hub's branch has. files: those of dist.
     """
 
     repo: str
@@ -33,11 +51,20 @@ class BranchChange:
     uploads: dict[str, int] = field(default_factory=dict)
     deletes: list[str] = field(default_factory=list)
     same: int = 0
+    others: list[str] = field(default_factory=list)
+    cards: list[str] = field(default_factory=list)
+    blocked: list[str] = field(default_factory=list)
     remote: frozenset[str] = frozenset()
+    files: Mapping[str, LocalFile] = field(default_factory=dict, repr=False)
 
     @property
     def is_needed(self) -> bool:
         return bool(self.uploads or self.deletes or self.head is None)
+
+    @property
+    def differs(self) -> bool:
+        """Whether the hub holds something else than dist, be it for a push to change or not."""
+        return bool(self.is_needed or self.cards or self.blocked)
 
     @property
     def upload_bytes(self) -> int:
@@ -53,26 +80,114 @@ class BranchChange:
             "upload_bytes": self.upload_bytes,
             "deletes": list(self.deletes),
             "unchanged": self.same,
+            "stays": [*self.cards, *self.others],
+            "blocked": list(self.blocked),
         }
 
 
-def compare(hub: Hub, repo: str, branch: str, folder: Path) -> BranchChange:
-    """What a push of ``folder`` would do to a branch.
+class Owner:
+    """Tells which files of a branch on the hub are ours, by the manifest and the card that lie there.
+
+    Args:
+        all_ours: whether the branch was just made by a push, so that what it began with is nobody's.
+    """
+
+    def __init__(
+        self, hub: Hub, repo: str, head: str, remote: Mapping[str, RemoteFile], *, all_ours: bool = False
+    ) -> None:  # fmt: skip
+        self.hub, self.repo, self.head, self.remote, self.all_ours = hub, repo, head, remote, all_ours
+
+    def owns(self, name: str) -> bool:
+        """Whether a file that is there is one that we wrote, and nobody changed since."""
+        if self.all_ours:
+            return True
+        if name == MANIFEST_NAME:
+            return self.manifest is not None
+        if name in CARD_FILES:
+            return self._card_is_ours
+        wanted = self._wanted.get(name)
+        file = self.remote[name]
+        if wanted is None:
+            return False
+        if wanted.startswith("git:"):
+            return wanted == f"git:{file.blob_id}"
+        if file.sha256 is not None:
+            return wanted == file.sha256
+        data = self._read(name)
+        return data is not None and hashlib.sha256(data).hexdigest() == wanted
+
+    @cached_property
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest that lies there, if it can be gone by."""
+        file = self.remote.get(MANIFEST_NAME)
+        if file is None or file.nbytes > MOST_BYTES:
+            return None
+        try:
+            data = json.loads(self.hub.read(self.repo, self.head, MANIFEST_NAME))
+        except (ValueError, RecursionError):
+            return None
+        return data if problem(data) is None else None
+
+    @cached_property
+    def _wanted(self) -> dict[str, str]:
+        return accounted(self.manifest) if self.manifest is not None else {}
+
+    @cached_property
+    def _card_is_ours(self) -> bool:
+        data = self._read(CARD)
+        return data is not None and (is_unedited(data) or is_blank(data))
+
+    def _read(self, name: str) -> bytes | None:
+        file = self.remote.get(name)
+        if file is None or file.nbytes > MOST_READ:
+            return None
+        return self.hub.read(self.repo, self.head, name)
+
+
+def compare(
+    hub: Hub, change: BranchChange, files: Mapping[str, LocalFile], *, head: str | None, overwrite: Sequence[str] = (),
+    all_ours: bool = False,
+) -> BranchChange:  # fmt: skip
+    """What a push of ``files`` would do to a branch; bytes of files that are on the hub already are read and checked.
+
+    Args:
+        change: names the branch. head: the branch's commit on the hub, None where it does not exist.
+        overwrite: patterns of somebody else's files that may be replaced.
+        all_ours: as of :class:`Owner`.
+
+    Raises:
+        PushError: the hub refuses, or cannot be reached. ReleaseError: a file is not what was built.
+    """
+    change = BranchChange(change.repo, change.branch, change.folder, head, files=files)
+    if head is None:
+        change.uploads = {name: file.nbytes for name, file in files.items()}
+        return change
+    remote = hub.files(change.repo, head)
+    change.remote = frozenset(remote)
+    owner = Owner(hub, change.repo, head, remote, all_ours=all_ours)
+    for name, file in files.items():
+        if name in remote and _is_same(file, remote[name]):
+            change.same += 1
+        elif name not in remote or owner.owns(name) or any(fnmatchcase(name, pattern) for pattern in overwrite):
+            change.uploads[name] = file.nbytes
+        else:
+            (change.cards if name in CARD_FILES else change.blocked).append(name)
+    for name in sorted(remote.keys() - files.keys() - KEPT):
+        (change.deletes if owner.owns(name) else change.others).append(name)
+    return change
+
+
+def others_on(hub: Hub, repo: str, head: str, remote: Mapping[str, RemoteFile]) -> list[str] | None:
+    """Files of a branch on the hub that we did not write, its card aside; None where the whole branch is not ours.
 
     Raises:
         PushError: the hub refuses, or cannot be reached.
     """
-    change = BranchChange(repo, branch, folder, head=hub.heads(repo).get(branch))
-    remote = hub.files(repo, change.head) if change.head else {}
-    change.remote = frozenset(remote)
-    local = files_of(folder)
-    for name, file in local.items():
-        if _is_same(file, remote.get(name)):
-            change.same += 1
-        else:
-            change.uploads[name] = file.nbytes
-    change.deletes = sorted(name for name in remote if name not in local and name not in KEPT)
-    return change
+    owner = Owner(hub, repo, head, remote)
+    if owner.manifest is None:
+        return None
+    known = accounted(owner.manifest).keys() | CARD_FILES | KEPT | {MANIFEST_NAME}
+    return sorted(remote.keys() - known)
 
 
 def published(hub: Hub, plan: Plan) -> dict[str, Published]:
@@ -82,11 +197,15 @@ def published(hub: Hub, plan: Plan) -> dict[str, Published]:
     Raises:
         PushError: the hub refuses, or cannot be reached.
     """
+    standings = {repo: hub.look(repo) for repo in dict.fromkeys(item.repo for item in plan.everything)}
     changes: dict[Path, BranchChange] = {}
     found: dict[str, Published] = {}
     for item in plan.everything:
         if item.folder not in changes:
-            changes[item.folder] = compare(hub, item.repo, item.folder.name, item.folder)
+            standing = standings[item.repo]
+            head = standing.heads.get(item.folder.name) if standing else None
+            blank = BranchChange(item.repo, item.folder.name, item.folder)
+            changes[item.folder] = compare(hub, blank, files_of(item.folder), head=head)
         found[item.label] = _published(plan, item, changes[item.folder])
     return found
 
@@ -96,20 +215,37 @@ def _published(plan: Plan, item: Any, change: BranchChange) -> Published:
         # many levels share a branch; each is judged by its own files
         files = set(plan.finished(item).get("files") or {})
         if not files:
-            return "only there" if item.file in change.deletes else "no"
-        if not files & change.uploads.keys():
+            return "only there" if item.file in change.remote else "no"
+        if not files & {*change.uploads, *change.blocked}:
             return "yes"
         return "differs" if files & change.remote else "no"
     if not change.remote - KEPT:
         return "no"
     if not item.folder.is_dir():
         return "only there"
-    return "differs" if change.is_needed else "yes"
+    return "differs" if change.differs else "yes"
 
 
-def _is_same(file: LocalFile, remote: Any) -> bool:
-    if remote is None or remote.size != file.nbytes:
+def finished_changes(folders: Mapping[Path, tuple[str, str]]) -> list[BranchChange]:
+    """A branch each, variants first and each repo's ``main`` last, with its files held against its manifest by name
+    and length.
+
+    Raises:
+        ReleaseError: a file that no build put there, or one that is missing or of another length.
+    """
+    found = [
+        BranchChange(repo, branch, folder, files=checked_files(folder)) for folder, (repo, branch) in folders.items()
+    ]
+    return sorted(found, key=lambda change: (change.repo, change.branch == "main"))
+
+
+def _is_same(file: LocalFile, remote: RemoteFile) -> bool:
+    if remote.nbytes != file.nbytes:
         return False
-    if remote.lfs is not None:
-        return bool(remote.lfs.sha256 == file.sha256)
-    return bool(remote.blob_id == file.blob_id)
+    if remote.sha256 is None:
+        return remote.blob_id == file.blob_id
+    if remote.sha256 != file.sha256:
+        return False
+    if file.wanted is not None:
+        file.check()  # what is not sent is read here, so that every file is held against its manifest once
+    return True

@@ -1,34 +1,123 @@
-"""What of a plan lies finished in dist: the folders that may leave this machine, and their files' hashes."""
+"""What of a plan lies finished in dist, and may leave this machine: each file is held against its manifest."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from quantize.dist.manifest import MANIFEST_NAME, described_files, read_manifest
 from quantize.errors import ReleaseError
 from quantize.files.digest import cached_sha256
+from quantize.files.notify import Notify
 from quantize.planning.plan import Plan
+from quantize.publishing.picture import FILE, FORMER_FILES
+
+CARD = "README.md"
+CARD_FILES = frozenset({CARD, FILE, *FORMER_FILES})
+"""Written by `quantize card` again and again, and so not described by the manifest."""
+SMALL = 1_000_000
+"""Bytes of a file that is held in memory until its branch is published, so that it is read once."""
+CHUNK = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass
 class LocalFile:
-    """A file of a finished branch, with both of the hashes that git and the hub know files by."""
+    """A file of a finished branch, with both of the hashes that git and the hub know files by.
+
+    Attributes:
+        wanted: SHA-256 by the manifest, or the blob id as ``git:...``; None for a file that it does not describe.
+        checked: whether its bytes were held against ``wanted``.
+    """
 
     path: Path
     nbytes: int
+    wanted: str | None = None
+    checked: bool = False
+    _content: bytes | None = field(default=None, repr=False)
+    _hashes: tuple[str, str] | None = field(default=None, repr=False)
 
     @property
     def sha256(self) -> str:
-        return cached_sha256(self.path)
+        """By the manifest where it describes the file: sent or not, the bytes are held against it once."""
+        if self.wanted is not None and not self.wanted.startswith("git:"):
+            return self.wanted
+        if self._hashes is None and self.nbytes > SMALL:
+            return cached_sha256(self.path)
+        return self.hashes[0]
 
     @property
     def blob_id(self) -> str:
-        digest = hashlib.sha1(b"blob %d\0" % self.nbytes)
-        with self.path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        return digest.hexdigest()
+        return self.hashes[1]
+
+    @property
+    def hashes(self) -> tuple[str, str]:
+        """SHA-256 and blob id of the bytes that are there.
+
+        Raises:
+            ReleaseError: they are not what the manifest says, or cannot be read.
+        """
+        if self._hashes is None:
+            if self.nbytes <= SMALL:
+                self.read()
+            else:
+                self._hash_in_pieces()
+        assert self._hashes is not None
+        return self._hashes
+
+    def check(self) -> None:
+        """Hold the bytes against the manifest, unless that was done.
+
+        Raises:
+            ReleaseError: they are not what it says, or cannot be read.
+        """
+        if not self.checked:
+            _ = self.hashes
+
+    def read(self) -> bytes:
+        """The bytes, held against the manifest.
+
+        Raises:
+            ReleaseError: they are not what it says, or cannot be read.
+        """
+        if self._content is not None:
+            return self._content
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise ReleaseError(f"{self.path}: cannot be read: {error.strerror}") from None
+        if len(data) != self.nbytes:
+            raise self.differs(f"{len(data):,} bytes in place of {self.nbytes:,}")
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        self._take(hashlib.sha256(data).hexdigest(), blob)
+        if self.nbytes <= SMALL:
+            self._content = data
+        return data
+
+    def differs(self, how: str = "its SHA-256 is another") -> ReleaseError:
+        """The error for bytes that are not those of the manifest."""
+        return ReleaseError(
+            f"{self.path}: is not what was built ({how} than {MANIFEST_NAME} says); delete this file and run "
+            "`quantize build` again, or put the right one back"
+        )
+
+    def _hash_in_pieces(self) -> None:
+        sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % self.nbytes, usedforsecurity=False)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                while chunk := file.read(CHUNK):
+                    sha256.update(chunk)
+                    blob.update(chunk)
+        except OSError as error:
+            raise ReleaseError(f"{self.path}: cannot be read: {error.strerror}") from None
+        self._take(sha256.hexdigest(), blob.hexdigest())
+
+    def _take(self, sha256: str, blob: str) -> None:
+        if self.wanted is not None and self.wanted not in {sha256, f"git:{blob}"}:
+            raise self.differs()
+        self._hashes, self.checked = (sha256, blob), True
 
 
 def finished_folders(plan: Plan) -> dict[Path, tuple[str, str]]:
@@ -63,6 +152,68 @@ def files_of(folder: Path) -> dict[str, LocalFile]:
                 raise ReleaseError(f"{path}: is a link out of its branch; put the file itself there, or remove it")
             found[name.as_posix()] = LocalFile(path, path.stat().st_size)
     return found
+
+
+def checked_files(folder: Path) -> dict[str, LocalFile]:
+    """The files of a finished branch, none of which its manifest does not account for. Their bytes are not read yet.
+
+    Raises:
+        ReleaseError: a file that no build put there, one that is missing, or one of another length.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ReleaseError(f"{folder}: has no {MANIFEST_NAME} that can be read; run `quantize build` again")
+    files = files_of(folder)
+    wanted = accounted(manifest)
+    for name, file in files.items():
+        if name not in wanted and name not in CARD_FILES and name != MANIFEST_NAME:
+            raise ReleaseError(
+                f"{file.path}: is no part of this branch ({MANIFEST_NAME} does not name it), so nothing is published; "
+                "move it out of the folder (a file that is added on the hub itself stays there)"
+            )
+        file.wanted = wanted.get(name)
+    for name, entry in described_files(manifest).items():
+        if name not in files:
+            raise ReleaseError(f"{folder / name}: is missing, {MANIFEST_NAME} names it; run `quantize build` again")
+        if files[name].nbytes != entry["bytes"]:
+            raise files[name].differs(f"{files[name].nbytes:,} bytes in place of {entry['bytes']:,}")
+    return files
+
+
+def accounted(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Hash by name of what a sound manifest accounts for: its files, and the licence that came with the source."""
+    source = manifest.get("source")
+    carried = source.get("files") if isinstance(source, Mapping) else None
+    found = {
+        name: digest
+        for name, digest in (carried.items() if isinstance(carried, Mapping) else ())
+        if isinstance(name, str) and isinstance(digest, str) and name.lower().startswith(LICENCE_FILES)
+    }
+    return found | {name: str(entry["sha256"]) for name, entry in described_files(dict(manifest)).items()}
+
+
+LICENCE_FILES = ("license", "licence", "notice", "use_policy", "copying")
+"""How files begin that state a licence; they go with everything made of the source."""
+
+
+def check_dist(plan: Plan, notify: Notify = lambda line: None) -> None:
+    """Hold every file of the finished branches against its manifest, each read once.
+
+    Raises:
+        ReleaseError: bytes that are not what was built.
+    """
+    for folder in dict.fromkeys(item.folder for item in plan.everything):
+        manifest = read_manifest(folder)
+        if manifest is None:
+            continue
+        wanted = accounted(manifest)
+        for name, file in files_of(folder).items():
+            file.wanted = wanted.get(name)
+            if file.wanted is not None:
+                file.check()
+                file._content = None
+            elif name not in CARD_FILES and name != MANIFEST_NAME:
+                notify(f"{file.path}: is no part of this branch, so it will not be published")
 
 
 def commit_message(plan: Plan, branch: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from quantize.errors import ReleaseError
 from quantize.files.notify import Notify
 from quantize.planning.plan import Plan
-from quantize.publishing.finished import LocalFile, commit_message, files_of, finished_folders
+from quantize.publishing.finished import LocalFile, checked_files, commit_message, finished_folders
 
 LFS_SUFFIXES = (".safetensors", ".gguf")
 LFS_BYTES = 10_000_000
@@ -67,14 +67,15 @@ def write_repos(plan: Plan, out: Path, notify: Notify = lambda line: None) -> li
         ReleaseError: a branch is not built or stale, git is missing or refuses, or the disk does.
     """
     folders = finished_folders(plan)
+    files = {folder: checked_files(folder) for folder in folders}
     if shutil.which("git") is None:
         raise ReleaseError("git is not installed, and `quantize git` writes through it; install it (Debian: git)")
     written = []
     for repo in dict.fromkeys(repo for repo, _ in folders.values()):
-        bare = _Bare.open(out / f"{repo.rsplit('/', 1)[-1]}.git")
+        bare = _Bare.open(out.absolute() / f"{repo.rsplit('/', 1)[-1]}.git")
         for folder, (owner, branch) in folders.items():
             if owner == repo:
-                written.append(_write_branch(bare, repo, branch, folder, commit_message(plan, branch), notify))
+                written.append(_write_branch(bare, repo, branch, files[folder], commit_message(plan, branch), notify))
         known = {item.folder.name for item in plan.everything if item.repo == repo}
         for other in sorted(bare.branches() - known):
             notify(f"{bare.folder}: its branch {other} is not in this recipe")
@@ -82,15 +83,21 @@ def write_repos(plan: Plan, out: Path, notify: Notify = lambda line: None) -> li
 
 
 def _write_branch(
-    bare: _Bare, repo: str, branch: str, folder: Path, message: str, notify: Notify
+    bare: _Bare, repo: str, branch: str, files: Mapping[str, LocalFile], message: str, notify: Notify
 ) -> WrittenBranch:  # fmt: skip
     notify(f"writing {repo} {branch}")
-    files = files_of(folder)
-    large = {name: file for name, file in files.items() if _wants_lfs(name, file)}
-    copied = sum(not bare.link(file) for file in large.values())
-    blobs = bare.store({name: file.path for name, file in files.items() if name not in large})
-    blobs |= {name: bare.store_text(_pointer(file)) for name, file in large.items()}
-    blobs[".gitattributes"] = bare.store_text(_attributes(large))
+    large: dict[str, LocalFile] = {}
+    blobs: dict[str, str] = {}
+    copied = 0
+    for name, file in files.items():  # each is read once, and held against its manifest as it is
+        data = None if name.endswith(LFS_SUFFIXES) or file.nbytes >= LFS_BYTES else file.read()
+        if data is not None and b"\0" not in data[:8000]:  # what git itself calls text
+            blobs[name] = bare.store(data)
+            continue
+        large[name] = file
+        copied += not bare.link(file)
+        blobs[name] = bare.store(_pointer(file).encode())
+    blobs[".gitattributes"] = bare.store(_attributes(large).encode())
     tree, head = bare.tree(blobs), bare.head(branch)
     state = "new" if head is None else "updated"
     if head is not None and bare.tree_of(head) == tree:
@@ -121,7 +128,7 @@ class _Bare:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "HEAD").is_file():
-                bare.run("init", "--quiet", "--bare", "--initial-branch=main", str(folder))
+                bare.run("init", "--quiet", "--bare", "--initial-branch=main", "--", str(folder))
             hook = folder / "hooks" / "pre-push"
             hook.parent.mkdir(exist_ok=True)
             hook.write_text(HOOK, encoding="utf-8")
@@ -140,16 +147,13 @@ class _Bare:
             raise ReleaseError(f"{self.folder}: git {arguments[0]} failed: {reason}")
         return "" if done.returncode else done.stdout.decode().strip()
 
-    def store(self, files: Mapping[str, Path]) -> dict[str, str]:
-        """Blob ids of files, which are put into the repo byte for byte."""
-        return {name: self.run("hash-object", "-w", "--no-filters", str(path)) for name, path in files.items()}
-
-    def store_text(self, text: str) -> str:
-        return self.run("hash-object", "-w", "--stdin", given=text.encode())
+    def store(self, data: bytes) -> str:
+        """Blob id of a file, which is put into the repo byte for byte."""
+        return self.run("hash-object", "-w", "--stdin", given=data)
 
     def link(self, file: LocalFile) -> bool:
         """Put a file among the LFS objects. Returns False where it had to be copied, as on another filesystem."""
-        digest = file.sha256
+        digest = file.hashes[0]
         place = self.folder / "lfs" / "objects" / digest[:2] / digest[2:4] / digest
         if place.is_file() and place.stat().st_size == file.nbytes:
             return True
@@ -201,13 +205,6 @@ def _linked(source: Path, target: Path) -> bool:
             return False
         raise
     return True
-
-
-def _wants_lfs(name: str, file: LocalFile) -> bool:
-    if name.endswith(LFS_SUFFIXES) or file.nbytes >= LFS_BYTES:
-        return True
-    with file.path.open("rb") as opened:
-        return b"\0" in opened.read(8000)  # what git itself calls binary
 
 
 def _pointer(file: LocalFile) -> str:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from quantize.dist.manifest import MANIFEST_NAME, Manifest, described_files, rea
 from quantize.errors import PushError, ReleaseError
 from quantize.hub.client import Hub
 from quantize.planning.plan import Plan
+from quantize.publishing.compare import others_on
 
 Where = Literal["dist", "hub"]
 
@@ -29,6 +31,7 @@ class Orphan:
         where: ``dist`` or ``hub``. repo: its folder's name in dist, its id on the hub.
         branch: the branch. level: the level of a GGUF repo, else None.
         nbytes: what it takes. head: the hub's commit that was read.
+        file: one file of a branch on the hub, which we did not write. others: such files that go with a whole branch.
     """
 
     where: Where
@@ -37,10 +40,17 @@ class Orphan:
     nbytes: int
     level: str | None = None
     head: str | None = None
+    file: str | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        return f"{self.repo} {self.branch}" + (f" {self.level}" if self.level else "")
+        part = self.level or self.file
+        return f"{self.repo} {self.branch}" + (f" {part}" if part else "")
+
+    def matches(self, patterns: Sequence[str]) -> bool:
+        """Whether its level, file or branch matches one of the patterns."""
+        return any(fnmatchcase(self.level or self.file or self.branch, pattern) for pattern in patterns)
 
     def as_data(self) -> dict[str, Any]:
         """The orphan for machines."""
@@ -78,7 +88,8 @@ def orphans_in_dist(plan: Plan) -> list[Orphan]:
 
 
 def orphans_on_hub(plan: Plan, hub: Hub) -> list[Orphan]:
-    """Branches of the plan's repos that were built by quantize and are not in the plan; never ``main``.
+    """On the hub: branches of the plan's repos that were built by quantize and are not in the plan, never ``main``; and
+    in branches of the plan that we built, files that we did not write.
 
     Levels of GGUF are files of ``main``: a push takes away those that dist has no more.
 
@@ -88,12 +99,17 @@ def orphans_on_hub(plan: Plan, hub: Hub) -> list[Orphan]:
     found = []
     for repo in sorted(set(plan.repos.values())):
         known = {item.folder.name for item in plan.everything if item.repo == repo} | {"main"}
-        for branch, head in sorted(hub.heads(repo).items()):
-            if branch not in known:
-                files = hub.files(repo, head)
-                if MANIFEST_NAME in files:
-                    nbytes = sum(file.size for file in files.values())
-                    found.append(Orphan("hub", repo, branch, nbytes, head=head))
+        standing = hub.look(repo)
+        for branch, head in sorted(standing.heads.items() if standing else ()):
+            files = hub.files(repo, head)
+            others = others_on(hub, repo, head, files) if MANIFEST_NAME in files else None
+            if others is None:
+                continue
+            if branch in known:
+                found += [Orphan("hub", repo, branch, files[name].nbytes, head=head, file=name) for name in others]
+            else:
+                nbytes = sum(file.nbytes for file in files.values())
+                found.append(Orphan("hub", repo, branch, nbytes, head=head, others=tuple(others)))
     return found
 
 
@@ -108,14 +124,21 @@ def remove(plan: Plan, orphans: Sequence[Orphan], hub: Hub | None) -> None:
         with locked(plan.dist, create=False) as held:
             for orphan in local:
                 _remove_level(held, orphan, orphan.level) if orphan.level else _remove_folder(held, orphan)
+    there: dict[tuple[str, str], list[Orphan]] = {}
     for orphan in orphans:
-        if orphan.where == "hub" and hub is not None:
-            with hub.explained(orphan.repo):
-                if hub.heads(orphan.repo).get(orphan.branch) != orphan.head:
-                    raise PushError(
-                        f"{orphan.label}: somebody moved the branch meanwhile; look at it, then prune again"
-                    )
-                hub.api.delete_branch(orphan.repo, branch=orphan.branch)
+        if orphan.where == "hub":
+            there.setdefault((orphan.repo, orphan.branch), []).append(orphan)
+    for (repo, branch), group in there.items():
+        if hub is None:
+            continue
+        head = group[0].head
+        if head is None or hub.heads(repo).get(branch) != head:
+            raise PushError(f"{group[0].label}: somebody moved the branch meanwhile; look at it, then prune again")
+        names = [orphan.file for orphan in group if orphan.file]
+        if names:
+            hub.delete_files(repo, branch, head, names)
+        else:
+            hub.delete_branch(repo, branch)
 
 
 def _remove_folder(held: Dist, orphan: Orphan) -> None:

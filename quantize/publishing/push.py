@@ -1,23 +1,28 @@
 """Finished branches to their hub repos: what differs is uploaded, one commit a branch, ``main`` last.
 
-The hub's state is read, compared by hash (SHA-256 of LFS files, git blob ids of others) and changed by one
-``create_commit`` whose parent is the head that was read: a branch moves from whole to whole or not at all.
+The hub is looked at before anything is created. Its state is compared by hash (SHA-256 of LFS files, git blob ids of
+others) and changed by one ``create_commit`` whose parent is the head that was read: a branch moves from whole to whole
+or not at all, and only in what is ours there.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from quantize.errors import PushError
+from quantize.errors import HubInputError, PushError
 from quantize.files.notify import Notify
-from quantize.hub.client import Hub, cause_of, is_passing, reason_of, retry_after, status_of
+from quantize.hub.client import Hub, Standing
+from quantize.hub.errors import AskedToWait, cause_of, is_passing, own_error, server_text, status_of
+from quantize.hub.retry import Patience, patient, sleep
 from quantize.planning.plan import Plan
-from quantize.publishing.compare import BranchChange, compare
+from quantize.publishing.compare import BranchChange, compare, finished_changes
 from quantize.publishing.finished import commit_message, finished_folders
+from quantize.publishing.upload import addition
 
 ATTEMPTS = 5
 FIRST_WAIT = 1.0
+LOST = frozenset({400, 403, 404, 422})
+"""Statuses of an upload that a new one, with a new address, may mend."""
 
 
 class Pusher:
@@ -27,24 +32,33 @@ class Pusher:
         endpoint: of the hub; None is the ecosystem's default (``HF_ENDPOINT``). The token comes from the
             ecosystem's places only (``HF_TOKEN``, ``hf auth login``).
         pause: waits between attempts; tests pass one that does not.
+        overwrite: patterns of files on the hub that may be replaced though we did not write them.
+
+    Raises:
+        HubInputError: the endpoint is no address, or the token cannot be one.
     """
 
     def __init__(
         self, plan: Plan, endpoint: str | None = None, notify: Notify = lambda line: None,
-        pause: Callable[[float], None] = time.sleep,
+        pause: Callable[[float], None] = sleep, *, overwrite: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.plan, self.notify, self.pause = plan, notify, pause
-        self.hub = Hub(endpoint)
+        self.plan, self.notify, self.overwrite = plan, notify, tuple(overwrite)
+        self.patience = Patience(notify, pause, ATTEMPTS, FIRST_WAIT)
+        self.hub = Hub(endpoint, notify, self.patience)
 
     def changes(self) -> list[BranchChange]:
         """What differs between dist and the hub, variants first and each repo's ``main`` last. Changes nothing.
 
         Raises:
-            ReleaseError: a selected branch is not built, or stale. PushError: the hub refuses.
+            ReleaseError: a selected branch is not built, stale, or not what was built. PushError: the hub refuses.
         """
-        folders = finished_folders(self.plan).items()
-        found = [compare(self.hub, repo, branch, folder) for folder, (repo, branch) in folders]
-        return sorted(found, key=lambda change: (change.repo, change.branch == "main"))
+        branches = finished_changes(finished_folders(self.plan))
+        standings = {repo: self.hub.look(repo) for repo in dict.fromkeys(change.repo for change in branches)}
+        found = [self._compare(change, standings[change.repo]) for change in branches]
+        for change in found:
+            for name in change.uploads:
+                change.files[name].check()  # as a push would find out while sending it
+        return found
 
     def push(self, *, create: bool = True, private: bool | None = None) -> list[BranchChange]:
         """Bring the hub to what lies in dist.
@@ -53,47 +67,112 @@ class Pusher:
             The changes that were made.
 
         Raises:
-            ReleaseError: a selected branch is not built, or stale.
-            PushError: refused, or a branch that somebody else moved meanwhile. What was pushed before stays whole.
+            ReleaseError: a selected branch is not built, stale, or not what was built.
+            HubInputError: a repo has another name by now, or is public and ``private`` is asked for.
+            PushError: refused; a file of somebody else lies in the place of one of ours; a branch that somebody else
+                moved meanwhile. What was pushed before stays whole.
         """
-        # read first: nothing is created for a release that is not finished
-        for repo in sorted({repo for repo, _ in finished_folders(self.plan).values()}):
-            with self.hub.explained(repo):
-                if create:
-                    self.hub.api.create_repo(repo, private=private, exist_ok=True)
-        made = []
-        for change in self.changes():
-            if change.is_needed:
-                size = f"{change.upload_bytes / 1e9:.2f} GB"
-                self.notify(f"pushing {change.repo} {change.branch}: {len(change.uploads)} files, {size}")
-                self._apply(change)
-                made.append(change)
-            left = compare(self.hub, change.repo, change.branch, change.folder)
-            if left.is_needed:
+        # read first: nothing is created for a release that is not finished, or that cannot go there
+        branches = finished_changes(finished_folders(self.plan))
+        standings = {
+            repo: self._look(repo, create=create, private=private)
+            for repo in dict.fromkeys(change.repo for change in branches)
+        }
+        changes = [self._compare(change, standings[change.repo]) for change in branches]
+        _stop_at_blocked(changes)
+        for repo, standing in standings.items():
+            if standing is None:
+                self._create(repo, private)
+        return [change for change in changes if self._push(change)]
+
+    def _look(self, repo: str, *, create: bool, private: bool | None) -> Standing | None:
+        """What is there, said before anything is changed."""
+        standing = self.hub.look(repo)
+        if standing is None:
+            if not create:
                 raise PushError(
-                    f"{change.repo} {change.branch}: after the push the hub still differs in "
-                    f"{', '.join([*left.uploads, *left.deletes][:3])}; push again"
+                    f"{repo}: no such repo on the hub, or it is private to somebody else; push without --no-create to "
+                    "create it"
                 )
-        return made
+            return None
+        if private and standing.is_private is not True:
+            seen = "public" if standing.is_private is False else "there, and the hub does not say that it is private"
+            raise HubInputError(
+                f"{repo}: is {seen}, and --private changes no repo that exists; make it private on the hub, or push "
+                "without --private"
+            )
+        self.notify(f"{repo}: {standing}")
+        return standing
+
+    def _create(self, repo: str, private: bool | None) -> None:
+        self.notify(f"{repo}: is not there yet; creating it{' as a private repo' if private else ''}")
+        self.hub.create(repo, private=private)
+        standing = self.hub.look(repo)
+        if standing is None:
+            raise PushError(f"{repo}: could not be created, or this account may not see it; is it somebody else's?")
+        if private and standing.is_private is False:
+            raise PushError(f"{repo}: somebody created it as a public repo meanwhile; make it private, then push again")
+
+    def _push(self, change: BranchChange) -> bool:
+        """Bring one branch to what lies in dist; False where nothing had to be changed."""
+        needed = change.is_needed
+        if needed:
+            size = f"{change.upload_bytes / 1e9:.2f} GB"
+            self.notify(f"pushing {change.repo} {change.branch}: {len(change.uploads)} files, {size}")
+            if change.head is None:
+                self._create_branch(change)
+            for name in change.deletes:
+                self.notify(f"deleting {change.repo} {change.branch} {name}, which the release has no more")
+            self._apply(change)
+        left = self._again(change)
+        if left.is_needed:
+            raise PushError(
+                f"{change.repo} {change.branch}: after the push the hub still differs in "
+                f"{', '.join([*left.uploads, *left.deletes][:3])}; push again"
+            )
+        return needed
+
+    def _compare(self, change: BranchChange, standing: Standing | None) -> BranchChange:
+        head = standing.heads.get(change.branch) if standing else None
+        found = compare(self.hub, change, change.files, head=head, overwrite=self.overwrite)
+        if (found.blocked or found.cards or found.others) and self._is_untouched(change, head):
+            found = compare(self.hub, change, change.files, head=head, all_ours=True)
+        return found
+
+    def _again(self, change: BranchChange) -> BranchChange:
+        head = self.hub.heads(change.repo).get(change.branch)
+        found = compare(self.hub, change, change.files, head=head, overwrite=self.overwrite)
+        if head == change.head and (found.blocked or found.cards or found.others) and self._is_untouched(change, head):
+            found = compare(self.hub, change, change.files, head=head, all_ours=True)
+        return found
+
+    def _is_untouched(self, change: BranchChange, head: str | None) -> bool:
+        """Whether a branch still is where a push begins one: at the repo's first commit, whose files are main's."""
+        return change.branch != "main" and head is not None and head == self.hub.first_commit(change.repo)
+
+    def _create_branch(self, change: BranchChange) -> None:
+        if change.branch != "main":
+            self.hub.create_branch(change.repo, change.branch, self.hub.first_commit(change.repo))
+        found = self._compare(change, Standing(None, self.hub.heads(change.repo)))
+        _stop_at_blocked([found])
+        change.head, change.uploads, change.deletes = found.head, found.uploads, found.deletes
+        change.others, change.cards, change.remote = found.others, found.cards, found.remote
 
     def _apply(self, change: BranchChange) -> None:
         """One commit, tried again where that is safe: the answer to a commit that was made can be lost."""
-        if change.head is None:
-            self._create_branch(change)
-        wait = FIRST_WAIT
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 self._commit(change)
                 return
             except Exception as raised:
+                if (own := own_error(raised)) is not None:
+                    raise own from None
                 error = cause_of(raised)
-                if error is None:
-                    raise
-                # an upload's address expires; the next attempt asks for a new one
-                passing = is_passing(error) or (error is not raised and status_of(error) == 403)
-                if attempt == ATTEMPTS or not passing:
-                    raise self._said(change, error) from None
-                now = compare(self.hub, change.repo, change.branch, change.folder)
+                # an upload's address expires, and the storage may lose what it took: the next attempt begins anew
+                stored = error is not None and isinstance(raised, RuntimeError) and status_of(error) in LOST
+                if error is None or not (is_passing(error) or stored):
+                    raise self._said(change, raised, stored) from None
+                now = self._again(change)
                 if not now.is_needed:
                     return  # the commit was made, only its answer was lost
                 if now.head != change.head:
@@ -101,30 +180,49 @@ class Pusher:
                         f"{change.repo} {change.branch}: somebody else moved the branch meanwhile "
                         f"({str(change.head)[:12]} to {str(now.head)[:12]}); look at it, then push again"
                     ) from None
-                self.notify(f"{change.repo} {change.branch}: {reason_of(error)}; trying again")
-                self.pause(retry_after(error) or wait)
-                wait *= 2
-
-    def _create_branch(self, change: BranchChange) -> None:
-        with self.hub.explained(change.repo):
-            if change.branch != "main":
-                first = self.hub.api.list_repo_commits(change.repo)[-1].commit_id
-                self.hub.api.create_branch(change.repo, branch=change.branch, revision=first, exist_ok=True)
-        again = compare(self.hub, change.repo, change.branch, change.folder)
-        change.head, change.uploads, change.deletes = again.head, again.uploads, again.deletes
+                if attempt == ATTEMPTS:
+                    raise self._said(change, raised, stored) from None
+                try:
+                    self.patience.wait(error, attempt, _stored(error) if stored else None)
+                except AskedToWait as asked:
+                    raise self._said(change, asked, False) from None
 
     def _commit(self, change: BranchChange) -> None:
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+        from huggingface_hub import CommitOperationDelete
 
-        adds = [CommitOperationAdd(name, str(change.folder / name)) for name in change.uploads]
+        adds = [addition(name, change.files[name]) for name in change.uploads]
         removes = [CommitOperationDelete(name) for name in change.deletes]
-        self.hub.api.create_commit(
-            change.repo,
-            [*adds, *removes],
-            commit_message=commit_message(self.plan, change.branch),
-            revision=change.branch,
-            parent_commit=change.head,
-        )
+        with self.hub.storage(change.repo, change.branch), patient(self.patience):
+            self.hub.api.create_commit(
+                change.repo,
+                [*adds, *removes],
+                commit_message=commit_message(self.plan, change.branch),
+                revision=change.branch,
+                parent_commit=change.head,
+            )
 
-    def _said(self, change: BranchChange, error: Exception) -> PushError:
-        return PushError(f"{change.repo} {change.branch}: {reason_of(error)}; nothing of this branch was changed")
+    def _said(self, change: BranchChange, raised: Exception, stored: bool) -> PushError:
+        if stored:
+            reason = _stored(cause_of(raised) or raised)
+        else:
+            found = self.hub.reason(raised, change.repo)
+            if found is None and not isinstance(raised, RuntimeError):
+                raise raised
+            reason = found or "the upload by Xet failed; try HF_HUB_DISABLE_XET=1"
+        return PushError(f"{change.repo} {change.branch}: {reason}; nothing of this branch was changed")
+
+
+def _stored(error: Exception) -> str:
+    told = server_text(error)
+    return f"the hub's storage did not keep what was uploaded (status {status_of(error)}{', ' + told if told else ''})"
+
+
+def _stop_at_blocked(changes: Sequence[BranchChange]) -> None:
+    for change in changes:
+        if change.blocked:
+            more = f" and {len(change.blocked) - 3} more" if len(change.blocked) > 3 else ""
+            raise PushError(
+                f"{change.repo} {change.branch}: {', '.join(change.blocked[:3])}{more} on the hub "
+                f"{'was' if len(change.blocked) == 1 else 'were'} not written by quantize, or changed since; nothing "
+                f"was changed; to replace {'it' if len(change.blocked) == 1 else 'them'}, push with --overwrite NAME"
+            )

@@ -24,6 +24,9 @@ from quantize.recipe.levels import LEVEL_SETS, LEVELS, TENSOR_TYPES
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # what the GPTQ loaders have kernels for
 AWQ_GROUP_SIZES = (-1, 32, 64, 128)  # what the AWQ loaders have kernels for
+COMMIT_ID = re.compile(r"[0-9a-fA-F]{40}|[0-9a-fA-F]{64}")
+RESERVED = frozenset({"HEAD", "FETCH_HEAD", "ORIG_HEAD", "MERGE_HEAD", "REFS"})
+"""Names that git takes for something else than a branch, and commits are called by their hash."""
 BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 Bits = Literal[2, 3, 4, 8]
@@ -130,7 +133,11 @@ class Named(Made):
     @field_validator("branch")
     @classmethod
     def _branch(cls, value: str | None) -> str | None:
-        if value is not None and (not BRANCH.fullmatch(value) or ".." in value or value.endswith((".", ".lock"))):
+        if value is None:
+            return None
+        if value.upper() in RESERVED or COMMIT_ID.fullmatch(value):
+            raise ValueError(f"{value!r} is what git calls something else by; give the branch another name")
+        if not BRANCH.fullmatch(value) or ".." in value or value.endswith((".", ".lock")):
             raise ValueError(f"{value!r} is no branch name for the hub; use letters, digits, '.', '_' and '-' only")
         return value
 

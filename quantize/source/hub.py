@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import SourceError
+from quantize.errors import QuantizeError, SourceError
 from quantize.files.notify import Notify
+from quantize.formats.names import is_file_name
 from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME, TensorSpec
-from quantize.hub.client import is_network
+from quantize.hub.client import COMMIT_ID, check_access, is_missing, why
+from quantize.hub.errors import cause_of, status_of
+from quantize.hub.retry import Patience, patient
 from quantize.recipe.schema import Model
+from quantize.source.cached import open_cached, remember
 from quantize.source.checkpoint import (
     Checkpoint,
     check_dtypes,
@@ -27,48 +31,69 @@ from quantize.source.resolved import Source, safe_name
 def open_hub(model: Model, *, weights: bool, small_files: bool = False, notify: Notify) -> Source:
     """Resolve a hub id to a commit and read it: headers alone, or the files it needs.
 
+    Where the hub cannot be asked, a revision that lies complete in the hub's cache serves as well.
+
     Raises:
         SourceError: unknown or private repo, no such revision, no network, no safetensors weights.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = HfApi()
-    beside = None
+    check_access(api.endpoint)
     try:
-        info = api.model_info(model.source, revision=model.revision, files_metadata=True)
-        commit = str(info.sha)
-        files = {item.rfilename: item for item in info.siblings or []}
-        shards = _shards(model.source, api, commit, files)
-        carried = [name for name in files if is_carried_over(name) and not name.startswith(".")]
-        index = [INDEX_NAME] if INDEX_NAME in files else []
-        if weights:
-            size = sum(files[name].size or 0 for name in shards)
-            notify(f"downloading {model.source} at {commit[:12]} ({size / 1e9:.2f} GB)")
-            needed = [
-                *shards,
-                *carried,
-                *index,
-                "config.json",
-                *(["README.md"] if "README.md" in files else []),
-            ]
-            folder = Path(snapshot_download(model.source, revision=commit, allow_patterns=needed))
-            checkpoint = read_checkpoint(folder)
-            _check_downloads(folder, {name: files[name].lfs for name in shards})
-        else:
-            checkpoint = _headers(model.source, api, commit)
-            small = [*carried, *index, "config.json", *(["README.md"] if "README.md" in files else [])]
-            if small_files:
-                beside = Path(snapshot_download(model.source, revision=commit, allow_patterns=small))
-                check_files(beside)
-    except Exception as error:
-        if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OSError) or is_network(error):
-            raise SourceError(_explain(model, error)) from None
+        with patient(Patience(notify)):
+            return _online(model, api, weights=weights, small_files=small_files, notify=notify)
+    except QuantizeError:
         raise
-    hashes = {name: _hash(files[name]) for name in sorted([*shards, *carried, "config.json"])}
+    except Exception as error:
+        reason = _explain(model, api.endpoint, error)
+        if reason is None:
+            raise
+        cause = cause_of(error)
+        if cause is not None and (status_of(cause) or 500) >= 500:
+            cached = open_cached(model, weights=weights)
+            if cached is not None:
+                notify(f"{model.source}: {reason}; using commit {str(cached.commit)[:12]} as it lies in the HF cache")
+                return cached
+            reason += f"; {model.revision!r} does not lie in the HF cache either; a local directory works too"
+        raise SourceError(f"{model.source}: {reason}") from None
+
+
+def _online(model: Model, api: Any, *, weights: bool, small_files: bool, notify: Notify) -> Source:
+    from huggingface_hub import snapshot_download
+
+    info = api.model_info(model.source, revision=model.revision, files_metadata=True)
+    commit, beside = str(info.sha), None
+    files = {item.rfilename: item for item in info.siblings or []}
+    if not COMMIT_ID.fullmatch(commit) or not all(map(is_file_name, files)):
+        raise ValueError(commit)
+    shards = _shards(model.source, api, commit, files)
+    carried = [name for name in files if is_carried_over(name) and not name.startswith(".")]
+    hashes = {name: _hash(files[name]) for name in sorted({*shards, *carried, "config.json"} & files.keys())}
+    small = [*carried, *({INDEX_NAME, "README.md"} & files.keys()), "config.json"]
+    if weights:
+        size = sum(files[name].size or 0 for name in shards)
+        notify(f"downloading {model.source} at {commit[:12]} ({size / 1e9:.2f} GB)")
+        folder = Path(snapshot_download(model.source, revision=commit, allow_patterns=[*shards, *small]))
+        checkpoint = read_checkpoint(folder)
+        _check_downloads(folder, {name: hashes[name] for name in shards})
+        remember(model, commit)
+    else:
+        checkpoint = _headers(model.source, api, commit)
+        if small_files:
+            beside = Path(snapshot_download(model.source, revision=commit, allow_patterns=small))
+            check_files(beside)
+    if "config.json" not in hashes:
+        raise SourceError(f"{model.source}: the repo has no config.json")
+    return _source(model, checkpoint, commit, hashes, beside)
+
+
+def _source(
+    model: Model, checkpoint: Checkpoint, commit: str, hashes: dict[str, str], beside: Path | None = None
+) -> Source:  # fmt: skip
     return Source(
         model.source,
         safe_name(model.source.rsplit("/", 1)[-1]),
@@ -102,10 +127,10 @@ def _hash(file: Any) -> str:
     return str(file.lfs.sha256) if file.lfs else f"git:{file.blob_id}"
 
 
-def _check_downloads(folder: Path, wanted: dict[str, Any]) -> None:
+def _check_downloads(folder: Path, wanted: dict[str, str]) -> None:
     """The hub client does not hash what it downloads; a silently damaged shard would ruin every branch."""
-    for name, lfs in wanted.items():
-        if lfs is not None and cached_sha256(folder / name) != lfs.sha256:
+    for name, digest in wanted.items():
+        if not digest.startswith("git:") and cached_sha256(folder / name) != digest:
             raise SourceError(
                 f"{folder / name}: its SHA-256 differs from the hub's; delete the file and download it again"
             )
@@ -129,22 +154,21 @@ def _headers(repo: str, api: Any, commit: str) -> Checkpoint:
     return Checkpoint(config, tensors, None, tuple(sorted(metadata.files_metadata)))
 
 
-def _explain(model: Model, error: Exception) -> str:
+def _explain(model: Model, endpoint: str, error: Exception) -> str | None:
+    """Why the hub did not give the model; None for a defect of ours."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        RepositoryNotFoundError,
+        LocalEntryNotFoundError,
         RevisionNotFoundError,
     )
 
-    where = f"{model.source}: "
-    if isinstance(error, GatedRepoError):
-        return where + "the repo is gated; accept its terms on the hub and log in (`hf auth login`)"
-    if isinstance(error, RepositoryNotFoundError):
-        return where + "no such repo on the hub, or it is private; check the name, or log in (`hf auth login`)"
     if isinstance(error, RevisionNotFoundError):
-        return where + f"the repo has no revision '{model.revision}'"
-    if isinstance(error, EntryNotFoundError):
-        return where + "the repo has no config.json"
-    reason = " ".join(str(error).split())[:200]
-    return where + f"the hub could not be reached ({type(error).__name__}: {reason}); a local directory works too"
+        return f"the repo has no revision '{model.revision}'"
+    if is_missing(error) and not isinstance(error, GatedRepoError):
+        return "no such repo on the hub, or it is private; check the name, or log in (`hf auth login`)"
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is None:
+        return "the hub could not be reached, and not all files lie in the HF cache"
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+        return "the repo has no config.json"
+    return why(error, endpoint, model.source)
