@@ -46,8 +46,12 @@ def build_levels(
     timed: Timed,
     progress: bool | None,
     notify: Notify,
+    compute: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Make every file of ``todo``; each is put into place as soon as it is whole.
+
+    Args:
+        compute: how ``diagonals`` were computed.
 
     Returns:
         The labels of what was built.
@@ -63,7 +67,7 @@ def build_levels(
         path = levels.conversion.make(notify)
         checked = check_conversion(plan.source, plan.table.prefix, path, levels.section.logits_tolerance, notify)
     _check_disk(levels, todo)
-    notebook = _Notebook(plan, levels, checked)
+    notebook = _Notebook(plan, levels, checked, compute)
     wanting = any(item.wants_imatrix for item in todo)
     importance = _importance(levels, header, diagonals, notebook) if wanting else None
     vectors = None
@@ -82,8 +86,10 @@ def build_levels(
 class _Notebook:
     """The manifest of the GGUF repo, rewritten whenever a file is in its place."""
 
-    def __init__(self, plan: Plan, levels: LevelPlan, checked: Mapping[str, Any]) -> None:
-        self.folder, self.shards = levels.folder, plan.shards
+    def __init__(
+        self, plan: Plan, levels: LevelPlan, checked: Mapping[str, Any], compute: Mapping[str, Any] | None
+    ) -> None:
+        self.folder, self.shards, self.compute = levels.folder, plan.shards, compute
         known = read_manifest(levels.folder) or {}
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
@@ -134,12 +140,15 @@ def _importance(levels: LevelPlan, header: Any, diagonals: Diagonals | None, not
         )
         write_importance(place, importance)
     found = read_importance(place)
-    shards = notebook.shards if diagonals is not None else (notebook.data["imatrix"] or {}).get("shards", 1)
+    known = notebook.data["imatrix"] or {}
+    shards = notebook.shards if diagonals is not None else known.get("shards", 1)
+    compute = notebook.compute if diagonals is not None else known.get("compute")
     notebook.enter("imatrix", None, {
         "key": key_of(levels.imatrix_inputs),
         "key_inputs": dict(levels.imatrix_inputs),
         "entries": len(found.sums),
         **({"shards": shards} if shards > 1 else {}),
+        **({"compute": dict(compute)} if compute else {}),
         "files": {place.name: _described(place)},
     })  # fmt: skip
     return found

@@ -102,7 +102,7 @@ def build_recipe(
                 plan.gguf.require()
             require_engines(plan.foreign_work)
             if plan.work or plan.level_work:
-                with _workers(ray, notify) as workers:
+                with _settled(), _workers(ray, notify) as workers:
                     if shards is None:
                         room = workers.room(device)
                         plan = result.plan = replace(plan, shards=min(room, loaded.recipe.calibration.samples))
@@ -117,6 +117,14 @@ def build_recipe(
                 ) from None
             raise
     return result
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    from quantize.source.accelerator import settled
+
+    with settled():
+        yield
 
 
 @contextmanager
@@ -137,13 +145,13 @@ def _build(
     notify: Notify,
     result: BuildResult,
 ) -> None:
-    diagonals = None
+    diagonals, compute = None, None
     if plan.native_work or plan.gathers_imatrix:
-        diagonals = _build_branches(plan, workers, work, device, keep_statistics, progress, notify, result)
+        diagonals, compute = _build_branches(plan, workers, work, device, keep_statistics, progress, notify, result)
     if plan.foreign_work:
         _build_foreign(plan, work, device, notify, result)
     if plan.level_work:
-        _build_levels(plan, workers, diagonals, work, progress, notify, result)
+        _build_levels(plan, workers, diagonals, compute, work, progress, notify, result)
 
 
 def _remove_done(plan: Plan) -> None:
@@ -172,6 +180,7 @@ def _build_levels(
     plan: Plan,
     workers: Workers,
     diagonals: Any,
+    compute: Mapping[str, Any] | None,
     work: Path,
     progress: bool | None,
     notify: Notify,
@@ -179,7 +188,9 @@ def _build_levels(
 ) -> None:
     from quantize.building.gguf_levels import build_levels
 
-    result.built += build_levels(plan, plan.level_work, diagonals, workers, work, result.timed, progress, notify)
+    result.built += build_levels(
+        plan, plan.level_work, diagonals, workers, work, result.timed, progress, notify, compute
+    )
     for item in plan.level_work:
         if item.outcome and item.outcome.fallbacks:
             result.oddities[item.label] = {"fallback": list(item.outcome.fallbacks)}
@@ -216,7 +227,8 @@ def _build_branches(
     notify: Notify,
     result: BuildResult,
 ) -> Any:
-    """Solve the branches that are not fresh and put them into place; returns diagonals for an importance matrix."""
+    """Solve the branches that are not fresh and put them into place; returns diagonals for an importance matrix, and how
+    they were computed."""
     from quantize.building.branches import Pass
 
     todo = plan.native_work
@@ -240,4 +252,4 @@ def _build_branches(
     # every branch is complete before the first reaches its place, so that those left behind are found there
     for branch, data in zip(branches, manifests, strict=True):
         _put_into_place(branch.item, branch.folder, data, work, result)
-    return one.diagonals
+    return one.diagonals, one.compute

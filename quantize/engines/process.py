@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from quantize.engines.engine import Engine
 from quantize.errors import EngineError
+from quantize.files.threads import thread_count
 
 WORKER = Path(__file__).with_name("worker.py")
 SHOWN = 300
@@ -28,7 +29,7 @@ def run_worker(engine: Engine, python: Path, request: Mapping[str, Any], folder:
     Raises:
         EngineError: it failed, died or gave no answer; its log says more.
     """
-    threads = _threads()
+    threads = thread_count()
     with tempfile.TemporaryDirectory() as scratch:
         answer = Path(scratch) / "answer.json"
         whole = {**request, "answer": str(answer), "packages": list(engine.packages), "threads": threads}
@@ -51,12 +52,6 @@ def run_worker(engine: Engine, python: Path, request: Mapping[str, Any], folder:
         if "error" in said:
             raise EngineError(f"{engine.title} failed: {said['error'][:SHOWN]}; its log is {log.name}")
         return said
-
-
-def _threads() -> int:
-    """Of arithmetic: what OMP_NUM_THREADS says, as it does for us, else all cores."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    return int(said) if said.isdigit() and int(said) else os.cpu_count() or 1
 
 
 def _environment(threads: int) -> dict[str, str]:

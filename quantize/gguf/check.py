@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import numpy as np
 from quantize.errors import GgufError
 from quantize.files.atomic import write_atomically
 from quantize.files.notify import Notify
+from quantize.files.threads import thread_count
 from quantize.source.resolved import Source
 
 TEXT = (
@@ -90,7 +90,7 @@ def _run_llama(source: Source, path: Path, ids: np.ndarray) -> tuple[np.ndarray,
         asked, answered = Path(scratch) / "ids.npy", Path(scratch) / "logits.npy"
         np.save(asked, ids)
         worker = Path(__file__).with_name("worker_logits.py")
-        command = [sys.executable, str(worker), str(path), str(asked), str(answered), str(os.cpu_count() or 1), TEXT]
+        command = [sys.executable, str(worker), str(path), str(asked), str(answered), str(thread_count()), TEXT]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
