@@ -13,6 +13,7 @@ from quantize.dist.ledger import LedgerEntry
 from quantize.errors import SolveError, SourceError
 from quantize.formats.safetensors_writer import ShardWriter
 from quantize.methods.gptq import Solution
+from quantize.methods.sums import total
 from quantize.planning.plan import PlannedVariant
 from quantize.recipe.methods import ExpertTokens
 from quantize.source.routing import expert_of
@@ -83,13 +84,13 @@ class Branch:
             "damp_raised": solution.damp_raised,
             "unscaled": scale_ratio is not None and scale_folded_into is None,
         }
-        whole = float(energy[rows].sum())
+        whole = total(energy[rows])
         entry = LedgerEntry(
             module=module,
             outcome=next((outcome for outcome, is_so in happened.items() if is_so), "solved"),
             damp_percent=float(f"{solution.damp_percent:.6g}"),
             dead_columns=solution.dead_columns,
-            relative_error=float(f"{float(solution.row_error[rows].sum()) / whole:.6g}") if whole > 0 else 0.0,
+            relative_error=float(f"{total(solution.row_error[rows]) / whole:.6g}") if whole > 0 else 0.0,
             tokens=tokens,
             scale_ratio=scale_ratio if scale_folded_into else None,
             scale_folded_into=scale_folded_into,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,8 +13,9 @@ from quantize.building.calibration_pass import CalibrationPass
 from quantize.building.completion import NotOnDisk, complete, versions
 from quantize.calibration.forward import choose_device, choose_dtype
 from quantize.calibration.statistics import Timed
-from quantize.calibration.store import STATISTICS_VERSION, StatisticsStore
+from quantize.calibration.store import StatisticsStore
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
+from quantize.calibration.versions import STATISTICS_VERSION
 from quantize.dist.resume import State, open_unfinished
 from quantize.executors.api import Workers
 from quantize.executors.memory import return_large_buffers
@@ -25,6 +25,8 @@ from quantize.files.notify import Notify
 from quantize.methods.columns import kernel_of
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.recipe.methods import GptqVariant
+from quantize.source.accelerator import compute_of
+from quantize.source.processor import decides_bytes
 from quantize.source.streamed import StreamedModel
 from quantize.source.unchanged import check_small_files
 
@@ -50,18 +52,13 @@ class Pass:
         timed: Timed,
         notify: Notify,
     ) -> None:
-        # compiled kernels belong into our cache, not beside the source, which may be read-only
-        os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
         return_large_buffers()
         self.plan, self.todo, self.timed, self.notify = plan, todo, timed, notify
         calibration = plan.recipe.calibration
         self.device = choose_device(device)
-        shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]
-        self.dtype = choose_dtype(calibration.compute_dtype, self.device, shapes)
+        self.dtype = choose_dtype(calibration.compute_dtype, self.device)
         self.compute: dict[str, Any] = {
-            "device": self.device.type,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "kernel": kernel_of(self.device),
+            **compute_of(self.device, self.dtype, kernel_of(self.device)),
             # how sums are split up: other numbers give other last bits
             "batch_tokens": plan.memory.batch_tokens,
             **({"row_budget": plan.memory.row_budget} if plan.memory.row_budget else {}),
@@ -70,7 +67,7 @@ class Pass:
         self.store = self._statistics_store(keep_statistics)
         inputs = {
             "versions": versions(self.compute["kernel"]),
-            "compute": self.compute,
+            "compute": decides_bytes(self.compute),
             "source": plan.source.hashes,
             "calibration": plan.calibration,
         }
@@ -153,7 +150,7 @@ class Pass:
         depends = {
             "version": STATISTICS_VERSION,
             "versions": {name: installed[name] for name in ("torch", "transformers", "tokenizers")},
-            "compute": {name: value for name, value in self.compute.items() if name != "row_budget"},
+            "compute": {name: value for name, value in decides_bytes(self.compute).items() if name != "row_budget"},
             "source": self.plan.source.hashes,
             "calibration": self.plan.calibration,
         }

@@ -47,11 +47,13 @@ def build_levels(
     timed: Timed,
     progress: bool | None,
     notify: Notify,
+    compute: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Make every file of ``todo``; each is put into place as soon as it is whole.
 
     Args:
         held: the dist that they are built in.
+        compute: how ``diagonals`` were computed.
 
     Returns:
         The labels of what was built.
@@ -67,7 +69,7 @@ def build_levels(
         path = levels.conversion.make(notify)
         checked = check_conversion(levels.conversion, plan.table.prefix, path, levels.section.logits_tolerance, notify)
     _check_disk(levels, todo)
-    notebook = _Notebook(plan, levels, checked, held)
+    notebook = _Notebook(plan, levels, checked, held, compute)
     wanting = any(item.wants_imatrix for item in todo)
     importance = _importance(levels, header, diagonals, notebook) if wanting else None
     vectors = None
@@ -87,8 +89,10 @@ def build_levels(
 class _Notebook:
     """The manifest of the GGUF repo, rewritten whenever a file is in its place."""
 
-    def __init__(self, plan: Plan, levels: LevelPlan, checked: Mapping[str, Any], held: Dist) -> None:
-        self.folder, self.shards, self.held = levels.folder, plan.shards, held
+    def __init__(
+        self, plan: Plan, levels: LevelPlan, checked: Mapping[str, Any], held: Dist, compute: Mapping[str, Any] | None
+    ) -> None:
+        self.folder, self.shards, self.held, self.compute = levels.folder, plan.shards, held, compute
         self.head: Manifest = {
             "schema": SCHEMA,
             "repo": levels.repo,
@@ -144,12 +148,15 @@ def _importance(levels: LevelPlan, header: Any, diagonals: Diagonals | None, not
         with notebook.held.replacing(place) as temporary:
             write_importance(temporary, importance)
     found = read_importance(place)
-    shards = notebook.shards if diagonals is not None else (notebook.data["imatrix"] or {}).get("shards", 1)
+    known = notebook.data["imatrix"] or {}
+    shards = notebook.shards if diagonals is not None else known.get("shards", 1)
+    compute = notebook.compute if diagonals is not None else known.get("compute")
     notebook.note_imatrix({
         "key": key_of(levels.imatrix_inputs),
         "key_inputs": dict(levels.imatrix_inputs),
         "entries": len(found.sums),
         **({"shards": shards} if shards > 1 else {}),
+        **({"compute": dict(compute)} if compute else {}),
         "files": {place.name: _described(place)},
     })  # fmt: skip
     return found

@@ -15,10 +15,12 @@ from quantize.errors import BuildError
 from quantize.files.digest import sha256_of_file
 from quantize.files.inside import stray
 from quantize.files.notify import Notify
+from quantize.planning.circumstances import difference
 from quantize.planning.keys import differences
 from quantize.recipe import load_recipe
 
 Manifest = dict[str, Any]
+SETTINGS = ("compute_dtype", "batch_tokens")
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,15 @@ def recorded_recipe(
         engine = {"engine": manifest["engine"]["name"]} if manifest.get("engine") else {}
         section["variants"].append({"branch": manifest["branch"], **engine, **inputs["parameters"]})
         recipe["release"]["max_shard_size"] = inputs["max_shard_size"]
-        if "batch_tokens" in manifest["compute"]:
-            recipe["calibration"]["batch_tokens"] = manifest["compute"]["batch_tokens"]
+        if not manifest.get("engine"):
+            recipe["calibration"] |= _as_computed(manifest["compute"])
     return recipe
+
+
+def _as_computed(compute: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``auto`` was, and how many tokens ran together."""
+    names = {"dtype": "compute_dtype", "batch_tokens": "batch_tokens"}
+    return {key: compute[name] for name, key in names.items() if name in compute}
 
 
 def _shards(manifests: Sequence[Manifest], places: Sequence[Path]) -> int:
@@ -169,7 +177,7 @@ def _calibration_of(manifest: Manifest) -> Mapping[str, Any] | None:
     inputs = (manifest.get("imatrix") or {}).get("key_inputs") or {}
     if "calibration" not in inputs:
         return None
-    return {**inputs["calibration"], "compute_dtype": inputs["compute_dtype"]}
+    return {**inputs["calibration"], **{name: inputs[name] for name in SETTINGS if name in inputs}}
 
 
 def _calibration(recorded: Mapping[str, Any], texts: Sequence[Path], place: Path) -> dict[str, Any]:
@@ -188,8 +196,8 @@ def _calibration(recorded: Mapping[str, Any], texts: Sequence[Path], place: Path
             raise BuildError(
                 f"{place}: was calibrated on a text file of SHA-256 {corpus['file_sha256'][:12]}…; give it with --text"
             )
-    names = ("samples", "sequence_length", "seed", "compute_dtype")
-    return {"dataset": dataset, **{name: recorded[name] for name in names}}
+    names = ("samples", "sequence_length", "seed", *SETTINGS)
+    return {"dataset": dataset, **{name: recorded[name] for name in names if name in recorded}}
 
 
 def _repo_template(manifest: Manifest) -> str:
@@ -241,12 +249,14 @@ def _compare(manifest: Manifest, folder: Path) -> Compared:
             result.equal.append(name)
         else:
             result.differing.append(name)
-    for part in ("versions", "compute"):
-        before, now = manifest.get(part) or {}, again.get(part) or {}
+    for part in ("versions", "compute", "imatrix"):
+        before, now = ((data.get(part) or {}) for data in (manifest, again))
+        if part == "imatrix":
+            before, now = ((one.get("compute") or {}) for one in (before, now))
+            now = now if before else {}  # an older manifest does not say
+        names = sorted({*before, *now})
         result.changed.extend(
-            f"{name}: {before.get(name)} then, {now.get(name)} now"
-            for name in sorted({*before, *now})
-            if before.get(name) != now.get(name)
+            difference(name, before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)
         )
     result.changed.extend(
         f"engine {line}" for line in differences(manifest.get("engine") or {}, again.get("engine") or {})

@@ -108,7 +108,7 @@ def build_recipe(
                 plan.gguf.require()
             require_engines(plan.foreign_work)
             if plan.work or plan.level_work:
-                with alone, _workers(ray, notify) as workers:
+                with alone, _settled(), _workers(ray, notify) as workers:
                     if shards is None:
                         room = workers.room(device)
                         plan = result.plan = replace(plan, shards=min(room, loaded.recipe.calibration.samples))
@@ -132,6 +132,14 @@ def _remember(held: Dist, plan: Plan, *folders: Path) -> None:
 
 
 @contextmanager
+def _settled() -> Iterator[None]:
+    from quantize.source.accelerator import settled
+
+    with settled():
+        yield
+
+
+@contextmanager
 def _workers(ray: str | None, notify: Notify) -> Iterator[Workers]:
     from quantize.executors.choose import open_workers
 
@@ -149,13 +157,13 @@ def _build(
     notify: Notify,
     result: BuildResult,
 ) -> None:
-    diagonals = None
+    diagonals, compute = None, None
     if plan.native_work or plan.gathers_imatrix:
-        diagonals = _build_branches(plan, workers, held, device, keep_statistics, progress, notify, result)
+        diagonals, compute = _build_branches(plan, workers, held, device, keep_statistics, progress, notify, result)
     if plan.foreign_work:
         _build_foreign(plan, held, device, notify, result)
     if plan.level_work:
-        _build_levels(plan, workers, diagonals, held, progress, notify, result)
+        _build_levels(plan, workers, diagonals, compute, held, progress, notify, result)
 
 
 def _remove_done(plan: Plan) -> None:
@@ -184,6 +192,7 @@ def _build_levels(
     plan: Plan,
     workers: Workers,
     diagonals: Any,
+    compute: Mapping[str, Any] | None,
     held: Dist,
     progress: bool | None,
     notify: Notify,
@@ -193,7 +202,9 @@ def _build_levels(
 
     assert plan.gguf
     _remember(held, plan, plan.gguf.folder)
-    result.built += build_levels(plan, plan.level_work, diagonals, workers, held, result.timed, progress, notify)
+    result.built += build_levels(
+        plan, plan.level_work, diagonals, workers, held, result.timed, progress, notify, compute
+    )
     for item in plan.level_work:
         if item.outcome and item.outcome.fallbacks:
             result.oddities[item.label] = {"fallback": list(item.outcome.fallbacks)}
@@ -235,7 +246,8 @@ def _build_branches(
     notify: Notify,
     result: BuildResult,
 ) -> Any:
-    """Solve the branches that are not fresh and put them into place; returns diagonals for an importance matrix."""
+    """Solve the branches that are not fresh and put them into place; returns diagonals for an importance matrix, and how
+    they were computed."""
     from quantize.building.branches import Pass
 
     todo = plan.native_work
@@ -263,4 +275,4 @@ def _build_branches(
     # every branch is complete before the first reaches its place, so that those left behind are found there
     for branch, data in zip(branches, manifests, strict=True):
         _put_into_place(branch.item, branch.folder, data, held, result)
-    return one.diagonals
+    return one.diagonals, one.compute

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,12 +12,8 @@ from torch import nn
 from quantize.calibration.states import Place, States
 from quantize.calibration.statistics import Collector, InputStatistics, Timed, untimed
 from quantize.errors import CalibrationError
-from quantize.files.atomic import write_atomically
-from quantize.files.cache import cache_folder
-from quantize.source.accelerator import make_repeatable
+from quantize.source.processor import forward_dtype
 from quantize.source.streamed import StreamedModel
-
-CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 class Activations:
@@ -158,57 +152,18 @@ def block_statistics(
     return watch.groups, [collector.groups for collector in collectors]
 
 
-def choose_device(wish: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` as a device, whose results are then repeatable.
+def choose_device(asked: str) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` as a device.
 
     Raises:
         CalibrationError: cuda asked for and not there.
     """
-    if wish == "cuda" and not torch.cuda.is_available():
+    if asked == "cuda" and not torch.cuda.is_available():
         raise CalibrationError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    device = torch.device("cuda" if wish == "cuda" or (wish == "auto" and torch.cuda.is_available()) else "cpu")
-    make_repeatable(device)
-    return device
+    return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def choose_dtype(wish: str, device: torch.device, shapes: Sequence[tuple[int, int]]) -> torch.dtype:
-    """The dtype of the forward pass.
-
-    On a GPU bfloat16. On a CPU bfloat16 only where the processor has instructions for it and a matrix
-    product of this model's shape is clearly faster in it (software bfloat16 is a hundred times slower).
-    """
-    if wish != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wish]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    processor = _processor()
-    if not set(processor.split()) & set(CPU_FLAGS):
-        return torch.float32
-    # measured once per machine and remembered: a second build must not come out otherwise for a busy minute
-    known = hashlib.sha256(f"{processor} {torch.__version__}".encode()).hexdigest()
-    memory = cache_folder() / "compute-dtype" / known
-    if not memory.is_file():
-        rows, columns = max(shapes, key=lambda shape: shape[0] * shape[1])
-        faster = _seconds(torch.float32, rows, columns) > 1.3 * _seconds(torch.bfloat16, rows, columns)
-        write_atomically(memory, b"bfloat16" if faster else b"float32")
-    return torch.bfloat16 if memory.read_bytes() == b"bfloat16" else torch.float32
-
-
-def _processor() -> str:
-    """The processor's instruction flags, as Linux names them; empty elsewhere."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line for line in file if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return ""
-
-
-def _seconds(dtype: torch.dtype, rows: int, columns: int) -> float:
-    left = torch.ones(256, columns, dtype=dtype)
-    right = torch.ones(rows, columns, dtype=dtype)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        left @ right.t()
-        best = min(best, time.perf_counter() - start)
-    return best
+def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """The dtype of the forward pass, by the rule of :func:`quantize.source.processor.forward_dtype`."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return names[forward_dtype(asked, device.type)]

@@ -20,7 +20,6 @@ from quantize.source.streamed import Linear
 from quantize.source.tensor_file import TensorFile, save_whole
 
 ENTERED = "entered"
-STATISTICS_VERSION = 1  # raise when the same source and text would give other statistics
 
 
 class StatisticsStore:

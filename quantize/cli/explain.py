@@ -36,6 +36,7 @@ def explain(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str,
             "key": key_of(inputs),
             "built_key": known.get("key"),
             "changed": changed,
+            "made_otherwise": planned.made_otherwise(item),
         })  # fmt: skip
     if as_json:
         print_json(answers)
@@ -45,3 +46,5 @@ def explain(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str,
         click.echo(f"  key {answer['key'][:16]}, built {(answer['built_key'] or 'never')[:16]}")
         for line in answer["changed"]:
             click.echo(f"  {line}")
+        for line in answer["made_otherwise"]:
+            click.echo(f"  not in its key: {line}")

@@ -7,11 +7,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from quantize.errors import PlanError
+
+if TYPE_CHECKING:
+    from quantize.planning.plan import Plan
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -105,6 +108,19 @@ def table(rows: list[list[str]], right: frozenset[int] = frozenset()) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def made_otherwise(planned: Plan) -> list[str]:
+    """What ``fresh`` does not cover: fresh branches computed otherwise than a build here would, a line for each way."""
+    ways: dict[str, list[str]] = {}
+    for item in planned.everything:
+        if item.state == "fresh" and (differences := planned.made_otherwise(item)):
+            ways.setdefault("; ".join(differences), []).append(item.label)
+    return [
+        f"fresh, but computed otherwise than here ({way}): {', '.join(labels[:3])}"
+        + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
+        for way, labels in ways.items()
+    ]
 
 
 def quiet_libraries() -> None:

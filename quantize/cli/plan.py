@@ -12,6 +12,7 @@ from quantize.cli.options import (
     duration,
     gigabytes,
     json_option,
+    made_otherwise,
     memory_option,
     only_option,
     print_json,
@@ -75,6 +76,8 @@ def plan(
         if planned.gguf:
             click.echo(f"{planned.gguf.repo}:")
             click.echo(table([LEVEL_HEADING, *(_level_row(planned, item) for item in levels)], right=frozenset({1, 2})))
+        for line in made_otherwise(planned):
+            click.echo(line)
         for label, reason in planned.obstacles.items():
             click.echo(f"{label} cannot be built yet: {reason}")
         left = len(planned.work) + len(planned.level_work)

@@ -12,6 +12,7 @@ from quantize.cli.options import (
     endpoint_option,
     gigabytes,
     json_option,
+    made_otherwise,
     print_json,
     recipe_options,
     say,
@@ -54,6 +55,7 @@ def status(recipe: str, overrides: tuple[str, ...], dist: str, hub: bool, endpoi
             "modules": len(ledger) or len(known.get("tensor_types", {})),
             "mean_relative_error": sum(errors) / len(errors) if errors else None,
             "oddities": strange,
+            "made_otherwise": planned.made_otherwise(item),
         })  # fmt: skip
     others = _not_in_recipe(planned)
     unfinished = find_unfinished(planned.dist)
@@ -84,6 +86,8 @@ def status(recipe: str, overrides: tuple[str, ...], dist: str, hub: bool, endpoi
         ])  # fmt: skip
     click.echo(f"{', '.join(planned.repos.values())} in {dist}")
     click.echo(table(rows, right=frozenset({3, 4, 5} if there else {2, 3, 4})))
+    for line in made_otherwise(planned):
+        click.echo(line)
     for name in others:
         click.echo(f"{name}: not in this recipe")
     for one in unfinished:

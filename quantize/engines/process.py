@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -10,6 +9,7 @@ from typing import IO, Any
 from quantize.engines.engine import Engine
 from quantize.errors import EngineError
 from quantize.files.child import ChildFailed, Task, run_child
+from quantize.files.threads import thread_count
 
 WORKER = Path(__file__).with_name("worker.py")
 SHOWN = 300
@@ -22,7 +22,7 @@ def run_worker(engine: Engine, python: Path, request: Mapping[str, Any], log: IO
     Raises:
         EngineError: it failed, died or gave no answer; its log says more.
     """
-    threads = str(_threads())
+    threads = str(thread_count())
     arguments = {**request, "tool": str(engine.file), "packages": list(engine.packages), "threads": int(threads)}
     task = Task(
         WORKER, arguments, python, home=Path.home(),  # where engines keep the kernels that they compile
@@ -54,9 +54,3 @@ def _folders_of(source: str | None) -> list[Path]:
         return []
     links = {path.resolve().parent for path in Path(source).rglob("*") if path.is_symlink()}
     return [Path(source), *sorted(links)]
-
-
-def _threads() -> int:
-    """Of arithmetic: what OMP_NUM_THREADS says, as it does for us, else all cores."""
-    said = os.environ.get("OMP_NUM_THREADS", "")
-    return int(said) if said.isdigit() and int(said) else os.cpu_count() or 1

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from quantize.files.child import Child
+from quantize.files.threads import thread_count
 from quantize.gguf.quantize import finish, start
 
 LEVEL_MEMORY = 512 * 2**20  # of one running quantizer
@@ -42,7 +43,7 @@ class Children:
         self._lock = threading.Lock()
 
     def lanes(self, count: int) -> tuple[int, int]:
-        cores = os.cpu_count() or 1
+        cores = thread_count()
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if hasattr(os, "sysconf") else 2**34
         memory = min(memory, self._budget or memory)
         lanes = max(1, min(cores, count, memory // LEVEL_MEMORY))

@@ -24,11 +24,10 @@ from quantize.errors import BuildError, DamagedBuild
 from quantize.executors.api import Job
 from quantize.executors.local import named_digests, solve_job
 from quantize.executors.memory import give_back, return_large_buffers
-from quantize.files.cache import cache_folder
 from quantize.files.versions import versions_of
 from quantize.gguf.quantize import finish, start
 from quantize.methods.gptq import GptqParameters, Solution
-from quantize.source.accelerator import make_repeatable
+from quantize.source.accelerator import settled
 from quantize.source.resolved import Source
 from quantize.source.streamed import StreamedModel
 
@@ -87,7 +86,8 @@ class ShardWorker:
             BuildError: as :func:`settle`, or the model or the states cannot be read on this node.
             SourceError, CalibrationError: as in a local build.
         """
-        device = settle(wish.settings)
+        self.settling = contextlib.ExitStack()  # as long as this process lives
+        device = self.settling.enter_context(settle(wish.settings))
         for name in wish.source.checkpoint.shards:
             path = wish.source.folder / name
             if not path.is_file():
@@ -165,8 +165,9 @@ def sees(file: Path, token: str) -> bool:
         return False
 
 
-def settle(settings: Settings) -> torch.device:
-    """Have this process compute as the driver does.
+@contextlib.contextmanager
+def settle(settings: Settings) -> Iterator[torch.device]:
+    """While inside, this process computes as the driver does.
 
     Raises:
         BuildError: this node is of other versions.
@@ -177,12 +178,9 @@ def settle(settings: Settings) -> torch.device:
             f"the Ray node {platform.node()} has {odd[0]} {ours.get(odd[0])}, but the machine that builds "
             f"{settings.versions[odd[0]]}; install the same versions on every node"
         )
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "numba"))
     return_large_buffers()
-    torch.set_num_threads(settings.threads)
-    device = torch.device(settings.device)
-    make_repeatable(device)
-    return device
+    with settled(settings.threads):
+        yield torch.device(settings.device)
 
 
 def first_line(error: Exception) -> str:
@@ -219,17 +217,17 @@ def solve_packed(
     settings: Settings,
 ) -> tuple[list[dict[str, Any]], Packed]:
     """As :func:`solve_job`."""
-    place = settle(settings)
-    job = Job(
-        weight.tensor().to(place),
-        hessian.tensor().to(place),
-        drift.tensor().to(place) if drift else None,
-        wishes,
-        rtn_fallback,
-        row_budget,
-    )
-    solved = solve_job(job, with_energy)
-    return [pack_solution(solution) for solution in solved.solutions], Packed.of(solved.energy)
+    with settle(settings) as place:
+        job = Job(
+            weight.tensor().to(place),
+            hessian.tensor().to(place),
+            drift.tensor().to(place) if drift else None,
+            wishes,
+            rtn_fallback,
+            row_budget,
+        )
+        solved = solve_job(job, with_energy)
+        return [pack_solution(solution) for solution in solved.solutions], Packed.of(solved.energy)
 
 
 def quantize_level(wish: Mapping[str, Any]) -> tuple[int, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from quantize.errors import GgufError
 from quantize.files.atomic import write_atomically
 from quantize.files.child import ChildFailed, Task, run_child
 from quantize.files.notify import Notify
+from quantize.files.threads import thread_count
 from quantize.gguf.convert import Conversion
 from quantize.source.resolved import Source
 
@@ -90,7 +90,7 @@ def _run_llama(source: Source, path: Path, ids: np.ndarray) -> tuple[np.ndarray,
         asked, answered = Path(scratch) / "ids.npy", Path(scratch) / "logits.npy"
         np.save(asked, ids)
         arguments = {
-            "model": str(path.resolve()), "ids": str(asked), "logits": str(answered), "threads": os.cpu_count() or 1,
+            "model": str(path.resolve()), "ids": str(asked), "logits": str(answered), "threads": thread_count(),
             "text": TEXT,
         }  # fmt: skip
         try:

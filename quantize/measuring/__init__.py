@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Measured", "check_text", "measure_recipe"]
 
-VERSION = 1
+VERSION = 2
 """Raised when the same bytes on the same tokens give other figures: what was measured before is measured again."""
 
 Item = PlannedVariant | PlannedLevel
@@ -92,8 +92,7 @@ class _Task:
         plan.require_own()
         self.plan, self.device = plan, choose_device(device)
         self.text, self.on_calibration_text = held_out(plan)
-        shapes = [(linear.out_features, linear.in_features) for linear in plan.table.linears]
-        self.dtype = choose_dtype(plan.recipe.calibration.compute_dtype, self.device, shapes)
+        self.dtype = choose_dtype(plan.recipe.calibration.compute_dtype, self.device)
         self.title = ", ".join(title(corpus) for corpus in self.text.dataset)
         self.tokens = self.text.samples * self.text.sequence_length
         self.key = key_of({
@@ -167,6 +166,7 @@ def _measure(task: _Task, todo: Sequence[Item], progress: bool | None, notify: N
 
     from quantize.measuring.quality import AGAIN, SOURCE, measure_quality
     from quantize.measuring.store import Store
+    from quantize.source.accelerator import settled
     from quantize.source.streamed import StreamedModel
 
     plan, recipe = task.plan, task.plan.recipe
@@ -175,12 +175,13 @@ def _measure(task: _Task, todo: Sequence[Item], progress: bool | None, notify: N
     seconds = measuring_seconds(plan.source.checkpoint, plan.table, len(ids), ids.shape[1], len(todo))
     spent = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
     notify(f"measuring {len(todo)} branches on {ids.size} tokens of {task.title}, in about {spent}")
-    model = StreamedModel(plan.source, plan.table.prefix, task.dtype, task.device, trust, head=True)
     artefacts = {item.label: plan.finished(item).get("files") for item in todo}
     source_key = key_of({"source": task.key, "tokens": hashlib.sha256(ids.tobytes()).hexdigest()})
     store = Store(source_key, key_of({"source": source_key, "artefacts": artefacts}))
     batch = max(1, recipe.calibration.batch_tokens // ids.shape[1])
-    found = measure_quality(model, ids, _readers(plan, todo, model.read), batch, progress, store)
+    with settled():
+        model = StreamedModel(plan.source, plan.table.prefix, task.dtype, task.device, trust, head=True)
+        found = measure_quality(model, ids, _readers(plan, todo, model.read), batch, progress, store)
     rows = {row.branch: _figures(row) for row in found}
     common = {
         "key": task.key,

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from quantize.calibration.forward import Activations
 from quantize.measuring.store import Store
+from quantize.methods.sums import mean, total
 from quantize.source.streamed import Linear, StreamedModel
 
 SOURCE = "source"
@@ -193,17 +194,22 @@ class _Figures:
     def quality(self, name: str) -> Quality:
         loss, agreement = torch.cat(self.losses).flatten(), torch.cat(self.agreements)
         spread = torch.cat(self.divergences).flatten().clamp(min=0)
-        perplexity, count = math.exp(float(loss.mean())), spread.numel()
+        perplexity, count = math.exp(mean(loss)), spread.numel()
         return Quality(
             branch=name,
             perplexity=perplexity,
-            perplexity_error=perplexity * float(loss.std()) / math.sqrt(count),
-            kl_divergence=float(spread.mean()),
-            kl_error=float(spread.std()) / math.sqrt(count),
+            perplexity_error=perplexity * _deviation(loss) / math.sqrt(count),
+            kl_divergence=mean(spread),
+            kl_error=_deviation(spread) / math.sqrt(count),
             kl_median=float(spread.median()),
             kl_p99=float(spread.kthvalue(max(1, math.ceil(0.99 * count))).values),
-            top1_agreement=float(agreement.mean()),
+            top1_agreement=mean(agreement),
         )
+
+
+def _deviation(values: torch.Tensor) -> float:
+    """The standard deviation of a sample."""
+    return math.sqrt(total((values - mean(values)).square()) / (values.numel() - 1)) if values.numel() > 1 else math.nan
 
 
 def _compare(

@@ -17,6 +17,7 @@ import torch
 from quantize.errors import SolveError
 from quantize.methods.gptq import GptqParameters, Solution, round_to_nearest, solve
 from quantize.methods.grid import Grid
+from quantize.methods.sums import mean, total
 
 STEPS = 20
 RATIOS = tuple(step / STEPS for step in range(STEPS + 1))
@@ -79,7 +80,7 @@ def search_scales(
     if not bool(alive.any()):
         return Scales(torch.ones_like(hessian.diagonal()), 0.0)
     strength = power.clamp(min=float(power[alive].min())).sqrt().log()
-    strength -= strength[alive].mean()
+    strength -= mean(strength[alive])
     sample = weight[torch.linspace(0, len(weight) - 1, min(len(weight), ROWS), device=weight.device).long()]
     best, found = float("inf"), Scales(torch.ones_like(hessian.diagonal()), 0.0)
     for ratio in RATIOS:
@@ -100,7 +101,7 @@ def scaled_error(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tenso
     step, zero = grid.fit(scaled, scaled[0])
     rounded = step[:, None] * (grid.round(scaled, step[:, None], zero[:, None]) - zero[:, None])
     difference = (rounded - scaled).view(rows, columns) / scale
-    return float(((difference @ hessian) * difference).sum(dtype=torch.float64))
+    return total((difference @ hessian) * difference)
 
 
 def quantize_scaled(

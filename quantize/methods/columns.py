@@ -12,10 +12,11 @@ import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from quantize.methods.compiled import compiled
 from quantize.methods.grid import REACHES, Grid
 
 Kernel = Literal["numba", "triton", "torch"]
@@ -52,14 +53,12 @@ def fit_groups(
 
         return on_gpu(weight, importance, grid, size)
     if kernel == "numba":
-        from quantize.methods.kernel import fit_groups as on_cpu
-
         scales, zeros = (torch.empty(columns // size, rows, dtype=weight.dtype) for _ in range(2))
-        run: Any = on_cpu
         reaches = torch.tensor(REACHES if grid.mse else REACHES[:1], dtype=weight.dtype)
         top = torch.tensor([grid.top], dtype=weight.dtype)
         tensors = (weight.contiguous(), importance, top, reaches, scales, zeros)
-        run(*(tensor.numpy() for tensor in tensors), size, grid.sym)
+        with compiled() as kernels:
+            kernels.fit_groups(*(tensor.numpy() for tensor in tensors), size, grid.sym)
         return scales, zeros
     fitted = [grid.fit(part, costs) for part, costs in zip(weight.split(size, 1), importance.split(size), strict=True)]
     return torch.stack([scale for scale, _ in fitted]), torch.stack([zero for _, zero in fitted])
@@ -124,10 +123,8 @@ class Columns:
             self.original, self.work, self.upper, self.order, self.groups, self.sizes, self.scales, self.zeros,
             tops, syms, searches, reaches, self.importance, self.codes, errors, self.squares, self.spread,
         )  # fmt: skip
-        from quantize.methods.kernel import round_columns  # compiles on first use, so not before it is needed
-
-        kernel: Any = round_columns
-        kernel(*(tensor.numpy() for tensor in tensors), first, last)
+        with compiled() as kernels:
+            kernels.round_columns(*(tensor.numpy() for tensor in tensors), first, last)
 
     def _round_torch(self, errors: torch.Tensor, first: int, last: int) -> None:
         tops = torch.tensor([grid.top for grid in self.grids], device=self.work.device, dtype=self.work.dtype)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from quantize.errors import SolveError
+from quantize.methods.sums import mean
+from quantize.methods.triangular import invert_factor
 
 RAISE_BY = 10.0
 DAMP_LIMIT = 10.0
@@ -63,24 +65,33 @@ def factorize(hessian: torch.Tensor, damp_percent: float, order: torch.Tensor | 
         SolveError: not positive definite however much it is damped.
     """
     diagonal = hessian.diagonal()
-    mean = float(diagonal.double().mean()) or 1.0
+    average = mean(diagonal) or 1.0
     wished = damp_percent
     while damp_percent <= max(DAMP_LIMIT, wished):
         damped = _reversed(hessian, order)
-        damped.diagonal().add_(damp_percent * mean)  # the only entry of a dead channel: it stands alone
-        lower, info = torch.linalg.cholesky_ex(damped)
+        damped.diagonal().add_(damp_percent * average)  # the only entry of a dead channel: it stands alone
+        inverse = _inverse_of_factor(damped)
         del damped
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            inverse = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-            del lower
+        if inverse is not None:
             upper = inverse.flip(0, 1)
             del inverse
             if bool(torch.isfinite(upper.diagonal()).all()):
                 raised = damp_percent != wished
-                return Factor(upper, order, damp_percent * mean, damp_percent, raised, int((diagonal <= 0).sum()))
+                return Factor(upper, order, damp_percent * average, damp_percent, raised, int((diagonal <= 0).sum()))
         damp_percent = damp_percent * RAISE_BY or FIRST_DAMP
     raise SolveError(f"its Hessian is not positive definite even with damp_percent {damp_percent / RAISE_BY:g}")
+
+
+def _inverse_of_factor(matrix: torch.Tensor) -> torch.Tensor | None:
+    """inverse(L) where ``matrix`` = L L^T, which is spoilt; None where it is not positive definite."""
+    if matrix.device.type == "cpu":
+        return matrix if invert_factor(matrix) else None
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) or not bool(torch.isfinite(lower.diagonal()).all()):
+        return None
+    inverse = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    return inverse
 
 
 def _reversed(hessian: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:

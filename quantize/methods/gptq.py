@@ -21,6 +21,7 @@ from quantize.errors import SolveError
 from quantize.methods.columns import Columns, Kernel, fit_groups, kernel_of
 from quantize.methods.factor import Factor, activation_order, factorize, group_aware_order
 from quantize.methods.grid import Grid
+from quantize.methods.sums import mean
 
 OUTER = 128  # columns between updates of the whole rest of W
 ROW_BUDGET = 192 * 2**20  # bytes of W, of all variants, that are worked on together
@@ -142,7 +143,7 @@ def round_to_nearest(weight: torch.Tensor, hessian: torch.Tensor, parameters: Gp
     rows, columns = weight.shape
     size = parameters.group_size_of(columns)
     diagonal = hessian.diagonal()
-    importance = diagonal + parameters.damp_percent * (float(diagonal.double().mean()) or 1.0)
+    importance = diagonal + parameters.damp_percent * (mean(diagonal) or 1.0)
     scales, zeros = fit_groups(weight, importance, parameters.grid, size)
     g_idx = torch.arange(columns, device=weight.device) // size
     codes = parameters.grid.round(weight, scales[g_idx].t(), zeros[g_idx].t())

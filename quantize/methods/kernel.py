@@ -148,3 +148,33 @@ def round_columns(
         for lane in range(count):
             squares[variant, row + lane] += square[lane]
             spread[variant, row + lane] += apart[lane]
+
+
+@numba.njit(cache=True, error_model="numpy")
+def invert_factor(block):
+    """Replace a symmetric positive definite ``block`` [K, K] by inverse(L), where block = L L^T; False if it is none."""
+    size = len(block)
+    upper = np.empty((size, size), block.dtype)  # L^T: whose rows lie side by side for the vector units
+    for row in range(size):
+        for column in range(row, size):
+            upper[row, column] = block[column, row]
+    for pivot in range(size):
+        if not upper[pivot, pivot] > 0 or upper[pivot, pivot] == math.inf:
+            return False
+        root = np.sqrt(upper[pivot, pivot])
+        for column in range(pivot, size):
+            upper[pivot, column] /= root
+        for row in range(pivot + 1, size):
+            factor = upper[pivot, row]
+            for column in range(row, size):
+                upper[row, column] -= factor * upper[pivot, column]
+    for row in range(size):
+        inverse = np.zeros(size, block.dtype)
+        inverse[row] = 1
+        for earlier in range(row):
+            factor = upper[earlier, row]
+            for column in range(earlier + 1):
+                inverse[column] -= factor * block[earlier, column]
+        for column in range(size):
+            block[row, column] = inverse[column] / upper[row, row]
+    return True

@@ -6,11 +6,11 @@ hundredths of a second; shares of that rate which the stages reach were measured
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantize.files.threads import thread_count
 from quantize.planning.memory import PROCESS_BYTES, MemoryModel, distinct_inputs
 from quantize.planning.modules import ModuleTable
 from quantize.recipe.methods import GptqVariant, Variant
@@ -68,7 +68,7 @@ def estimate(
     """
     passed = bool(variants) or imatrix
     quantizing = sum(nbytes / (1e6 * _megabytes_per_second(level)) for level, nbytes in levels)
-    quantizing = quantizing / (os.cpu_count() or 1) + (CONVERT_SECONDS if levels else 0.0)
+    quantizing = quantizing / thread_count() + (CONVERT_SECONDS if levels else 0.0)
     if not passed:
         return Estimate(quantizing, PROCESS_BYTES if levels else 0)
     tokens = calibration.samples * calibration.sequence_length

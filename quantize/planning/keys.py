@@ -1,4 +1,8 @@
-"""Keys: what a finished variant depends on. Equal keys mean equal bytes, so it need not be built again."""
+"""Keys: what a finished variant was asked to be. Equal keys, under equal circumstances, mean equal bytes.
+
+In a key stands what the recipe says and what the package computes: the source, the text, the parameters, the versions of
+our own algorithms. What the machine and the command line add (:mod:`quantize.planning.circumstances`) is in the manifest.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from quantize.calibration.versions import STATISTICS_VERSION
 from quantize.recipe.methods import Awq, Gptq, Method, Variant
 from quantize.recipe.schema import Release
 
-SOLVER_VERSION = 3
+SOLVER_VERSION = 4
 """Raised when the same source, tokens and parameters give other bytes: finished variants are then stale."""
 LISTS = frozenset({"variants", "matrix"})
 JUDGEMENTS = frozenset({"fail_on", "min_expert_tokens"})
@@ -35,7 +40,11 @@ def key_inputs(
             in its place.
     """
     as_a_whole = set(type(section).model_fields) - set(type(variant).model_fields) - LISTS - JUDGEMENTS
-    by_whom = {"engine": {**engine, "door": DOOR_VERSION}} if engine else {"solver": SOLVER_VERSION}
+    by_whom = (
+        {"engine": {**engine, "door": DOOR_VERSION}}
+        if engine
+        else {"solver": SOLVER_VERSION, "statistics": STATISTICS_VERSION}
+    )
     return {
         **by_whom,
         "source": dict(hashes),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantize.calibration.corpus import title
+from quantize.calibration.versions import STATISTICS_VERSION
 from quantize.dist.manifest import is_complete, read_manifest
 from quantize.errors import GgufError
 from quantize.files.atomic import write_atomically
@@ -29,6 +30,8 @@ from quantize.recipe.methods import Gguf
 from quantize.recipe.schema import Recipe
 from quantize.source.resolved import Source, safe_name
 
+LEVELS_VERSION = 1
+"""Raised when llama.cpp is asked for the same level in another way: finished levels are then stale."""
 BRANCH = "main"
 State = Literal["missing", "stale", "fresh", "taken"]
 
@@ -188,6 +191,8 @@ def _imatrix(
         "source": dict(source.hashes),
         "calibration": dict(calibration),
         "compute_dtype": settings.compute_dtype,
+        "batch_tokens": settings.batch_tokens,
+        "statistics": STATISTICS_VERSION,
         "dataset": ", ".join(title(corpus) for corpus in settings.dataset),
         "chunks": settings.samples,
     }
@@ -216,6 +221,7 @@ def _planned(blank: LevelPlan, level: str, outcome: Outcome | None, with_imatrix
     inputs = {
         "conversion": blank.conversion.identity,
         "quantizer": f"llama-cpp-python {VERSION}",
+        "version": LEVELS_VERSION,
         "level": level,
         "tensor_types": dict(blank.section.tensor_types),
         "imatrix": dict(blank.imatrix_inputs) if with_imatrix else None,

@@ -13,6 +13,7 @@ from quantize.calibration.tokens import calibration_identity
 from quantize.dist.manifest import read_manifest
 from quantize.engines import Engine
 from quantize.errors import PlanError
+from quantize.planning.circumstances import circumstances_here, circumstances_of, made_otherwise
 from quantize.planning.engines import engine_of, identity_of, layout_of, obstacles
 from quantize.planning.estimate import Estimate, estimate
 from quantize.planning.keys import key_inputs
@@ -184,6 +185,22 @@ class Plan:
         entry: dict[str, Any] = (data.get("levels") or {}).get(item.level) or {}
         return entry
 
+    @cached_property
+    def circumstances(self) -> dict[str, Any]:
+        """What a build of it here would note as ``compute`` and ``versions``."""
+        asked = self.recipe.calibration
+        return circumstances_here(asked.compute_dtype, asked.batch_tokens, self.shards)
+
+    def made_otherwise(self, item: PlannedVariant | PlannedLevel) -> list[str]:
+        """How a finished item was computed otherwise than a build here would; its key does not know."""
+        data = read_manifest(item.folder) or {}
+        if isinstance(item, PlannedLevel):
+            data = (data.get("imatrix") or {}) if item.wants_imatrix else {}
+        elif item.engine:  # its key holds its packages
+            return []
+        then = circumstances_of(data.get("compute") or {}, data.get("versions") or {})
+        return made_otherwise(then, self.circumstances)
+
     def key_inputs(self, item: PlannedVariant | PlannedLevel) -> dict[str, Any]:
         """What the item's bytes depend on."""
         if isinstance(item, PlannedLevel):
@@ -216,6 +233,7 @@ class Plan:
                     "shards": len(item.layout.shards),
                     "state": item.state,
                     "why": item.why,
+                    "made_otherwise": self.made_otherwise(item),
                     "selected": item.label in self.selected,
                     **({"obstacle": self.obstacles[item.label]} if item.label in self.obstacles else {}),
                 }
@@ -230,6 +248,7 @@ class Plan:
                     "fallbacks": list(item.outcome.fallbacks) if item.outcome else None,
                     "state": item.state,
                     "why": item.why,
+                    "made_otherwise": self.made_otherwise(item),
                     "selected": item.label in self.selected,
                 }
                 for item in (self.gguf.levels if self.gguf else ())
@@ -240,6 +259,7 @@ class Plan:
 def variant_key_inputs(
     recipe: Recipe, source: Source, calibration: dict[str, Any], method: Method, variant: Variant
 ) -> dict[str, Any]:
-    settings = {**calibration, "compute_dtype": recipe.calibration.compute_dtype}
+    asked = recipe.calibration
+    settings = {**calibration, "compute_dtype": asked.compute_dtype, "batch_tokens": asked.batch_tokens}
     section, engine = recipe.section(method), identity_of(variant)
     return key_inputs(source.hashes, settings, method, section, variant, recipe.release, engine)

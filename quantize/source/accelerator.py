@@ -1,23 +1,131 @@
-"""Settings under which a GPU computes exactly and gives the same bytes again."""
+"""Settings under which this process computes the same bytes again, and how it computes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from quantize.files.cache import cache_folder
+from quantize.files.threads import VARIABLE, thread_count
+from quantize.methods.products import EvenProducts
+from quantize.source.processor import processor_name
 
-def make_repeatable(device: torch.device) -> None:
-    """Settle how this process computes on a GPU: float32 products in full float32, equal results in every run.
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
-    TensorFloat-32 keeps 10 bits of each factor, with which X^T X is no Hessian of X any more. cuBLAS is repeatable with
-    a fixed workspace, whose size it reads from the environment when it starts. An operation that has no repeatable
-    version warns. On a CPU nothing changes.
+
+@contextlib.contextmanager
+def settled(threads: int | None = None) -> Iterator[None]:
+    """While inside, this process computes alike whatever it was set to; afterwards all is as the caller had it.
+
+    One number of threads holds for torch, the compiled kernels and child processes. Products of float32 are full
+    float32 ones, independent of that number. float32 is the default dtype and the CPU the default device.
+
+    Args:
+        threads: how many; None takes :func:`thread_count`, or fewer where the caller set torch to fewer.
     """
-    if device.type != "cuda":
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.get_num_threads()
+    if threads is None:
+        threads = thread_count() if os.environ.get(VARIABLE) else min(thread_count(), before)
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, before)
+        stack.enter_context(_environment(threads))
+        stack.enter_context(_settings())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(EvenProducts())
+        torch.set_num_threads(threads)
+        yield
+
+
+def compute_of(device: torch.device, dtype: torch.dtype, kernel: str) -> dict[str, Any]:
+    """How this process computes, for a manifest."""
+    return {
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "kernel": kernel,
+        "threads": torch.get_num_threads(),
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+    }
+
+
+@contextlib.contextmanager
+def _environment(threads: int) -> Iterator[None]:
+    """Variables that libraries read when they start, and that children inherit."""
+    wanted = {
+        VARIABLE: str(threads),
+        # cuBLAS is repeatable with a fixed workspace, whose size it reads when it starts
+        CUBLAS: os.environ.get(CUBLAS, ":4096:8"),
+        # compiled kernels belong into our cache, not beside the source, which may be read-only
+        "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR", str(cache_folder() / "numba")),
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    _reread_by_numba()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        _reread_by_numba()
+
+
+def _reread_by_numba() -> None:
+    """numba looks for its cache where the environment said when it was imported."""
+    if numba := sys.modules.get("numba"):
+        numba.config.CACHE_DIR = os.environ.get("NUMBA_CACHE_DIR", "")
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """torch's settings of the whole process. On a GPU an operation that has no repeatable version warns."""
+    dtype, state = torch.get_default_dtype(), torch.get_rng_state()
+    repeatable = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(torch.cuda.is_available(), warn_only=True)
+    memory.fill_uninitialized_memory = False  # nothing here reads what it did not write
+    try:
+        with _full_precision():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(repeatable, warn_only=warns)
+        memory.fill_uninitialized_memory = filled
+        torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 operations in float32, on a CPU too: narrow products keep 8 or 10 bits of each factor, with which X^T X
+    is no Hessian of X any more."""
+    backends: Any = torch.backends
+    switches = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul, backends.cudnn.conv]
+    switches = [one for one in switches if hasattr(one, "fp32_precision")]
+    before = [one.fp32_precision for one in switches]
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller went by the switches
+        precision = None
     torch.set_float32_matmul_precision("highest")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # nothing here reads what it did not write
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    for one in switches:
+        one.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        for one, value in zip(switches, before, strict=True):
+            one.fp32_precision = value
