@@ -15,7 +15,7 @@ import torch
 
 from quantize.building.branch import half_bias
 from quantize.dist.ledger import LedgerEntry
-from quantize.errors import EngineError, SourceError
+from quantize.errors import EngineRunError, SourceError
 from quantize.formats import compressed, gptq
 from quantize.formats.reader import PARTS, decode
 from quantize.formats.safetensors_writer import TORCH_DTYPES, ShardWriter
@@ -47,7 +47,7 @@ def rewrite(
         return _Rewriting(plan, item, raw).run(folder, modules)
     except (SourceError, KeyError, ValueError) as error:
         reason = str(error.args[0]) if isinstance(error, KeyError) else str(error)
-        raise EngineError(f"what {title} made is no such branch: {reason}") from None
+        raise EngineRunError(f"what {title} made is no such branch: {reason}") from None
 
 
 class _Files:

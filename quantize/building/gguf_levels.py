@@ -16,7 +16,7 @@ from tqdm import tqdm
 from quantize import __version__
 from quantize.calibration.statistics import Timed
 from quantize.dist.manifest import MANIFEST_NAME, SCHEMA, read_manifest
-from quantize.errors import BuildError, GgufError
+from quantize.errors import BuildError, GgufRunError
 from quantize.executors.api import Workers
 from quantize.executors.quantizers import Quantizers
 from quantize.files.atomic import copy_file, sync_folder, write_atomically
@@ -226,7 +226,7 @@ def _run_one(
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         if item.outcome is not None and temporary.stat().st_size != item.outcome.nbytes:
-            raise GgufError(
+            raise GgufRunError(
                 f"{item.level}: the file has {temporary.stat().st_size:,} bytes, planned were {item.outcome.nbytes:,}"
             )
         parts = {item.file: temporary}

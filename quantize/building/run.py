@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.dist.layout import locked, publish
 from quantize.dist.ledger import oddities
 from quantize.dist.resume import Unfinished, find_unfinished
-from quantize.errors import BuildError, CalibrationError, SourceError
+from quantize.errors import BuildError, CalibrationError, PlanError, SourceError
 from quantize.files.notify import Notify
 from quantize.planning.engines import require_engines
 from quantize.planning.plan import Plan, PlannedVariant
@@ -92,7 +92,7 @@ def build_recipe(
         QuantizeError: one of its kinds; finished branches are untouched then.
     """
     if ray is not None and find_spec("ray") is None:
-        raise BuildError(f"--ray {ray}: Ray is not installed; install it with: pip install 'quantize[ray]'")
+        raise PlanError(f"--ray {ray}: Ray is not installed; install it with: pip install 'quantize[ray]'")
     with locked(Path(dist)) as work:
         plan = plan_recipe(loaded, dist, only, weights=True, budget=budget, shards=shards or 1, notify=notify)
         result = BuildResult(plan)

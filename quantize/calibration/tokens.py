@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from quantize.calibration.corpus import identity, read_text, title
-from quantize.errors import CalibrationError
+from quantize.errors import CalibrationError, is_memory_shortage
 from quantize.recipe.schema import Calibration, Corpus
 from quantize.source.resolved import Source
 
@@ -53,6 +54,8 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer readers raise anything, also from their Rust side
+        if is_memory_shortage(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise CalibrationError(f"{source.named}: its tokenizer cannot be read: {reason}") from None
 
@@ -93,13 +96,30 @@ def _windows(
     return windows if bos is None else np.concatenate([np.full((count, 1), bos), windows], axis=1)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, without special tokens and without the length warning."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    """Token ids of a text, without the length warning; with the tokens that open and close a prompt if ``special``.
+
+    Raises:
+        CalibrationError: the tokenizer fails, or gives something else than ids.
+    """
+    try:
+        ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        found = [operator.index(token) for token in ids]
+    except Exception as error:  # it raises anything, also from its Rust side
+        if is_memory_shortage(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CalibrationError(f"the source's tokenizer cannot encode a text ({reason}); see its tokenizer files") from None
+    if found and not 0 <= min(found) <= max(found) < 2**31:
+        raise CalibrationError(
+            f"the source's tokenizer gives {min(found)} to {max(found)} as ids of tokens, which no embedding has"
+        )
+    return found
 
 
 def _bos(tokenizer: Any) -> int | None:
     """The BOS id, if the tokenizer puts one before a prompt."""
-    start = tokenizer("a")["input_ids"][:1]
+    start = encode(tokenizer, "a", special=True)[:1]
     bos = tokenizer.bos_token_id
-    return int(bos) if bos is not None and start == [bos] else None
+    return start[0] if start and start == [bos] else None
+

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from quantize.engines.engine import Engine
-from quantize.errors import EngineError
+from quantize.errors import EngineRunError
 
 WORKER = Path(__file__).with_name("worker.py")
 SHOWN = 300
@@ -41,15 +41,15 @@ def run_worker(engine: Engine, python: Path, request: Mapping[str, Any], folder:
         if done.returncode < 0:
             name = signal.Signals(-done.returncode).name
             hint = ": the machine may have run out of memory" if name == "SIGKILL" else ""
-            raise EngineError(f"{engine.title} was killed by {name}{hint}; its log is {log.name}")
+            raise EngineRunError(f"{engine.title} was killed by {name}{hint}; its log is {log.name}")
         try:
             said: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise EngineError(
+            raise EngineRunError(
                 f"{engine.title} ended without an answer (exit code {done.returncode}); its log is {log.name}"
             ) from None
         if "error" in said:
-            raise EngineError(f"{engine.title} failed: {said['error'][:SHOWN]}; its log is {log.name}")
+            raise EngineRunError(f"{engine.title} failed: {said['error'][:SHOWN]}; its log is {log.name}")
         return said
 
 

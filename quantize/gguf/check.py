@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from quantize.errors import GgufError
+from quantize.errors import GgufRunError
 from quantize.files.atomic import write_atomically
 from quantize.files.notify import Notify
 from quantize.source.resolved import Source
@@ -46,7 +46,7 @@ def check_conversion(
         found = _compare(source, prefix, path)
         write_atomically(place, json.dumps(found).encode())
     if not found["kl_divergence"] <= tolerance:  # NaN too
-        raise GgufError(
+        raise GgufRunError(
             f"{source.named}: the converted file does not answer as its source does (mean KL divergence "
             f"{found['kl_divergence']:.3g}, allowed {tolerance:g}); known causes are rope or attention settings that "
             "the converter drops, and a tokenizer that llama.cpp reads otherwise; compare config.json with the log of "
@@ -59,12 +59,12 @@ def _compare(source: Source, prefix: str, path: Path) -> dict[str, Any]:
     import torch
 
     from quantize.calibration.forward import Activations
-    from quantize.calibration.tokens import load_tokenizer
+    from quantize.calibration.tokens import encode, load_tokenizer
     from quantize.source.streamed import StreamedModel
 
     tokenizer = load_tokenizer(source)
-    plain = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    ids = np.array(tokenizer(TEXT)["input_ids"][:LENGTH], dtype=np.int64)
+    plain = encode(tokenizer, TEXT)
+    ids = np.array(encode(tokenizer, TEXT, special=True)[:LENGTH], dtype=np.int64)
     logits, tokens = _run_llama(source, path, ids)
     theirs = torch.from_numpy(logits)
     model = StreamedModel(source, prefix, torch.float32, torch.device("cpu"), head=True)
@@ -94,5 +94,5 @@ def _run_llama(source: Source, path: Path, ids: np.ndarray) -> tuple[np.ndarray,
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it gave no reason"]
-            raise GgufError(f"{source.named}: llama.cpp cannot load the converted file: {lines[-1][:300]}")
+            raise GgufRunError(f"{source.named}: llama.cpp cannot load the converted file: {lines[-1][:300]}")
         return np.load(answered), json.loads(done.stdout.splitlines()[-1])

@@ -95,8 +95,7 @@ class MemoryModel:
     @cached_property
     def width(self) -> int:
         """Of the hidden states."""
-        config = self.checkpoint.text_config
-        return int(config.get("hidden_size") or config.get("n_embd") or 0)
+        return self.checkpoint.size("hidden_size", "n_embd") or 0
 
     @property
     def states_bytes(self) -> int:
