@@ -13,7 +13,7 @@ from typing import Any
 
 DONE, FAILED, WRONG_INPUT, ANSWER_IS_NO = 0, 1, 2, 3
 """Exit codes. FAILED: something went wrong while working. WRONG_INPUT: what was asked for cannot be done as it was
-asked. ANSWER_IS_NO: the command is a check, and what it checks does not hold. Beyond them, 128 + the signal's number."""
+asked. ANSWER_IS_NO: the command is a check, and what it checks does not hold. A signal ends with 128 + its number."""
 
 MOST_SHOWN = 80
 """Characters of a value that a message quotes."""
@@ -55,7 +55,7 @@ def _written(value: Any, depth: int) -> Iterator[str]:
         yield f"a number of {value.bit_length():,} bits"
         return
     if isinstance(value, dict | list | tuple | set | frozenset):
-        opening, closing = {dict: "{}", list: "[]", tuple: "()"}.get(type(value), "{}")
+        opening, closing = {dict: ("{", "}"), list: ("[", "]"), tuple: ("(", ")")}.get(type(value), ("{", "}"))
         yield opening
         if value and not depth:
             yield "…"
@@ -77,6 +77,9 @@ def _written(value: Any, depth: int) -> Iterator[str]:
     yield f"<{type(value).__name__}>"  # its own notation is somebody's code, or holds an address
 
 
+_LONG_WORD = re.compile(rf"\S{{{MOST_WORD + 1},}}")
+
+
 class QuantizeError(Exception):
     """A mistake or a fault that the user can act on. ``str(error)`` is the whole message."""
 
@@ -85,7 +88,7 @@ class QuantizeError(Exception):
     def __init__(self, message: str) -> None:
         # names and values in it come from outside: it stays one line of a bearable length, and cannot steer the
         # terminal
-        words = re.sub(r"\S{%d,}" % (MOST_WORD + 1), lambda word: shortened(word[0], MOST_WORD), message)
+        words = _LONG_WORD.sub(lambda word: shortened(word[0], MOST_WORD), message)
         super().__init__(shortened(printable(words), MOST_MESSAGE))
 
 
@@ -189,6 +192,7 @@ class PushError(ReleaseError):
     exit_code = FAILED
 
 
+_CHAIN = 10
 _NO_MEMORY = re.compile(
     r"can(?:'|no)t allocate memory|cannot allocate|failed to map segment|bad_alloc|out of memory"
     r"|can't start new thread|unable to allocate|resource temporarily unavailable|paging file",
@@ -197,15 +201,22 @@ _NO_MEMORY = re.compile(
 """What numpy, torch, OpenMP, the dynamic loader and the C library say when memory, or room for a thread, is refused."""
 
 
-def is_memory_shortage(error: BaseException) -> bool:
-    """Whether an exception says that memory was refused. Libraries say it by exceptions of many types."""
-    if isinstance(error, QuantizeError):
-        return isinstance(error, OutOfMemoryError)
-    if isinstance(error, MemoryError):
-        return True
-    if isinstance(error, OSError) and error.errno in {errno.ENOMEM, errno.EAGAIN}:
-        return True
-    if isinstance(error, RuntimeError | ImportError | SystemError | OSError):
-        return bool(_NO_MEMORY.search(str(error)[:10_000]))
-    cause = error.__cause__
-    return cause is not None and is_memory_shortage(cause)
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up. What it raises then is no ``Exception``."""
+    return type(error).__name__ == "PanicException"
+
+
+def is_memory_shortage(error: BaseException | None) -> bool:
+    """Whether an exception, or one that it came of, says that memory was refused. Libraries say it in many ways."""
+    for _ in range(_CHAIN):
+        if error is None or isinstance(error, QuantizeError):
+            break
+        if isinstance(error, MemoryError) or (
+            isinstance(error, OSError) and error.errno in {errno.ENOMEM, errno.EAGAIN}
+        ):
+            return True
+        speaks = isinstance(error, RuntimeError | ImportError | SystemError | OSError) or is_panic(error)
+        if speaks and _NO_MEMORY.search(str(error)[:10_000]):
+            return True
+        error = error.__cause__ or error.__context__
+    return isinstance(error, OutOfMemoryError)

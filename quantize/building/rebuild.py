@@ -90,9 +90,7 @@ def rebuild(
             reason = str(error).partition(f"{recipe.name}:")[2].partition(": ")[2] or str(error)
             raise ManifestError(f"{places[0]}: no recipe can be made of it: {reason}") from None
         dist = into or Path(scratch) / "dist"
-        plan = build_recipe(
-            loaded, dist, device=device, shards=_shards(manifests, places), notify=notify
-        ).plan
+        plan = build_recipe(loaded, dist, device=device, shards=_shards(manifests, places), notify=notify).plan
         folders = {f"{item.label.partition('/')[0]}/{item.branch}": item.folder for item in plan.variants}
         if plan.gguf:
             folders["gguf/main"] = plan.gguf.folder

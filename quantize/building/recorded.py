@@ -1,7 +1,7 @@
 """What a manifest has to say for its release to be made again. A manifest may come from anybody.
 
-``dist/manifest_schema.py`` describes what every reader goes by; this describes what ``rebuild`` reads beyond it, so that
-it can read on without a doubt. Values that go into a recipe are checked there, by the recipe's own schema.
+``dist/manifest_schema.py`` describes what every reader goes by; this describes what ``rebuild`` reads beyond it, so
+that it can read on without a doubt. Values that go into a recipe are checked there, by the recipe's own schema.
 """
 
 from __future__ import annotations

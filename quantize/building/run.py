@@ -19,8 +19,10 @@ from quantize.dist.layout import locked, publish
 from quantize.dist.ledger import oddities
 from quantize.dist.resume import Unfinished, find_unfinished
 from quantize.errors import BuildError, CalibrationError, PlanError, SourceError
+from quantize.files.cache import cache_error
 from quantize.files.notify import Notify
 from quantize.planning.engines import require_engines
+from quantize.planning.memory import check_limits
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.planning.planner import plan_recipe
 from quantize.publishing.card import refresh_cards
@@ -110,6 +112,8 @@ def build_recipe(
             refresh_cards(plan)
             _remove_done(plan)
         except OSError as error:
+            if unusable := cache_error(error):
+                raise unusable from None
             if error.errno in NO_SPACE:
                 raise BuildError(
                     f"{dist}: no space left while writing ({error.strerror}); free some space and build again: "
@@ -222,6 +226,7 @@ def _build_branches(
     todo = plan.native_work
     one = Pass(plan, todo, plan.gathers_imatrix, device, keep_statistics, result.timed, notify)
     _check_disk(plan, todo, one.kept)
+    check_limits(plan.memory)
     try:
         branches = one.run(workers, progress)
         with result.timed("write"):

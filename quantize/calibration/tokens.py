@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from quantize.calibration.corpus import identity, read_text, title
-from quantize.errors import CalibrationError, is_memory_shortage
+from quantize.errors import CalibrationError, is_memory_shortage, is_panic
 from quantize.recipe.schema import Calibration, Corpus
 from quantize.source.resolved import Source
 
@@ -53,8 +53,8 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizer readers raise anything, also from their Rust side
-        if is_memory_shortage(error):
+    except BaseException as error:  # tokenizer readers raise anything, also from their Rust side
+        if not _is_of_the_tokenizer(error):
             raise
         reason = " ".join(str(error).split())[:300]
         raise CalibrationError(f"{source.named}: its tokenizer cannot be read: {reason}") from None
@@ -105,11 +105,13 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
     try:
         ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         found = [operator.index(token) for token in ids]
-    except Exception as error:  # it raises anything, also from its Rust side
-        if is_memory_shortage(error):
+    except BaseException as error:  # it raises anything, also from its Rust side
+        if not _is_of_the_tokenizer(error):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise CalibrationError(f"the source's tokenizer cannot encode a text ({reason}); see its tokenizer files") from None
+        raise CalibrationError(
+            f"the source's tokenizer cannot encode a text ({reason}); see its tokenizer files"
+        ) from None
     if found and not 0 <= min(found) <= max(found) < 2**31:
         raise CalibrationError(
             f"the source's tokenizer gives {min(found)} to {max(found)} as ids of tokens, which no embedding has"
@@ -117,9 +119,13 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
     return found
 
 
+def _is_of_the_tokenizer(error: BaseException) -> bool:
+    """Any error but a shortage of memory; a panic of the Rust side is no ``Exception``."""
+    return (isinstance(error, Exception) or is_panic(error)) and not is_memory_shortage(error)
+
+
 def _bos(tokenizer: Any) -> int | None:
     """The BOS id, if the tokenizer puts one before a prompt."""
     start = encode(tokenizer, "a", special=True)[:1]
     bos = tokenizer.bos_token_id
     return start[0] if start and start == [bos] else None
-

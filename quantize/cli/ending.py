@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from quantize.cli.supervision import supervised, under_limits
+from quantize.cli.supervision import check_room, supervised, under_limits
 from quantize.errors import (
     FAILED,
     MOST_MESSAGE,
@@ -25,9 +25,13 @@ from quantize.errors import (
     printable,
     shortened,
 )
+from quantize.files.cache import cache_error
+from quantize.files.limits import memory_limits
 
 RESUMABLE = {"build", "measure"}
 """Commands that leave finished work where it is when they are stopped, and go on from it."""
+LIGHT = {None, "recipes", "validate"}
+"""Commands that load no large library."""
 STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -52,16 +56,20 @@ def _run_here(command: click.Command) -> int:
     stopped: list[int] = []
     try:
         with _signals(stopped):
+            if memory_limits() and _invoked() not in LIGHT:
+                check_room()
             return _invoke(command)
     except QuantizeError as error:
         return _said(f"error: {error}", error.exit_code)
     except click.ClickException as error:
-        error.message = shortened(printable(error.message), MOST_MESSAGE)
-        error.show()
+        lines = error.format_message().expandtabs().splitlines()
+        message = shortened("\n".join(map(printable, lines)), MOST_MESSAGE)
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        click.UsageError(message, context).show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         if not stopped and isinstance(error.__context__, EOFError):
-            return _said("error: nobody is there to answer; add --yes to go on without asking", WRONG_INPUT)
+            return _said("\nerror: nobody is there to answer; add --yes to go on without asking", WRONG_INPUT)
         signum = stopped[0] if stopped else signal.SIGINT
         by = f" by {signal.Signals(signum).name}" if stopped else ""
         if _invoked() in RESUMABLE:
@@ -70,9 +78,11 @@ def _run_here(command: click.Command) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except Exception as error:
+    except BaseException as error:  # a panic of a library is no Exception
         if stopped:  # the terminal went away with the signal, and nothing more can be said on it
             return 128 + stopped[0]
+        if (unusable := cache_error(error)) is not None:
+            return _said(f"error: {unusable}", unusable.exit_code)
         if not is_memory_shortage(error):
             raise
         return _said(f"error: {OutOfMemoryError(_shortage(error))}", FAILED)
@@ -97,7 +107,7 @@ def _said(line: str, code: int) -> int:
     return code
 
 
-def _shortage(error: Exception) -> str:
+def _shortage(error: BaseException) -> str:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return (
         f"not enough memory ({reason}){under_limits()}; allow more, let the build keep to less with --memory, or "

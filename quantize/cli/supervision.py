@@ -8,18 +8,21 @@ set there is no child.
 from __future__ import annotations
 
 import atexit
+import mmap
 import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 
-from quantize.errors import FAILED
+from quantize.errors import FAILED, OutOfMemoryError
 from quantize.files.limits import memory_limits
 
 KILLED = ("SIGABRT", "SIGBUS", "SIGKILL", "SIGSEGV")
 """How a process dies to which memory was refused: by its own libraries, or by the system."""
 PR_SET_PDEATHSIG = 1
+LIBRARIES, THREAD = 160 * 2**20, 40 * 2**20
+"""Bytes of address space that numpy takes on being loaded, and beside that for each of its threads."""
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD")
 
 
@@ -66,8 +69,28 @@ def supervised(work: Callable[[], int]) -> int:
     return FAILED
 
 
+def check_room() -> None:
+    """Refuse to start where the libraries have no room: OpenBLAS, on being loaded, asks for its threads' buffers again
+    and again without end.
+
+    Raises:
+        OutOfMemoryError: naming the limit.
+    """
+    threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
+    count = int(threads) if threads.isdecimal() else os.cpu_count() or 1
+    needed = LIBRARIES + count * THREAD
+    try:
+        mmap.mmap(-1, needed).close()  # counts against a limit, and takes no memory
+    except (OSError, ValueError):
+        raise OutOfMemoryError(
+            f"not enough memory: numpy and its threads ({count}) need {needed / 1e9:.2f} GB{under_limits()}; allow more"
+        ) from None
+
+
 def _wait(child: int, signals: set[signal.Signals]) -> int:
-    """The child's status at its end. What a terminal sends reaches both of us; what is sent to us alone goes on to it."""
+    """The child's status at its end. What a terminal sends reaches both of us; what is sent to us alone goes on to it,
+    and what is sent again kills it."""
+    passed_on: set[int] = set()
     while True:
         found = signal.sigwaitinfo(signals)
         if found.si_signo == signal.SIGCHLD:
@@ -76,7 +99,8 @@ def _wait(child: int, signals: set[signal.Signals]) -> int:
                 return status
         elif found.si_code <= 0:  # SI_USER: by kill(), not by the kernel for a terminal
             with suppress(ProcessLookupError):
-                os.kill(child, found.si_signo)
+                os.kill(child, signal.SIGKILL if found.si_signo in passed_on else found.si_signo)
+            passed_on.add(found.si_signo)
 
 
 def _die_with(parent: int) -> None:
@@ -95,7 +119,7 @@ def _end(work: Callable[[], int]) -> None:
     try:
         code = work()
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
     finally:
         with suppress(BaseException):
             atexit._run_exitfuncs()

@@ -112,7 +112,9 @@ class Environment:
                 venv.create(self.folder / "python", with_pip=True, symlinks=True)
                 self._pip(notify, log)
             except (OSError, subprocess.CalledProcessError) as error:
-                raise EngineRunError(f"{self.engine.title}: its environment cannot be made ({error}); see {log}") from None
+                raise EngineRunError(
+                    f"{self.engine.title}: its environment cannot be made ({error}); see {log}"
+                ) from None
             python = self.folder / "python" / "bin" / "python"
             self._write_mark({"python": str(python), "version": self.engine.version, "own": None})
             notify(f"{self.engine.title} is installed: {python}")
@@ -181,7 +183,9 @@ class Environment:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise EngineRunError(f"{self.engine.title} is being installed by another process; wait for it") from None
+                raise EngineRunError(
+                    f"{self.engine.title} is being installed by another process; wait for it"
+                ) from None
             yield
 
 

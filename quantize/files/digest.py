@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.files.atomic import write_atomically
-from quantize.files.cache import cache_folder
+from quantize.files.cache import cache_error, cache_folder
 
 HASH_CHUNK = 1 << 20
 
@@ -24,7 +24,11 @@ def sha256_of_file(path: Path) -> str:
 
 
 def cached_sha256(path: Path) -> str:
-    """As :func:`sha256_of_file`, remembered by path, size and modification time."""
+    """As :func:`sha256_of_file`, remembered by path, size and modification time.
+
+    Raises:
+        OSError: the file cannot be read. CacheError: the hash cannot be remembered.
+    """
     real = path.resolve()
     stat = real.stat()
     identity = f"{real}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}"
@@ -34,7 +38,10 @@ def cached_sha256(path: Path) -> str:
     except (OSError, ValueError, KeyError):
         pass
     digest = sha256_of_file(real)
-    write_atomically(entry, json.dumps({"sha256": digest}).encode())
+    try:
+        write_atomically(entry, json.dumps({"sha256": digest}).encode())
+    except OSError as error:
+        raise cache_error(error) or error from None
     return digest
 
 

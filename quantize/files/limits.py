@@ -39,7 +39,10 @@ def memory_limits() -> list[MemoryLimit]:
 
 def _used() -> dict[str, int]:
     """Sizes of this process in bytes, by the names of ``/proc/self/status``."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
+    with (
+        contextlib.suppress(OSError, ValueError),
+        open("/proc/self/status", encoding="ascii", errors="replace") as file,
+    ):
         rows = (line.split() for line in file if line.startswith("Vm"))
         return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows}
     return {}

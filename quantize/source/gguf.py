@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import SourceError
-from quantize.files.cache import cache_folder
+from quantize.files.cache import as_os_error, cache_folder
 from quantize.files.digest import cached_sha256
 from quantize.files.notify import Notify
 from quantize.files.space import touch
@@ -72,6 +72,7 @@ def open_gguf(path: Path, named: str, notify: Notify) -> Source:
 
 def _convert(path: Path, folder: Path) -> None:
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -100,7 +101,10 @@ def _convert(path: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
-        save_file({k: v.contiguous() for k, v in state.items()}, temporary / "model.safetensors", {"format": "pt"})
+        try:
+            save_file({k: v.contiguous() for k, v in state.items()}, temporary / "model.safetensors", {"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            raise as_os_error(error, temporary) or error from None
         _write_json(temporary / "config.json", _clean_config(model.config))
         if model.generation_config is not None:
             _write_json(temporary / "generation_config.json", _clean_generation(model.generation_config))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import SourceError
+from quantize.errors import SourceError, SourceUnreachableError
 from quantize.files.digest import cached_sha256
 from quantize.files.notify import Notify
 from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME, TensorSpec
@@ -64,7 +64,7 @@ def open_hub(model: Model, *, weights: bool, small_files: bool = False, notify: 
                 beside = Path(snapshot_download(model.source, revision=commit, allow_patterns=small))
     except Exception as error:
         if isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OSError) or is_network(error):
-            raise SourceError(_explain(model, error)) from None
+            raise _explained(model, error) from None
         raise
     hashes = {name: _hash(files[name]) for name in sorted([*shards, *carried, "config.json"])}
     return Source(
@@ -127,7 +127,7 @@ def _headers(repo: str, api: Any, commit: str) -> Checkpoint:
     return Checkpoint(config, tensors, None, tuple(sorted(metadata.files_metadata)))
 
 
-def _explain(model: Model, error: Exception) -> str:
+def _explained(model: Model, error: Exception) -> SourceError:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -137,12 +137,16 @@ def _explain(model: Model, error: Exception) -> str:
 
     where = f"{model.source}: "
     if isinstance(error, GatedRepoError):
-        return where + "the repo is gated; accept its terms on the hub and log in (`hf auth login`)"
+        return SourceError(where + "the repo is gated; accept its terms on the hub and log in (`hf auth login`)")
     if isinstance(error, RepositoryNotFoundError):
-        return where + "no such repo on the hub, or it is private; check the name, or log in (`hf auth login`)"
+        return SourceError(
+            where + "no such repo on the hub, or it is private; check the name, or log in (`hf auth login`)"
+        )
     if isinstance(error, RevisionNotFoundError):
-        return where + f"the repo has no revision '{model.revision}'"
+        return SourceError(where + f"the repo has no revision '{model.revision}'")
     if isinstance(error, EntryNotFoundError):
-        return where + "the repo has no config.json"
+        return SourceError(where + "the repo has no config.json")
     reason = " ".join(str(error).split())[:200]
-    return where + f"the hub could not be reached ({type(error).__name__}: {reason}); a local directory works too"
+    return SourceUnreachableError(
+        where + f"the hub could not be reached ({type(error).__name__}: {reason}); a local directory works too"
+    )

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from quantize.files.cache import as_os_error
 from quantize.formats.safetensors_header import file_header
 
 DTYPES = {
@@ -30,7 +32,10 @@ def save_whole(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:  # a full disk, say
+            raise as_os_error(error, path) or error from None
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -94,7 +94,11 @@ def command(*words: object) -> None:
     if code in {1, 2}:
         if len(said) != 1:
             raise Fault(f"exit code {code} with {len(said)} sentences: {err.getvalue()[-200:]!r}")
-        raise QuantizeError(said[0][len("error: ") :]) if wrong_message(said[0][7:]) is None else Fault(wrong_message(said[0][7:]))
+        raise (
+            QuantizeError(said[0][len("error: ") :])
+            if wrong_message(said[0][7:]) is None
+            else Fault(wrong_message(said[0][7:]))
+        )
     if code not in {0, 3}:
         raise Fault(f"exit code {code}")
     for line in out.getvalue().split("\n"):

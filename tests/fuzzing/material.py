@@ -63,7 +63,7 @@ class Material:
 
     @cached_property
     def halting(self) -> Path:
-        """A recipe whose build stops in the last block, by an outcome that it makes an error; blocks before are kept."""
+        """A recipe whose build stops in the last block, by an outcome that it makes an error; the others are kept."""
         import torch
         from safetensors.torch import load_file, save_file
 

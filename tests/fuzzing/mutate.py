@@ -10,17 +10,24 @@ from typing import Any
 
 LONG = "long " * 1000
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 7, 255, 2**31, 2**63, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, float("inf"), float("nan"),
-    "", " ", "0", "-1", "abc", "true", "1e9", "../../etc/passwd", "/", "~", "a" * 300, LONG, "\x1b[2J", "\n", "ü", "\u202e",
-    "\ud800", "{prompt}", "{{ 7 * 7 }}", "${HOME}", "%s", "<script>", "`x`\n# y", [], [[]], [None], {}, {"a": {}}, [1, "a", None],
-    {"": ""}, [[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]], "main", "gptq", "awq", "gguf", "auto", "F16", "I32",
+    None, True, False, 0, 1, -1, 2, 7, 255, 2**31, 2**63, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, float("inf"),
+    float("nan"), "", " ", "0", "-1", "abc", "true", "1e9", "../../etc/passwd", "/", "~", "a" * 300, LONG, "\x1b[2J", "\n",
+    "ü", "\u202e", "\ud800", "{prompt}", "{{ 7 * 7 }}", "${HOME}", "%s", "<script>", "`x`\n# y", [], [[]], [None], {},
+    {"a": {}}, [1, "a", None], {"": ""}, [[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]], "main", "gptq", "awq", "gguf", "auto",
+    "F16", "I32",
 )  # fmt: skip
 TOKENS: tuple[bytes, ...] = (
-    b"", b"\x00", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r\n", b"\t", b":", b": ", b"- ", b"&a ", b"*a ", b"<<: ",
-    b"!!", b"!!python/object:os.system ", b"---\n", b"...", b"{", b"}", b"[", b"]", b'"', b"'", b"|\n", b">\n", b"#", b"%", b"@",
-    b"0x", b"1e999", b"9" * 400, b"NaN", b"null", b"~", b"true", b"\xed\xa0\x80", "ü".encode(), "\u2028".encode(), b"\x1b[31m",
-    b"\xff" * 8, b"\x00" * 8, (2**63).to_bytes(8, "little"), (10**9).to_bytes(8, "little"), b"GGUF",
+    b"", b"\x00", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r\n", b"\t", b":", b": ", b"- ", b"&a ", b"*a ",
+    b"<<: ", b"!!", b"!!python/object:os.system ", b"---\n", b"...", b"{", b"}", b"[", b"]", b'"', b"'", b"|\n", b">\n",
+    b"#", b"%", b"@", b"0x", b"1e999", b"9" * 400, b"NaN", b"null", b"~", b"true", b"\xed\xa0\x80", "ü".encode(),
+    "\u2028".encode(), b"\x1b[31m", b"\xff" * 8, b"\x00" * 8, (2**63).to_bytes(8, "little"),
+    (10**9).to_bytes(8, "little"), b"GGUF",
 )  # fmt: skip
+
+
+def odd_value(dice: random.Random) -> Any:
+    """One of them, of its own: lists are changed further."""
+    return copy.deepcopy(dice.choice(ODD_VALUES))
 
 
 def mutated_bytes(data: bytes, dice: random.Random) -> bytes:
@@ -53,7 +60,7 @@ def mutated_data(data: Any, dice: random.Random) -> Any:
     for _ in range(dice.randint(1, 3)):
         places = list(_places(data))
         if not places:
-            return dice.choice(ODD_VALUES)
+            return odd_value(dice)
         holder, key = dice.choice(places)
         kind = dice.randrange(8)
         if kind == 0 and isinstance(holder, dict):
@@ -66,10 +73,10 @@ def mutated_data(data: Any, dice: random.Random) -> Any:
             other, name = dice.choice(places)
             with_other = copy.deepcopy(other[name]) if _has(other, name) else None
             holder[key] = with_other
-        elif kind == 4 and isinstance(holder[key], int | float):
+        elif kind == 4 and isinstance(holder[key], int | float) and abs(holder[key]) < 1e300:
             holder[key] = holder[key] * dice.choice((-1, 0, 2, 1000, 1.5)) + dice.choice((0, 1, -1))
         else:
-            holder[key] = dice.choice(ODD_VALUES)
+            holder[key] = odd_value(dice)
     return data
 
 

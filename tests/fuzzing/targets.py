@@ -20,7 +20,7 @@ from quantize.planning.planner import plan_recipe
 from quantize.recipe.shipped import shipped_recipes
 from tests.fuzzing.judge import Fault, command
 from tests.fuzzing.material import Material
-from tests.fuzzing.mutate import LONG, ODD_VALUES, as_json, mutated_bytes, mutated_data
+from tests.fuzzing.mutate import LONG, as_json, mutated_bytes, mutated_data, odd_value
 
 Action = Callable[[], Any]
 Inputs = Iterator[tuple[str, Action]]
@@ -55,7 +55,7 @@ def overrides(material: Material, folder: Path, dice: random.Random) -> Inputs:
         "gguf.levels", "gguf.tensor_types", "awq", "measure.dataset", "extends", "gptq.damp_percent", "",
     )  # fmt: skip
     while True:
-        value = dice.choice((repr, str, lambda one: json.dumps(one, default=str)))(dice.choice(ODD_VALUES))
+        value = dice.choice((repr, str, lambda one: json.dumps(one, default=str)))(odd_value(dice))
         key = dice.choice(keys) if dice.random() < 0.9 else LONG
         word = f"{key}{dice.choice(('=', '=', '=', '=', '', '=='))}{value}"
         if dice.random() < 0.3:
@@ -73,7 +73,7 @@ def config_and_plan(material: Material, folder: Path, dice: random.Random) -> In
         if dice.random() < 0.2:
             one = {**config, "text_config": mutated_data(config, dice), **{dice.choice(list(config)): None}}
         if isinstance(one, dict) and dice.random() < 0.5:  # numbers that something is counted with
-            one[dice.choice(COUNTED)] = dice.choice(ODD_VALUES)
+            one[dice.choice(COUNTED)] = odd_value(dice)
         text = as_json(one, dice) if dice.random() < 0.1 else json.dumps(one, default=str).encode()
         (model / "config.json").write_bytes(text)
         yield repr(text[:200]), lambda: plan_recipe(loaded, folder / "dist").as_data()
@@ -254,9 +254,9 @@ def unfinished(material: Material, folder: Path, dice: random.Random) -> Inputs:
                 data = mutated_bytes(data, dice)
             (dist / name).write_bytes(data)
             shown.append(str(name))
-        words = dice.choice((["clean", "--dist", dist, "--dry-run"], ["status", material.halting, "--dist", dist]) * 4 + (
-            ["clean", "--dist", dist, "--yes"], ["build", material.halting, "--dist", dist, "--no-measure"],
-        ))  # fmt: skip
+        cheap = (["clean", "--dist", dist, "--dry-run"], ["status", material.halting, "--dist", dist])
+        others = ["clean", "--dist", dist, "--yes"], ["build", material.halting, "--dist", dist, "--no-measure"]
+        words = dice.choice(cheap * 4 + others)
         yield f"{' '.join(shown)} {words[0]}", lambda words=words: command(*words)
 
 
