@@ -19,6 +19,9 @@ MOST_SHOWN = 80
 """Characters of a value that a message quotes."""
 MOST_WORD = 300
 """Characters of one word (a path, say) in a message; paths of real machines are shorter."""
+MOST_QUOTED, MOST_PLACE = 200, 300
+"""Characters of what stands in quotes, and of what a message opens with."""
+_LONGEST = 100_000
 MOST_MESSAGE = 1000
 """Characters of a whole message."""
 _DEPTH, _ENTRIES = 3, 8
@@ -78,6 +81,17 @@ def _written(value: Any, depth: int) -> Iterator[str]:
 
 
 _LONG_WORD = re.compile(rf"\S{{{MOST_WORD + 1},}}")
+_LONG_QUOTE = re.compile(rf"(['\"])[^'\"]{{{MOST_QUOTED},}}\1")
+_LONG_PLACE = re.compile(rf"\A.{{{MOST_PLACE},}}?(?=: )", re.DOTALL)
+
+
+def _bounded(message: str) -> str:
+    """A message with every value in it of a bearable length: words, what stands in quotes, and what stands before the
+    first colon, which is a file, a key, or what was asked for."""
+    message = _LONG_WORD.sub(lambda found: shortened(found[0], MOST_WORD), message[:_LONGEST])
+    message = _LONG_QUOTE.sub(lambda found: shortened(found[0], MOST_QUOTED), message)
+    message = _LONG_PLACE.sub(lambda found: shortened(found[0], MOST_PLACE), message)
+    return shortened(printable(message), MOST_MESSAGE)
 
 
 class QuantizeError(Exception):
@@ -88,8 +102,7 @@ class QuantizeError(Exception):
     def __init__(self, message: str) -> None:
         # names and values in it come from outside: it stays one line of a bearable length, and cannot steer the
         # terminal
-        words = _LONG_WORD.sub(lambda word: shortened(word[0], MOST_WORD), message)
-        super().__init__(shortened(printable(words), MOST_MESSAGE))
+        super().__init__(_bounded(message))
 
 
 class RecipeError(QuantizeError):

@@ -149,7 +149,7 @@ def test_a_worker_that_is_lost_again_and_again_ends_the_build_which_can_be_gone_
         patched.setattr(ray_workers, "MOST_LOSSES", 0)
         killing("statistics", 2, 1)
         refused = build(invoke, recipe, dist)
-    assert_refused(refused, "shard 2 of 2 was lost", "build again")
+    assert_refused(refused, "shard 2 of 2 was lost", "build again", code=1)
     done = build(invoke, recipe, dist)
     assert done.returncode == 0, done.stderr
     assert "going on after block 2 of 3" in done.stderr
@@ -177,4 +177,4 @@ def test_a_cluster_that_does_not_answer_is_one_sentence(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
     refused = invoke("build", recipe, "--dist", tmp_path / "dist", "--ray", "10.255.0.1:6379")
-    assert_refused(refused, "--ray 10.255.0.1:6379", "nobody answers", "ray start --head")
+    assert_refused(refused, "--ray 10.255.0.1:6379", "nobody answers", "ray start --head", code=1)

@@ -56,7 +56,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     except BaseException as error:  # tokenizer readers raise anything, also from their Rust side
         if not _is_of_the_tokenizer(error):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:200]
         raise CalibrationError(f"{source.named}: its tokenizer cannot be read: {reason}") from None
 
 

@@ -182,6 +182,11 @@ class MemoryModel:
         return widest, [(size, count) for (_, _, size), count in rows.items()]
 
 
+SURELY = 0.6
+"""Of what is predicted beside the libraries, the part that a build takes in any case: predictions err on the safe
+side."""
+
+
 def check_limits(memory: Memory) -> None:
     """Refuse a build that a limit on this process's memory would end in the middle.
 
@@ -190,14 +195,14 @@ def check_limits(memory: Memory) -> None:
     Raises:
         OutOfMemoryError: naming the limit, and what is needed.
     """
-    more = memory.peak_bytes - PROCESS_BYTES
+    more = int(SURELY * (memory.peak_bytes - PROCESS_BYTES))
     for limit in memory_limits():
         if limit.used is None or limit.used + more <= limit.nbytes:
             continue
         room = max(0, limit.nbytes - limit.used) + PROCESS_BYTES
         raise OutOfMemoryError(
-            f"not enough memory: the build needs about {more / 1e9:.2f} GB beside the {limit.used / 1e9:.2f} GB that "
-            f"this process has already, which is more than {limit}; allow more, or let it keep to less with "
+            f"not enough memory: the build needs at least {more / 1e9:.2f} GB beside the {limit.used / 1e9:.2f} GB "
+            f"that this process has already, which is more than {limit}; allow more, or let it keep to less with "
             f"--memory {room / 1e9:.2f}GB"
         )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import SourceError, shortly
+from quantize.errors import SourceError, shortened, shortly
 from quantize.formats.names import is_file_name
 from quantize.formats.safetensors_header import file_header
 from quantize.formats.tensors import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, TensorSpec
@@ -233,7 +233,7 @@ def _check_index(folder: Path, tensors: Mapping[str, TensorSpec]) -> None:
         return
     for key, shard in read_index(index).items():
         if key not in tensors or tensors[key].file != shard:
-            raise SourceError(f"{index}: says that {key} lies in {shard}, but it does not")
+            raise SourceError(f"{index}: says that {shortened(key, 200)} lies in {shard}, but it does not")
 
 
 def _reason(error: Exception) -> str:

@@ -83,12 +83,16 @@ def _convert(path: Path, folder: Path) -> None:
     try:
         _check_sizes(open_reader(path))
         with contextlib.redirect_stderr(hidden):
-            model = AutoModelForCausalLM.from_pretrained(
+            model, told = AutoModelForCausalLM.from_pretrained(
                 str(path.parent),
                 dtype=torch.float16,
                 quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
                 **where,
             )
+        if told["missing_keys"]:  # transformers would go on with random numbers
+            raise ValueError(f"it lacks the tensor {min(told['missing_keys'])}")
+        with contextlib.redirect_stderr(hidden):
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **where)
     except Exception as error:  # what a header's values do to a model's constructor, no list can name
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -17,11 +17,14 @@ from typing import Any
 from unittest.mock import patch
 
 from quantize.errors import MOST_MESSAGE, QuantizeError
+from tests.fuzzing.mutate import LONG
 
 SECONDS = 5.0
 """Of CPU time that an input may take."""
 MEMORY = 10**9
 """Bytes of memory that an input may take beyond what the process had."""
+QUOTED = 250
+"""Characters of one value that a message may quote."""
 LONGEST_LINE = 3000
 """Characters of a line of a result; tables show names of files and messages in full."""
 
@@ -76,6 +79,8 @@ def wrong_message(message: str) -> str | None:
         return f"a message that is not printable: {message[:80]!r}"
     if len(message) > MOST_MESSAGE:
         return f"a message of {len(message)} characters: {message[:80]}"
+    if LONG[:QUOTED] in message:
+        return f"a message that quotes more than {QUOTED} characters of a value: {message[:80]}"
     return None if message else "an empty message"
 
 

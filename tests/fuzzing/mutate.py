@@ -11,16 +11,16 @@ from typing import Any
 LONG = "long " * 1000
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 255, 2**31, 2**63, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, float("inf"),
-    float("nan"), "", " ", "0", "-1", "abc", "true", "1e9", "../../etc/passwd", "/", "~", "a" * 300, LONG, "\x1b[2J", "\n",
-    "ü", "\u202e", "\ud800", "{prompt}", "{{ 7 * 7 }}", "${HOME}", "%s", "<script>", "`x`\n# y", [], [[]], [None], {},
-    {"a": {}}, [1, "a", None], {"": ""}, [[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]], "main", "gptq", "awq", "gguf", "auto",
-    "F16", "I32",
+    float("nan"), "", " ", "0", "-1", "abc", "true", "1e9", "../../etc/passwd", "/", "~", "a" * 300, LONG, "\x1b[2J",
+    "\n", "ü", "\u202e", "\ud800", "{prompt}", "{{ 7 * 7 }}", "${HOME}", "%s", "<script>", "`x`\n# y", [], [[]], [None],
+    {}, {"a": {}}, [1, "a", None], {"": ""}, [[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]], "main", "gptq", "awq",
+    "gguf", "auto", "F16", "I32",
 )  # fmt: skip
 TOKENS: tuple[bytes, ...] = (
-    b"", b"\x00", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r\n", b"\t", b":", b": ", b"- ", b"&a ", b"*a ",
-    b"<<: ", b"!!", b"!!python/object:os.system ", b"---\n", b"...", b"{", b"}", b"[", b"]", b'"', b"'", b"|\n", b">\n",
-    b"#", b"%", b"@", b"0x", b"1e999", b"9" * 400, b"NaN", b"null", b"~", b"true", b"\xed\xa0\x80", "ü".encode(),
-    "\u2028".encode(), b"\x1b[31m", b"\xff" * 8, b"\x00" * 8, (2**63).to_bytes(8, "little"),
+    b"", b"\x00", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r\n", b"\t", b":", b": ", b"- ", b"&a ",
+    b"*a ", b"<<: ", b"!!", b"!!python/object:os.system ", b"---\n", b"...", b"{", b"}", b"[", b"]", b'"', b"'", b"|\n",
+    b">\n", b"#", b"%", b"@", b"0x", b"1e999", b"9" * 400, b"NaN", b"null", b"~", b"true", b"\xed\xa0\x80",
+    "ü".encode(), "\u2028".encode(), b"\x1b[31m", b"\xff" * 8, b"\x00" * 8, (2**63).to_bytes(8, "little"),
     (10**9).to_bytes(8, "little"), b"GGUF",
 )  # fmt: skip
 

@@ -271,7 +271,10 @@ def manifests(material: Material, folder: Path, dice: random.Random) -> Inputs:
     commands: list[tuple[object, ...]] = [
         ("status", material.recipe, "--dist", dist), ("plan", material.recipe, "--dist", dist),
         ("explain", material.recipe, "--dist", dist), ("lint", path.parent), ("verify", path.parent, "--no-load"),
-        *[("rebuild", path, "--source", material.model, "--device", "cpu")] * 5,
+        ("report", material.recipe, "--dist", dist, "--out", folder / "report.html"),
+        ("status", material.recipe, "--dist", dist, "--json"),
+        ("card", material.recipe, "--dist", dist, "--print", "gptq"), ("matrix", material.recipe, "--dist", dist),
+        *[("rebuild", path, "--source", material.model, "--device", "cpu")] * 8,
     ]  # fmt: skip
     while True:
         text = as_json(dice.choice((short, short, levels)), dice)
@@ -367,7 +370,7 @@ def _without_vocabulary(data: dict[str, Any], dice: random.Random) -> dict[str, 
 def hub_answers(material: Material, folder: Path, dice: random.Random) -> Inputs:
     """JSON of another shape from a hub, through the real client."""
     from quantize.hub.client import Hub
-    from tests.hub_server import HubServer
+    from tests.hub_server import TOKEN, HubServer
 
     server = HubServer()
     repo = server.repos.setdefault("a/b", _repo())
@@ -391,8 +394,15 @@ def hub_answers(material: Material, folder: Path, dice: random.Random) -> Inputs
 
         def action(word: str = word, answer: Any = answer) -> None:
             server.faults[:] = [(f"/{word}", answer)]
-            hub.heads("a/b")
-            hub.files("a/b", "main")
+            with (
+                patch("huggingface_hub.constants.HF_HUB_OFFLINE", False),
+                patch.dict("os.environ", {"HF_TOKEN": TOKEN}),
+            ):
+                heads, files = hub.heads("a/b"), hub.files("a/b", "main")
+            if server.faults:
+                raise Fault("the answer was not asked for")
+            if not all(isinstance(name, str) for name in (*heads, *heads.values(), *files)):
+                raise Fault("what is no name is taken for one")
 
         yield f"{word} {data[:200]!r}", action
 
