@@ -1,10 +1,12 @@
 """``python -m benchmarks``: measures side by side in this one call and rewrites the sections of docs/benchmarks.md.
 
 Threads are pinned to the cores; times are of whole processes, start-up included.
+``python -m benchmarks fuzz`` runs the fuzzers instead.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,4 +144,8 @@ def main(
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["fuzz"]:  # measures nothing, and needs nothing that is measured with
+        from benchmarks.fuzz import fuzz
+
+        fuzz(sys.argv[2:], prog_name="python -m benchmarks fuzz")
     main()

@@ -1,16 +1,29 @@
-"""The errors a user can cause, each one clear sentence; the command line turns them into exit code 2.
+"""The errors that a user meets: each is one clear sentence, and its type carries the command line's exit code.
 
-Everything that is not one of these is a defect of ours and keeps its traceback.
+Everything that is not one of these is a defect of ours and keeps its traceback. docs/exit-codes.md has the table.
 """
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+DONE, FAILED, WRONG_INPUT, ANSWER_IS_NO = 0, 1, 2, 3
+"""Exit codes. FAILED: something went wrong while working. WRONG_INPUT: what was asked for cannot be done as it was
+asked. ANSWER_IS_NO: the command is a check, and what it checks does not hold. A signal ends with 128 + its number."""
+
 MOST_SHOWN = 80
 """Characters of a value that a message quotes."""
+MOST_WORD = 300
+"""Characters of one word (a path, say) in a message; paths of real machines are shorter."""
+MOST_QUOTED, MOST_PLACE = 200, 300
+"""Characters of what stands in quotes, and of what a message opens with."""
+_LONGEST = 100_000
+MOST_MESSAGE = 1000
+"""Characters of a whole message."""
 _DEPTH, _ENTRIES = 3, 8
 
 
@@ -45,7 +58,7 @@ def _written(value: Any, depth: int) -> Iterator[str]:
         yield f"a number of {value.bit_length():,} bits"
         return
     if isinstance(value, dict | list | tuple | set | frozenset):
-        opening, closing = {list: ("[", "]"), tuple: ("(", ")")}.get(type(value), ("{", "}"))
+        opening, closing = {dict: ("{", "}"), list: ("[", "]"), tuple: ("(", ")")}.get(type(value), ("{", "}"))
         yield opening
         if value and not depth:
             yield "…"
@@ -67,22 +80,47 @@ def _written(value: Any, depth: int) -> Iterator[str]:
     yield f"<{type(value).__name__}>"  # its own notation is somebody's code, or holds an address
 
 
+_LONG_WORD = re.compile(rf"\S{{{MOST_WORD + 1},}}")
+_LONG_QUOTE = re.compile(rf"(['\"])[^'\"]{{{MOST_QUOTED},}}\1")
+_LONG_PLACE = re.compile(rf"\A.{{{MOST_PLACE},}}?(?=: )", re.DOTALL)
+
+
+def _bounded(message: str) -> str:
+    """A message with every value in it of a bearable length: words, what stands in quotes, and what stands before the
+    first colon, which is a file, a key, or what was asked for."""
+    message = _LONG_WORD.sub(lambda found: shortened(found[0], MOST_WORD), message[:_LONGEST])
+    message = _LONG_QUOTE.sub(lambda found: shortened(found[0], MOST_QUOTED), message)
+    message = _LONG_PLACE.sub(lambda found: shortened(found[0], MOST_PLACE), message)
+    return shortened(printable(message), MOST_MESSAGE)
+
+
 class QuantizeError(Exception):
     """A mistake or a fault that the user can act on. ``str(error)`` is the whole message."""
 
-    exit_code = 2
+    exit_code = FAILED
 
     def __init__(self, message: str) -> None:
-        # names and values in it come from outside: it stays one line, and cannot steer the terminal
-        super().__init__(printable(message))
+        # names and values in it come from outside: it stays one line of a bearable length, and cannot steer the
+        # terminal
+        super().__init__(_bounded(message))
 
 
 class RecipeError(QuantizeError):
     """The recipe is wrong. The message opens with the place: ``file:line: key: ...``."""
 
+    exit_code = WRONG_INPUT
+
 
 class SourceError(QuantizeError):
     """The source model is missing, damaged, or of a kind that cannot be quantized."""
+
+    exit_code = WRONG_INPUT
+
+
+class SourceUnreachableError(SourceError):
+    """The source is on a hub that does not answer; nothing is known to be wrong with it."""
+
+    exit_code = FAILED
 
 
 class SourceChanged(SourceError):
@@ -90,11 +128,27 @@ class SourceChanged(SourceError):
 
 
 class PlanError(QuantizeError):
-    """Recipe and model do not fit each other."""
+    """Recipe, arguments and model do not fit each other."""
+
+    exit_code = WRONG_INPUT
 
 
 class CalibrationError(QuantizeError):
-    """The calibration text is missing or too short, or the forward pass gave unusable numbers."""
+    """The text or the tokenizer is missing or unusable, or the forward pass gives unusable numbers."""
+
+    exit_code = WRONG_INPUT
+
+
+class TextUnreachableError(CalibrationError):
+    """The text is on a hub that does not answer."""
+
+    exit_code = FAILED
+
+
+class ManifestError(QuantizeError):
+    """A manifest that was given is none, is damaged, or does not say enough."""
+
+    exit_code = WRONG_INPUT
 
 
 class SolveError(QuantizeError):
@@ -102,7 +156,15 @@ class SolveError(QuantizeError):
 
 
 class BuildError(QuantizeError):
-    """The build could not finish: full disk, a second build in the same dist, no such device."""
+    """The build could not finish: full disk, a second build in the same dist, a worker that was lost."""
+
+
+class CacheError(BuildError):
+    """The cache cannot be read or written."""
+
+
+class OutOfMemoryError(QuantizeError):
+    """Memory ran out, or a limit on it is too small for what was asked."""
 
 
 class DamagedBuild(BuildError):
@@ -110,20 +172,78 @@ class DamagedBuild(BuildError):
 
 
 class GgufError(QuantizeError):
-    """llama.cpp is missing, or its converter or quantizer refuses."""
+    """llama.cpp is missing, cannot convert this model, or was given something that is no importance matrix."""
+
+    exit_code = WRONG_INPUT
+
+
+class GgufRunError(GgufError):
+    """llama.cpp was run and failed, or what it made is not right."""
+
+    exit_code = FAILED
 
 
 class EngineError(QuantizeError):
-    """A foreign engine is not installed, cannot run here, failed, or gave something that is no such branch."""
+    """Another engine is not installed, or cannot run here."""
+
+    exit_code = WRONG_INPUT
+
+
+class EngineRunError(EngineError):
+    """Another engine was run and failed, or gave something that is no such branch."""
+
+    exit_code = FAILED
 
 
 class ReleaseError(QuantizeError):
-    """Finished work cannot be put where it shall go: a branch is not built, git is missing, a file cannot be linked."""
+    """Finished work cannot be released as it lies there: a branch is not built, a file is a link out of it."""
+
+    exit_code = WRONG_INPUT
+
+
+class ExportError(ReleaseError):
+    """git failed, or the place where its repos shall go cannot be written."""
+
+    exit_code = FAILED
 
 
 class PushError(ReleaseError):
-    """The hub refuses, or holds something else than was expected."""
+    """The hub refuses, cannot be reached, or holds something else than was expected."""
+
+    exit_code = FAILED
 
 
 class HubInputError(PushError):
     """What was asked for cannot be right: no address of a hub, no token, a renamed repo, a public one for --private."""
+
+    exit_code = WRONG_INPUT
+
+
+_CHAIN = 10
+_NO_MEMORY = re.compile(
+    r"can(?:'|no)t allocate memory|cannot allocate|failed to map segment|bad_alloc|out of memory"
+    r"|can't start new thread|unable to allocate|resource temporarily unavailable|paging file",
+    re.IGNORECASE,
+)
+"""What numpy, torch, OpenMP, the dynamic loader and the C library say when memory, or room for a thread, is refused."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up. What it raises then is no ``Exception``."""
+    return type(error).__name__ == "PanicException"
+
+
+def is_memory_shortage(error: BaseException | None) -> bool:
+    """Whether an exception, or one that it came of, says that memory was refused. Libraries say it in many ways."""
+    for _ in range(_CHAIN):
+        if error is None or isinstance(error, QuantizeError):
+            break
+        if isinstance(error, MemoryError) or (
+            isinstance(error, OSError) and error.errno in {errno.ENOMEM, errno.EAGAIN}
+        ):
+            return True
+        speaks = isinstance(error, RuntimeError | ImportError | SystemError | OSError) or is_panic(error)
+        if speaks and _NO_MEMORY.search(str(error)[:10_000]):
+            return True
+        error = error.__cause__ or error.__context__
+    return isinstance(error, OutOfMemoryError)

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 
-def assert_refused(result: subprocess.CompletedProcess[str], *words: object) -> None:
-    """Exit code 2 and exactly one error line, which holds all ``words``."""
-    assert result.returncode == 2, result.stdout + result.stderr
+def assert_refused(result: subprocess.CompletedProcess[str], *words: object, code: int = 2) -> None:
+    """The exit code (2: wrong input, 1: failed while working) and exactly one error line, which holds all ``words``."""
+    assert result.returncode == code, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, result.stderr

@@ -206,9 +206,11 @@ def test_an_impossible_group_size_is_refused_by_plan_already(
         assert_refused(result, "r.yaml:8: gptq.variants[0]: branch main: group_size 512")
 
 
-def assert_build_refused(invoke: Command, recipe: Path, dist: Path, options: list[str], words: list[object]) -> None:
+def assert_build_refused(
+    invoke: Command, recipe: Path, dist: Path, options: list[str], words: list[object], *, code: int = 2
+) -> None:
     before = contents(dist)
-    assert_refused(invoke("build", recipe, "--dist", dist, "--device", "cpu", *options), *words)
+    assert_refused(invoke("build", recipe, "--dist", dist, "--device", "cpu", *options), *words, code=code)
     assert contents(dist) == before
 
 
@@ -231,7 +233,7 @@ def test_too_little_space_is_refused_before_any_work(
 ) -> None:
     usage = namedtuple("usage", "total used free")(10**12, 10**12, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert_build_refused(invoke, tiny_recipe, dist, [], ["only 0.00 GB are free", "--only"])
+    assert_build_refused(invoke, tiny_recipe, dist, [], ["only 0.00 GB are free", "--only"], code=1)
 
 
 def test_a_disk_that_fills_up_leaves_nothing_half_written(run_quantize: Command, tiny_recipe: Path, dist: Path) -> None:
@@ -240,14 +242,14 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(run_quantize: Command,
 
     before = contents(dist)
     result = run_quantize("build", tiny_recipe, "--dist", dist, "--device", "cpu", preexec_fn=limit)
-    assert_refused(result, dist, "no space left", "File too large")
+    assert_refused(result, dist, "no space left", "File too large", code=1)
     assert contents(dist) == before
 
 
 def test_a_second_build_in_the_same_dist_is_refused(invoke: Command, tiny_recipe: Path, dist: Path) -> None:
     with (dist / ".quantize" / "lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert_build_refused(invoke, tiny_recipe, dist, [], [dist, "another build is running in it"])
+        assert_build_refused(invoke, tiny_recipe, dist, [], [dist, "another build is running in it"], code=1)
         assert invoke("plan", tiny_recipe, "--dist", dist).returncode == 0
     assert invoke("build", tiny_recipe, "--dist", dist, "--only", "main").returncode == 0
 
@@ -382,4 +384,4 @@ def test_what_cannot_be_solved_names_its_module(
     words: list[object],
 ) -> None:
     broken_statistics(coupling)
-    assert_build_refused(invoke, tiny_recipe, dist, ["--set", override], ["model.layers.0.mlp.", *words])
+    assert_build_refused(invoke, tiny_recipe, dist, ["--set", override], ["model.layers.0.mlp.", *words], code=1)

@@ -141,13 +141,13 @@ def test_plan_tells_machines_the_exact_size_of_what_is_built(invoke: Command, ti
     assert plan["gpu_bytes"] > 0
 
 
-def test_check_is_2_while_a_selected_branch_is_left(invoke: Command, tiny_recipe: Path, dist: Path) -> None:
+def test_check_is_3_while_a_selected_branch_is_left(invoke: Command, tiny_recipe: Path, dist: Path) -> None:
     def code(*options: str) -> int:
         return invoke("plan", tiny_recipe, "--dist", dist, *options).returncode
 
     assert code() == 0
-    assert code("--check") == 2
-    assert code("--check", "--only", "eight") == 2
+    assert code("--check") == 3
+    assert code("--check", "--only", "eight") == 3
     assert code("--check", "--only", "main") == 0
 
 

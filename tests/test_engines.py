@@ -206,7 +206,7 @@ def test_an_environment_is_made_once_and_kept(
         (tmp_path / "theirs" / f"{name}.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()")
     monkeypatch.chdir(tmp_path / "theirs")
     refused = invoke("engines", "install", "fake")
-    assert refused.returncode == 2
+    assert refused.returncode == 1
     assert "fake 1.0: pip cannot install it: " in refused.stderr
     assert refused.stderr.count("error:") == 1
     assert "not installed" in line_of(invoke("engines", "list").stdout, "fake")
@@ -272,7 +272,7 @@ def test_other_pins_are_another_environment(empty: Path) -> None:
 
 def test_check_tells_what_it_sees(fake: Environment, empty: Path, cache: Path, invoke: Command) -> None:
     missing = invoke("engines", "check", "fake")
-    assert missing.returncode == 2
+    assert missing.returncode == 3
     assert "GPTQ: fake 1.0 is not installed; run `quantize engines install fake`" in missing.stdout
     taken = invoke("engines", "install", "fake", "--python", sys.executable)
     assert taken.returncode == 0, taken.stderr
@@ -289,7 +289,7 @@ def test_a_machine_without_a_gpu_is_told_so_before_any_work(
 ) -> None:
     monkeypatch.setattr("quantize.engines.environment.has_gpu", lambda: False)
     checked = invoke("engines", "check", "auto-gptq")
-    assert checked.returncode == 2
+    assert checked.returncode == 3
     assert "needs an NVIDIA GPU with CUDA, and this machine has none" in checked.stdout
     path = write_recipe(tmp_path / "r.yaml", tiny_llama, "  variants: [{engine: auto-gptq, group_size: 32}]\n")
     planned = invoke("plan", path, "--dist", tmp_path / "dist")
@@ -463,7 +463,7 @@ def test_what_goes_wrong_is_one_sentence_and_leaves_nothing(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("FAKE_ENGINE", wrong)
     result = invoke("build", theirs, "--dist", tmp_path)
-    assert result.returncode == 2
+    assert result.returncode == 1
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1
     assert message in said[0]
@@ -478,7 +478,7 @@ def test_what_was_finished_before_a_failure_stays(
     recipe: Path, fake: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, invoke: Command
 ) -> None:
     monkeypatch.setenv("FAKE_ENGINE", "fails")
-    assert invoke("build", recipe, "--dist", tmp_path).returncode == 2
+    assert invoke("build", recipe, "--dist", tmp_path).returncode == 1
     assert [path.name for path in (tmp_path / "tiny-llama-GPTQ").iterdir()] == ["main"]
 
 

@@ -287,7 +287,7 @@ def test_a_false_gguf_is_refused_everywhere(name: str, tmp_path: Path, invoke: C
     with pytest.raises(GgufError, match="is no GGUF importance matrix"):
         read_importance(path)
     found = invoke("lint", tmp_path)
-    assert found.returncode == 2
+    assert found.returncode == 3
     assert "[gguf-damaged]" in found.stdout
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE)
@@ -493,7 +493,7 @@ def test_an_unsound_manifest_counts_as_none(name: str, invoke: Command, tiny_rec
     linted = invoke("lint", branch)
     assert f"{MANIFEST_NAME}: cannot be gone by" in linted.stdout
     checked = invoke("verify", branch, "--no-load")
-    assert checked.returncode == 2
+    assert checked.returncode == 3
     assert f"{MANIFEST_NAME} cannot be gone by" in checked.stdout
     assert canary.read_text() == "untouched"
 
@@ -693,9 +693,9 @@ def test_an_odd_config_is_a_finding_for_lint_and_verify(
     branch = dist / "tiny-llama-GPTQ" / "main"
     data = json.loads((branch / "config.json").read_text())
     (branch / "config.json").write_text(json.dumps({**data, **CONFIGS[name]}))
-    assert invoke("lint", branch).returncode in {0, 2}
+    assert invoke("lint", branch).returncode in {0, 3}
     checked = invoke("verify", branch, "--no-load", "--source", tiny_llama)
-    assert checked.returncode == 2
+    assert checked.returncode == 3
     assert "failed   tensors" in checked.stdout or "failed   hashes" in checked.stdout
 
 
@@ -705,7 +705,7 @@ def test_a_card_cannot_overflow_or_steer_lint(invoke: Command, tmp_path: Path) -
     front = 'base_model: a/b\nlibrary_name: "\\e[2J\\nforged: error"'
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n{table}[x](\x1b[31m)\n")
     found = invoke("lint", tmp_path)
-    assert found.returncode == 2
+    assert found.returncode == 3
     assert "\x1b" not in found.stdout
     assert not [line for line in found.stdout.splitlines() if line.startswith("forged")]
 

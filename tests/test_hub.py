@@ -217,7 +217,7 @@ def test_build_fetches_what_it_needs_and_plan_then_says_fresh(
     hub.commit = COMMIT[::-1]  # a new commit with the same files changes nothing that counts
     assert quantize("plan", "--check").returncode == 0
     hub.files["config.json"] += b"\n"
-    assert quantize("plan", "--check").returncode == 2
+    assert quantize("plan", "--check").returncode == 3
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def branch(complete: Path, tmp_path: Path) -> Path:
 
 def findings(invoke: Command, *arguments: Any) -> Found:
     result = invoke("lint", *arguments, "--json")
-    assert result.returncode in {0, 2}, result.stderr
+    assert result.returncode in {0, 3}, result.stderr
     return [finding for report in json.loads(result.stdout) for finding in report["findings"]]
 
 
@@ -177,14 +177,14 @@ def test_our_own_branches_have_no_fault(invoke: Command, complete: Path, tmp_pat
     assert "2 branches: 0 errors, 0 warnings, 0 notes" in result.stdout
 
 
-def test_errors_are_exit_code_2_and_warnings_only_if_strict(invoke: Command, branch: Path) -> None:
+def test_errors_are_exit_code_3_and_warnings_only_if_strict(invoke: Command, branch: Path) -> None:
     assert invoke("lint", branch).returncode == 0
     (branch / "tokenizer_config.json").unlink()
     (branch / "quantize-manifest.json").unlink()
     assert invoke("lint", branch).returncode == 0
-    assert invoke("lint", branch, "--strict").returncode == 2
+    assert invoke("lint", branch, "--strict").returncode == 3
     (branch / "tokenizer.json").unlink()
-    assert invoke("lint", branch).returncode == 2
+    assert invoke("lint", branch).returncode == 3
 
 
 def test_what_the_source_has_must_come_along(invoke: Command, branch: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_target_that_is_none(target: str, message: str, invoke: Command, tmp_p
 
 def lint_hub(run: Command, *arguments: str) -> dict[str, set[str]]:
     result = run("lint", None, *arguments, "--json")
-    assert result.returncode in {0, 2}, result.stderr
+    assert result.returncode in {0, 3}, result.stderr
     return {report["branch"]: {f["check"] for f in report["findings"]} for report in json.loads(result.stdout)}
 
 

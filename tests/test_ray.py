@@ -129,7 +129,7 @@ def test_a_build_that_lost_too_many_workers_is_gone_on_with_by_ones_that_do_not_
         patched.setattr(ray_driver, "MOST_LOSSES", 0)
         killing("statistics", 1, 1)
         refused = build(invoke, recipe, dist)
-    assert_refused(refused, "shard 2 of 2 was lost", "build again")
+    assert_refused(refused, "shard 2 of 2 was lost", "build again", code=1)
 
     @contextlib.contextmanager
     def elsewhere(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -165,4 +165,4 @@ def test_a_cluster_that_does_not_answer_is_one_sentence(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
     refused = invoke("build", recipe, "--dist", tmp_path / "dist", "--ray", "10.255.0.1:6379")
-    assert_refused(refused, "--ray 10.255.0.1:6379", "nobody answers", "ray start --head")
+    assert_refused(refused, "--ray 10.255.0.1:6379", "nobody answers", "ray start --head", code=1)

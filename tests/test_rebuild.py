@@ -67,7 +67,7 @@ def test_another_text_or_version_shows(
     manifest.write_text(json.dumps(data))
     options = ("--source", tiny_llama, "--text", text, "--device", "cpu")
     shown = invoke("rebuild", manifest, "--into", tmp_path / "again", *options)
-    assert shown.returncode == 1, shown.stderr
+    assert shown.returncode == 3, shown.stderr
     assert "differs" in shown.stdout
     assert "torch: 1.0 then" in shown.stdout
     assert next((tmp_path / "again").glob("*-GPTQ/main/model.safetensors")).is_file()

@@ -101,7 +101,7 @@ def test_an_interrupted_build_in_shards_goes_on_to_the_same_bytes(
     half, whole = tmp_path / "half", tmp_path / "whole"
     with monkeypatch.context() as patched:
         patched.setattr(CalibrationPass, "_keep", full)
-        assert_refused(invoke("build", recipe, "--dist", half, *SHARDED), "no space left", "kept")
+        assert_refused(invoke("build", recipe, "--dist", half, *SHARDED), "no space left", "kept", code=1)
     done = invoke("build", recipe, "--dist", half, *SHARDED)
     assert done.returncode == 0, done.stderr
     assert "going on after block 1 of 3" in done.stderr

@@ -51,7 +51,9 @@ def half(invoke: Command, recipe: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patched:
         patched.setattr(CalibrationPass, "_keep", full)
-        assert_refused(invoke("build", recipe, "--dist", tmp_path / "half", "--device", "cpu"), "no space left", "kept")
+        assert_refused(
+            invoke("build", recipe, "--dist", tmp_path / "half", "--device", "cpu"), "no space left", "kept", code=1
+        )
     return tmp_path / "half"
 
 
@@ -90,7 +92,7 @@ def test_a_damaged_unfinished_build_is_never_taken_for_a_whole_one(
     if damage == "state":
         assert again.returncode == 0, again.stderr
     else:
-        assert_refused(again, "quantize clean")
+        assert_refused(again, "quantize clean", code=1)
         assert invoke("clean", "--dist", half, "--yes").returncode == 0
         assert invoke("build", recipe, "--dist", half, "--device", "cpu").returncode == 0
     assert invoke("build", recipe, "--dist", tmp_path / "whole", "--device", "cpu").returncode == 0

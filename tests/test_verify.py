@@ -29,7 +29,9 @@ def checks(invoke: Command, *arguments: Any) -> dict[str, tuple[str, str]]:
     result = invoke("verify", *arguments, "--json")
     (verdict,) = json.loads(result.stdout)
     found = {check["name"].split()[0]: (check["outcome"], check["detail"]) for check in verdict["checks"]}
-    assert result.returncode == (2 if "failed" in {outcome for outcome, _ in found.values()} else 0)
+    outcomes = {outcome for outcome, _ in found.values()}
+    assert result.returncode == (0 if "ok" in outcomes and "failed" not in outcomes else 3)
+    assert ("every check was skipped" in result.stderr) == (outcomes == {"skipped"})
     return found
 
 
@@ -157,7 +159,7 @@ def test_a_repo_on_the_hub_is_checked_by_its_listing(hub: HubServer, run: Comman
     weights = tree["model.safetensors"]
     hub.repos[REPO].commit("eight", {**tree, "model.safetensors": weights[:-1] + bytes([weights[-1] ^ 1])})
     bad = run("verify", None, f"{REPO}@eight", "--json")
-    assert bad.returncode == 2
+    assert bad.returncode == 3
     assert json.loads(bad.stdout)[0]["checks"][0]["detail"] == "model.safetensors has another SHA-256"
 
 

@@ -15,7 +15,7 @@ from quantize.calibration.statistics import Timed
 from quantize.calibration.tokens import Tokens, load_tokenizer, sample_tokens
 from quantize.dist.ledger import LedgerEntry
 from quantize.engines.process import run_worker
-from quantize.errors import EngineError
+from quantize.errors import EngineError, EngineRunError
 from quantize.files.atomic import write_atomically
 from quantize.files.cache import cache_folder
 from quantize.files.digest import key_of
@@ -89,7 +89,7 @@ def make_branches(
                 check_small_files(plan.source)  # the engine read the source by itself
                 check_weights(plan.source)
         except EngineError as error:
-            raise EngineError(f"{item.label}: {error}") from None
+            raise EngineRunError(f"{item.label}: {error}") from None
         compute = {name: str(answer["said"][name]) for name in ("device", "dtype")}
         about = {**environment.identity, "python": answer["python"], "packages": answer["packages"]}
         yield Made(item, folder, ledger, tokens, compute, digests, about)

@@ -15,7 +15,7 @@ import torch
 
 from quantize.building.branch import half_bias
 from quantize.dist.ledger import LedgerEntry
-from quantize.errors import EngineError, SourceChanged, SourceError
+from quantize.errors import EngineRunError, SourceChanged, SourceError
 from quantize.formats import compressed, gptq
 from quantize.formats.reader import PARTS, decode
 from quantize.formats.safetensors_writer import TORCH_DTYPES, ShardWriter
@@ -51,7 +51,7 @@ def rewrite(
         raise
     except (SourceError, KeyError, ValueError) as error:
         reason = str(error.args[0]) if isinstance(error, KeyError) else str(error)
-        raise EngineError(f"what {title} made is no such branch: {reason}") from None
+        raise EngineRunError(f"what {title} made is no such branch: {reason}") from None
 
 
 class _Files:

@@ -17,7 +17,7 @@ from quantize import __version__
 from quantize.calibration.statistics import Timed
 from quantize.dist.layout import Dist
 from quantize.dist.manifest import SCHEMA, Manifest, read_manifest, update, with_level
-from quantize.errors import BuildError, GgufError
+from quantize.errors import BuildError, GgufRunError
 from quantize.executors.api import Workers
 from quantize.executors.quantizers import Quantizers
 from quantize.files.atomic import copy_file, sync_folder
@@ -133,7 +133,7 @@ def _importance(levels: LevelPlan, header: Any, diagonals: Diagonals | None, not
         with notebook.held.replacing(place) as temporary:
             copy_file(given, temporary)
             if sha256_of_file(temporary) != levels.imatrix_inputs["sha256"]:
-                raise GgufError(f"{given}: the importance matrix changed while the build was running; build again")
+                raise GgufRunError(f"{given}: the importance matrix changed while the build was running; build again")
     elif diagonals is not None:
         entries = targets_of(diagonals, header.became)
         chunks = int(levels.imatrix_inputs["chunks"])
@@ -243,7 +243,7 @@ def _run_one(
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         if item.outcome is not None and temporary.stat().st_size != item.outcome.nbytes:
-            raise GgufError(
+            raise GgufRunError(
                 f"{item.level}: the file has {temporary.stat().st_size:,} bytes, planned were {item.outcome.nbytes:,}"
             )
         parts = {item.file: temporary}

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantize.building.recorded import lacking
 from quantize.building.run import build_recipe
 from quantize.dist.manifest import MANIFEST_NAME, described_files, read_manifest
-from quantize.errors import BuildError
+from quantize.engines import NATIVE
+from quantize.errors import ManifestError, RecipeError
 from quantize.files.digest import sha256_of_file
 from quantize.files.inside import stray
 from quantize.files.notify import Notify
@@ -47,13 +49,13 @@ def find_manifests(target: Path) -> list[Path]:
     """The manifest that ``target`` is, or all those below it.
 
     Raises:
-        BuildError: there is none.
+        ManifestError: there is none.
     """
     if target.is_file():
         return [target]
     found = sorted(path for path in target.rglob(MANIFEST_NAME) if ".quantize" not in path.parts)
     if not found:
-        raise BuildError(f"{target}: no {MANIFEST_NAME} is there; name a manifest, or a folder of finished branches")
+        raise ManifestError(f"{target}: no {MANIFEST_NAME} is there; name a manifest, or a folder of finished branches")
     return found
 
 
@@ -75,7 +77,7 @@ def rebuild(
         texts: calibration text files that the manifests know by their hashes.
 
     Raises:
-        BuildError: the manifests are not of one release, or lack something. QuantizeError: as a build.
+        ManifestError: the manifests are not of one release, or lack something. QuantizeError: as a build.
     """
     places = find_manifests(target)
     manifests = [_read(path) for path in places]
@@ -85,10 +87,13 @@ def rebuild(
     with tempfile.TemporaryDirectory(prefix="quantize-rebuild-") as scratch:
         recipe = Path(scratch) / "rebuild.json"
         recipe.write_text(json.dumps(data), encoding="utf-8")
+        try:
+            loaded = load_recipe(recipe)
+        except RecipeError as error:
+            reason = str(error).partition(f"{recipe.name}:")[2].partition(": ")[2] or str(error)
+            raise ManifestError(f"{places[0]}: no recipe can be made of it: {reason}") from None
         dist = into or Path(scratch) / "dist"
-        plan = build_recipe(
-            load_recipe(recipe), dist, device=device, shards=_shards(manifests, places), notify=notify
-        ).plan
+        plan = build_recipe(loaded, dist, device=device, shards=_shards(manifests, places), notify=notify).plan
         folders = {f"{item.label.partition('/')[0]}/{item.branch}": item.folder for item in plan.variants}
         if plan.gguf:
             folders["gguf/main"] = plan.gguf.folder
@@ -102,15 +107,15 @@ def recorded_recipe(
     first = manifests[0]
     for manifest, place in zip(manifests, places, strict=True):
         if manifest["source"]["files"] != first["source"]["files"]:
-            raise BuildError(f"{place}: is of another source than {places[0]}; rebuild them one at a time")
+            raise ManifestError(f"{place}: is of another source than {places[0]}; rebuild them one at a time")
     named = source or (first["source"]["name"] if first["source"]["commit"] else None)
     if named is None:
-        raise BuildError(
+        raise ManifestError(
             f"{places[0]}: was made from '{first['source']['name']}', which is no hub id; say with --source where it is"
         )
     calibrations = [found for found in map(_calibration_of, manifests) if found]
     if any(found != calibrations[0] for found in calibrations):
-        raise BuildError("the manifests were calibrated differently; rebuild them one at a time")
+        raise ManifestError("the manifests were calibrated differently; rebuild them one at a time")
     recipe: dict[str, Any] = {
         "model": {"source": named, "license": "other", "creator": "rebuild"},
         "release": {"repo": _repo_template(first)},
@@ -126,8 +131,8 @@ def recorded_recipe(
         inputs = manifest["key_inputs"]
         settings = dict(inputs["method"])
         section = recipe.setdefault(settings.pop("name"), {**settings, "variants": []})
-        engine = {"engine": manifest["engine"]["name"]} if manifest.get("engine") else {}
-        section["variants"].append({"branch": manifest["branch"], **engine, **inputs["parameters"]})
+        engine = manifest["engine"]["name"] if manifest.get("engine") else NATIVE
+        section["variants"].append({**inputs["parameters"], "branch": manifest["branch"], "engine": engine})
         recipe["release"]["max_shard_size"] = inputs["max_shard_size"]
         if not manifest.get("engine"):
             recipe["calibration"] |= _as_computed(manifest["compute"])
@@ -149,7 +154,7 @@ def _shards(manifests: Sequence[Manifest], places: Sequence[Path]) -> int:
     ]
     found = [int(part.get("shards", 1)) for part in parts if part]
     if len(set(found)) > 1:
-        raise BuildError(
+        raise ManifestError(
             f"{places[0].parent.parent}: its manifests were calibrated in different numbers of shards "
             f"({', '.join(map(str, sorted(set(found))))}); rebuild them one at a time"
         )
@@ -159,9 +164,9 @@ def _shards(manifests: Sequence[Manifest], places: Sequence[Path]) -> int:
 def _read(path: Path) -> Manifest:
     manifest = read_manifest(path.parent) if path.name == MANIFEST_NAME else None
     if manifest is None:
-        raise BuildError(f"{path}: is no manifest that can be read; name a {MANIFEST_NAME} or its folder")
-    if not {"source", "repo", "branch"} <= manifest.keys() or not {"key_inputs", "levels"} & manifest.keys():
-        raise BuildError(f"{path}: does not say what it was made of, so it cannot be made again")
+        raise ManifestError(f"{path}: is no manifest that can be read; name a {MANIFEST_NAME} or its folder")
+    if wrong := lacking(manifest):
+        raise ManifestError(f"{path}: does not say what it was made of ({wrong}), so it cannot be made again")
     return manifest
 
 
@@ -193,7 +198,7 @@ def _calibration(recorded: Mapping[str, Any], texts: Sequence[Path], place: Path
             column = {"column": corpus["column"]} if corpus["column"] else {}
             dataset.append({"file": str(known[corpus["file_sha256"]].resolve()), **column})
         else:
-            raise BuildError(
+            raise ManifestError(
                 f"{place}: was calibrated on a text file of SHA-256 {corpus['file_sha256'][:12]}…; give it with --text"
             )
     names = ("samples", "sequence_length", "seed", *SETTINGS)
@@ -208,7 +213,7 @@ def _repo_template(manifest: Manifest) -> str:
         before, found, after = repo.rpartition(word)
         if found:
             return f"{before}{place}{after}"
-    raise BuildError(f"the repo name '{repo}' does not hold its method, {method}")
+    raise ManifestError(f"the repo name '{repo}' does not hold its method, {method}")
 
 
 def _add_levels(recipe: dict[str, Any], manifest: Manifest, folder: Path) -> None:
@@ -226,7 +231,7 @@ def _add_levels(recipe: dict[str, Any], manifest: Manifest, folder: Path) -> Non
     if "sha256" in (matrix.get("key_inputs") or {}):
         file = folder / next(iter(matrix["files"]))
         if (reason := stray(file, folder)) is not None:
-            raise BuildError(f"{file}: {reason}; put the importance matrix itself there")
+            raise ManifestError(f"{file}: {reason}; put the importance matrix itself there")
         section["imatrix"] = str(file.resolve())
     model, release = recipe["model"], recipe["release"]
     model["name"] = conversion["name"]

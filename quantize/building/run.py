@@ -19,10 +19,12 @@ from quantize.dist.layout import Dist, locked, publish
 from quantize.dist.ledger import oddities
 from quantize.dist.origins import remember_origins
 from quantize.dist.resume import Unfinished, find_unfinished
-from quantize.errors import BuildError, CalibrationError, DamagedBuild, SourceChanged, SourceError
+from quantize.errors import BuildError, CalibrationError, DamagedBuild, PlanError, SourceChanged, SourceError
+from quantize.files.cache import cache_error
 from quantize.files.child import without_secrets
 from quantize.files.notify import Notify
 from quantize.planning.engines import require_engines
+from quantize.planning.memory import check_limits
 from quantize.planning.ownership import origin_of
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.planning.planner import plan_recipe
@@ -95,7 +97,7 @@ def build_recipe(
         QuantizeError: one of its kinds; finished branches are untouched then.
     """
     if ray is not None and find_spec("ray") is None:
-        raise BuildError(f"--ray {ray}: Ray is not installed; install it with: pip install 'quantize[ray]'")
+        raise PlanError(f"--ray {ray}: Ray is not installed; install it with: pip install 'quantize[ray]'")
     with locked(Path(dist)) as held:
         plan = plan_recipe(loaded, dist, only, weights=True, budget=budget, shards=shards or 1, notify=notify)
         plan.require_own()
@@ -117,6 +119,8 @@ def build_recipe(
             _remember(held, plan, *(item.folder for item in plan.everything))
             _remove_done(plan)
         except OSError as error:
+            if unusable := cache_error(error):
+                raise unusable from None
             if error.errno in NO_SPACE:
                 raise BuildError(
                     f"{dist}: no space left while writing ({error.strerror}); free some space and build again: "
@@ -246,13 +250,17 @@ def _build_branches(
     notify: Notify,
     result: BuildResult,
 ) -> Any:
-    """Solve the branches that are not fresh and put them into place; returns diagonals for an importance matrix, and how
-    they were computed."""
+    """Solve the branches that are not fresh and put them into place.
+
+    Returns:
+        Diagonals for an importance matrix, and how they were computed.
+    """
     from quantize.building.branches import Pass
 
     todo = plan.native_work
     one = Pass(plan, todo, plan.gathers_imatrix, device, keep_statistics, result.timed, notify)
     _check_disk(plan, todo, one.kept)
+    check_limits(plan.memory)
     try:
         branches = one.run(workers, progress)
         with result.timed("write"):

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from quantize.errors import CalibrationError
+from quantize.errors import CalibrationError, TextUnreachableError, is_memory_shortage
 from quantize.files.digest import cached_sha256, identity_of, sha256_of_file
+from quantize.hub.errors import is_network
 from quantize.recipe.presets import PRESETS
 from quantize.recipe.schema import Corpus
 
@@ -212,8 +213,11 @@ def _read_hub(corpus: Corpus) -> Iterator[str]:
     except (CalibrationError, GeneratorExit):
         raise
     except Exception as error:  # the library raises whatever its readers raise
+        if is_memory_shortage(error):
+            raise
         reason = " ".join(str(error).split())[:300]
-        raise CalibrationError(
+        unreachable = isinstance(error, ConnectionError) or is_network(error)
+        raise (TextUnreachableError if unreachable else CalibrationError)(
             f"calibration.dataset: {name} could not be loaded ({type(error).__name__}: {reason}); without a hub "
             "use `pydoc` or a text file"
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from quantize.calibration.corpus import check_unchanged, identity, read_pieces, title
 from quantize.calibration.versions import SAMPLER_VERSION
-from quantize.errors import CalibrationError, SourceChanged
+from quantize.errors import CalibrationError, SourceChanged, is_memory_shortage, is_panic
 from quantize.recipe.schema import Calibration, Corpus
 from quantize.source.resolved import Source
 from quantize.source.unchanged import guarded
@@ -57,8 +58,10 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
             return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except SourceChanged:
         raise
-    except Exception as error:  # tokenizer readers raise anything, also from their Rust side
-        reason = " ".join(str(error).split())[:300]
+    except BaseException as error:  # tokenizer readers raise anything, also from their Rust side
+        if not _is_of_the_tokenizer(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
         raise CalibrationError(f"{source.named}: its tokenizer cannot be read: {reason}") from None
 
 
@@ -111,13 +114,36 @@ def _ids(corpus: Corpus, tokenizer: Any, most: int) -> np.ndarray:
     return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, without special tokens and without the length warning."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    """Token ids of a text, without the length warning; with the tokens that open and close a prompt if ``special``.
+
+    Raises:
+        CalibrationError: the tokenizer fails, or gives something else than ids.
+    """
+    try:
+        ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        found = [operator.index(token) for token in ids]
+    except BaseException as error:  # it raises anything, also from its Rust side
+        if not _is_of_the_tokenizer(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CalibrationError(
+            f"the source's tokenizer cannot encode a text ({reason}); see its tokenizer files"
+        ) from None
+    if found and not 0 <= min(found) <= max(found) < 2**31:
+        raise CalibrationError(
+            f"the source's tokenizer gives {min(found)} to {max(found)} as ids of tokens, which no embedding has"
+        )
+    return found
+
+
+def _is_of_the_tokenizer(error: BaseException) -> bool:
+    """Any error but a shortage of memory; a panic of the Rust side is no ``Exception``."""
+    return (isinstance(error, Exception) or is_panic(error)) and not is_memory_shortage(error)
 
 
 def _bos(tokenizer: Any) -> int | None:
     """The BOS id, if the tokenizer puts one before a prompt."""
-    start = tokenizer("a")["input_ids"][:1]
+    start = encode(tokenizer, "a", special=True)[:1]
     bos = tokenizer.bos_token_id
-    return int(bos) if bos is not None and start == [bos] else None
+    return start[0] if start and start == [bos] else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import click
@@ -11,6 +10,7 @@ from quantize import __version__
 from quantize.cli.build import build
 from quantize.cli.card import card
 from quantize.cli.clean import clean, gc
+from quantize.cli.ending import run
 from quantize.cli.engines import engines
 from quantize.cli.explain import explain
 from quantize.cli.git import git
@@ -26,9 +26,6 @@ from quantize.cli.report import report
 from quantize.cli.status import status
 from quantize.cli.validate import validate
 from quantize.cli.verify import verify
-from quantize.errors import QuantizeError
-
-INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -42,6 +39,11 @@ def quantize() -> None:
       quantize recipes copy gptq-8-branches my.yaml
       quantize plan my.yaml                       every branch with its exact size, time and memory
       quantize build my.yaml                      calibrate once, build every branch into dist/
+
+    \b
+    Exit codes:
+      0 done    1 something failed while working    2 the recipe, an argument or the source is wrong
+      3 the answer of a check is no                 130, 143 stopped by Ctrl-C, by SIGTERM
     """
 
 
@@ -54,18 +56,5 @@ for command in COMMANDS:
 
 
 def main() -> None:
-    """The console script: a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130."""
-    try:
-        sys.exit(quantize.main(standalone_mode=False) or 0)
-    except QuantizeError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; finished branches are untouched", err=True)
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    """The console script. Exit codes: 0 done, 1 failed while working, 2 wrong input, 3 a check's answer is no."""
+    sys.exit(run(quantize))

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantize.cli.options import gigabytes, json_option, print_json, say, table
+from quantize.errors import ANSWER_IS_NO
 
 if TYPE_CHECKING:
     from quantize.engines.environment import Environment
-
-UNUSABLE = 2
 
 
 @click.group()
@@ -57,7 +56,7 @@ def install(name: str, force: bool, python: str | None) -> None:
 @click.argument("name")
 @json_option
 def check(name: str, as_json: bool) -> None:
-    """Import engine NAME in its environment and say whether it can run on this machine; exit code 2 if not."""
+    """Import engine NAME in its environment and say whether it can run on this machine; exit code 3 if not."""
     environment = _environment(name)
     by_method = {method: environment.obstacle(method) for method in environment.engine.methods}
     answer = environment.ask() if environment.mark else {}
@@ -73,7 +72,7 @@ def check(name: str, as_json: bool) -> None:
         for method, reason in by_method.items():
             click.echo(f"{method.upper()}: {reason or 'can run here'}")
     if all(by_method.values()):
-        sys.exit(UNUSABLE)
+        sys.exit(ANSWER_IS_NO)
 
 
 def _described(environment: Environment) -> dict[str, Any]:

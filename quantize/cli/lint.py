@@ -8,21 +8,20 @@ from collections import Counter
 import click
 
 from quantize.cli.options import endpoint_option, json_option, print_json, say
-
-FOUND = 2
+from quantize.errors import ANSWER_IS_NO
 
 
 @click.command()
 @click.argument("target", metavar="REPO_OR_DIR")
 @click.option("--source", help="The unquantized model, a folder or hub id; by default the card's base_model.")
-@click.option("--strict", is_flag=True, help="Exit with code 2 on warnings too, not only on errors.")
+@click.option("--strict", is_flag=True, help="Exit with code 3 on warnings too, not only on errors.")
 @endpoint_option
 @json_option
 def lint(target: str, source: str | None, strict: bool, endpoint: str | None, as_json: bool) -> None:
     """Check a quantized repo: configs, weights, tokenizer, card, licence, sizes.
 
     REPO_OR_DIR is a branch's folder, a folder of branches as in dist, owner/name or owner/name@branch on the hub, of
-    which headers and small files alone are read. Exits with code 2 if there are errors.
+    which headers and small files alone are read. Exits with code 3 if there are errors.
     """
     from quantize.linting import lint as check
 
@@ -38,4 +37,4 @@ def lint(target: str, source: str | None, strict: bool, endpoint: str | None, as
         summary = ", ".join(f"{counts[name]} {name}s" for name in ("error", "warning", "note"))
         click.echo(f"{len(reports)} branch{'es' if len(reports) != 1 else ''}: {summary}")
     if counts["error"] or (strict and counts["warning"]):
-        sys.exit(FOUND)
+        sys.exit(ANSWER_IS_NO)

@@ -21,12 +21,12 @@ from quantize.cli.options import (
     shards_option,
     table,
 )
+from quantize.errors import ANSWER_IS_NO
 
 if TYPE_CHECKING:
     from quantize.planning.levels import PlannedLevel
     from quantize.planning.plan import Plan, PlannedVariant
 
-WORK_IS_LEFT = 2
 LEVEL_HEADING = ["file", "size", "fallbacks", "state", "why"]
 HEADINGS = {
     "gptq": ["branch", "bits", "group", "act-order", "propagate", "size", "state", "why"],
@@ -41,7 +41,7 @@ HEADINGS = {
 @memory_option
 @shards_option
 @json_option
-@click.option("--check", is_flag=True, help="Exit with code 2 if a branch is left to build.")
+@click.option("--check", is_flag=True, help="Exit with code 3 if a branch is left to build.")
 def plan(
     recipe: str,
     overrides: tuple[str, ...],
@@ -94,7 +94,7 @@ def plan(
         else:
             click.echo("nothing to build")
     if check and (planned.work or planned.level_work):
-        sys.exit(WORK_IS_LEFT)
+        sys.exit(ANSWER_IS_NO)
 
 
 def _level_row(planned: Plan, item: PlannedLevel) -> list[str]:

@@ -19,11 +19,10 @@ from quantize.cli.options import (
     say,
     table,
 )
+from quantize.errors import ANSWER_IS_NO
 
 if TYPE_CHECKING:
     from quantize.publishing.compare import BranchChange
-
-DIFFERS = 2
 
 
 @click.command()
@@ -32,7 +31,7 @@ DIFFERS = 2
 @only_option
 @endpoint_option
 @click.option("--dry-run", is_flag=True, help="Show what would be uploaded and deleted; change nothing.")
-@click.option("--check", is_flag=True, help="As --dry-run, and exit with code 2 if anything differs.")
+@click.option("--check", is_flag=True, help="As --dry-run, and exit with code 3 if anything differs.")
 @click.option("--create/--no-create", default=True, show_default=True, help="Create repos that do not exist.")
 @click.option("--private", is_flag=True, default=None, help="Create repos as private ones; refused for public ones.")
 @click.option(
@@ -68,7 +67,7 @@ def push(
         changes = pusher.changes()
         _show(changes, as_json)
         if check and any(change.differs for change in changes):
-            sys.exit(DIFFERS)
+            sys.exit(ANSWER_IS_NO)
         return
     made = pusher.push(create=create, private=private)
     for change in made:

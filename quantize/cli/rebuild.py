@@ -9,8 +9,10 @@ from pathlib import Path
 import click
 
 from quantize.cli.options import json_option, print_json, quiet_libraries, say, table
+from quantize.errors import ANSWER_IS_NO, printable, shortened
 
-DIFFERS = 1
+LONGEST = 300
+"""Characters of a note; its values are a stranger's."""
 
 
 @click.command()
@@ -38,7 +40,7 @@ def rebuild(
     device: str,
     as_json: bool,
 ) -> None:
-    """Build again what MANIFEST says, and compare every file's hash. Exit code 1 if one differs.
+    """Build again what MANIFEST says, and compare every file's hash. Exits with code 3 if one differs.
 
     MANIFEST is a quantize-manifest.json, or a folder: all manifests below it are built from one calibration pass.
     """
@@ -62,6 +64,6 @@ def rebuild(
         ]
         click.echo(table(rows, right=frozenset({2})))
         for line in dict.fromkeys(line for one in found for line in one.changed):
-            click.echo(f"note   {line}")
+            click.echo(f"note   {shortened(printable(line), LONGEST)}")
     if not all(one.is_same for one in found):
-        sys.exit(DIFFERS)
+        sys.exit(ANSWER_IS_NO)

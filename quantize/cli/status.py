@@ -43,7 +43,7 @@ def status(recipe: str, overrides: tuple[str, ...], dist: str, hub: bool, endpoi
     for item in planned.everything:
         known = planned.finished(item)
         ledger = known.get("ledger", [])
-        errors = [entry["relative_error"] for entry in ledger if "relative_error" in entry]
+        errors = [entry["relative_error"] for entry in ledger if entry.get("relative_error") is not None]
         strange = oddities(ledger) | ({"fallback": known["fallbacks"]} if known.get("fallbacks") else {})
         files = [item.folder / name for name in known.get("files", {})]
         size = sum(path.stat().st_size for path in files if path.is_file())

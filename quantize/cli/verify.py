@@ -7,8 +7,7 @@ import sys
 import click
 
 from quantize.cli.options import endpoint_option, json_option, print_json, quiet_libraries, say
-
-FAILED = 2
+from quantize.errors import ANSWER_IS_NO
 
 
 @click.command()
@@ -23,7 +22,7 @@ def verify(target: str, source: str | None, load: bool, download: bool, endpoint
 
     DIR_OR_REPO is a branch's folder, a folder of branches as in dist, or a hub repo, of which without --download the
     hashes alone are looked at. What loaded goes into the manifest, and with `quantize card` into the card. Exits with
-    code 2 if a check fails.
+    code 3 if a check fails, or if every check of a branch was skipped, so that nothing is known of it.
     """
     quiet_libraries()
     from quantize.verifying import verify as check
@@ -36,5 +35,8 @@ def verify(target: str, source: str | None, load: bool, download: bool, endpoint
             click.echo(f"{verdict.name}" + (f" {verdict.branch}" if verdict.branch else ""))
             for found in verdict.checks:
                 click.echo(f"  {found.outcome:7}  {found.name}: {found.detail}")
+    for verdict in verdicts:
+        if verdict.is_empty:
+            say(f"{verdict.name}" + (f" {verdict.branch}" if verdict.branch else "") + ": every check was skipped")
     if not all(verdict.is_good for verdict in verdicts):
-        sys.exit(FAILED)
+        sys.exit(ANSWER_IS_NO)

@@ -20,7 +20,7 @@ from typing import Any
 
 from quantize.engines.engine import Engine
 from quantize.engines.process import SHOWN, run_worker
-from quantize.errors import EngineError
+from quantize.errors import EngineError, EngineRunError
 from quantize.files.child import computing_environment
 
 MARK = "environment.json"
@@ -113,7 +113,9 @@ class Environment:
                 venv.create(self.folder / "python", symlinks=True)
                 self._pip(notify, log)
             except (OSError, subprocess.CalledProcessError) as error:
-                raise EngineError(f"{self.engine.title}: its environment cannot be made ({error}); see {log}") from None
+                raise EngineRunError(
+                    f"{self.engine.title}: its environment cannot be made ({error}); see {log}"
+                ) from None
             python = self.folder / "python" / "bin" / "python"
             self._write_mark({"python": str(python), "version": self.engine.version, "own": None})
             notify(f"{self.engine.title} is installed: {python}")
@@ -161,7 +163,7 @@ class Environment:
             named = [word for word in step if "==" in word]
             notify(f"{self.engine.title}: installing {', '.join(named)}")
             if _logged([*pip, *step], log):
-                raise EngineError(f"{self.engine.title}: pip cannot install it: {_pip_reason(log)}; see {log}")
+                raise EngineRunError(f"{self.engine.title}: pip cannot install it: {_pip_reason(log)}; see {log}")
 
     def _write_mark(self, data: dict[str, Any]) -> None:
         temporary = self.folder / f".{MARK}"
@@ -178,12 +180,14 @@ class Environment:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = (self.root / f"{self.engine.name}.lock").open("a+")
         except OSError as error:
-            raise EngineError(f"{self.root}: cannot be written: {error.strerror}") from None
+            raise EngineRunError(f"{self.root}: cannot be written: {error.strerror}") from None
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise EngineError(f"{self.engine.title} is being installed by another process; wait for it") from None
+                raise EngineRunError(
+                    f"{self.engine.title} is being installed by another process; wait for it"
+                ) from None
             yield
 
 

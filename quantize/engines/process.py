@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from quantize.engines.engine import Engine
-from quantize.errors import EngineError
+from quantize.errors import EngineError, EngineRunError
 from quantize.files.child import ChildFailed, Task, run_child
 from quantize.files.threads import thread_count
 
@@ -40,7 +40,7 @@ def run_worker(engine: Engine, python: Path, request: Mapping[str, Any], log: IO
                 "the recipe says `model.trust_remote_code: true`; read that code first"
             ) from None
         did = f"failed: {error.kind}: " if error.kind else ""
-        raise EngineError(f"{engine.title} {did}{error.reason}; its log is {log.name}") from None
+        raise EngineRunError(f"{engine.title} {did}{error.reason}; its log is {log.name}") from None
     except OSError as error:
         raise EngineError(f"{engine.title}: {python} cannot be run: {error.strerror}") from None
     finally:

@@ -23,7 +23,7 @@ from quantize.calibration.forward import choose_device
 from quantize.calibration.parts import Packed, add_part
 from quantize.calibration.states import States
 from quantize.calibration.statistics import InputStatistics, Timed
-from quantize.errors import BuildError, QuantizeError
+from quantize.errors import BuildError, PlanError, QuantizeError
 from quantize.executors import ray_tasks
 from quantize.executors.api import Gathered, Job, Solved, Streams, Wait, Windows
 from quantize.executors.local import named_digests
@@ -130,7 +130,7 @@ class RayWorkers:
 
     def streams(self, windows: Windows, timed: Timed) -> Streams:
         if windows.model.device.type == "cuda" and len(windows.parts) > self._gpus:
-            raise BuildError(
+            raise PlanError(
                 f"--shards {len(windows.parts)}: the Ray cluster has {self._gpus} GPUs, and each shard needs one; "
                 f"use --shards {self._gpus} or --device cpu"
                 if self._gpus
@@ -345,7 +345,7 @@ class RayStreams:
         windows = self._windows
         shared = self._shared[number] = bool(_get(seen))
         if windows.spilled and not shared:
-            raise BuildError(
+            raise PlanError(
                 "--memory: hidden states have to lie in files, but not every Ray node sees "
                 f"{windows.kept.folder}; allow more memory, or use a --dist that all nodes share"
             )

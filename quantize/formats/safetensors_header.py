@@ -16,6 +16,8 @@ from quantize.formats.tensors import DTYPE_BYTES, TensorSpec
 MOST_HEADER = 100_000_000
 """Bytes; the library refuses longer headers too."""
 MOST_DIMENSIONS = 64
+MOST_NAME, MOST_DTYPE = 500, 16
+"""Characters of a tensor's name, and of its dtype's."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def _check_places(specs: Mapping[str, TensorSpec], places: Mapping[str, tuple[An
     for name, spec in specs.items():
         if (
             not (name.isprintable() and isinstance(spec.dtype, str))
+            or len(name) > MOST_NAME
+            or len(spec.dtype) > MOST_DTYPE
             or len(spec.shape) > MOST_DIMENSIONS
             or not all(map(_is_count, (*spec.shape, *places[name])))
         ):

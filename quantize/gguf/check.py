@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from quantize.errors import GgufError
+from quantize.errors import GgufRunError
 from quantize.files.atomic import write_atomically
 from quantize.files.child import ChildFailed, Task, run_child
 from quantize.files.notify import Notify
@@ -46,7 +46,7 @@ def check_conversion(
         found = _compare(source, prefix, path, conversion.trust_remote_code)
         write_atomically(place, json.dumps(found).encode())
     if not found["kl_divergence"] <= tolerance:  # NaN too
-        raise GgufError(
+        raise GgufRunError(
             f"{source.named}: the converted file does not answer as its source does (mean KL divergence "
             f"{found['kl_divergence']:.3g}, allowed {tolerance:g}); known causes are rope or attention settings that "
             "the converter drops, and a tokenizer that llama.cpp reads otherwise; compare config.json with the log of "
@@ -59,12 +59,12 @@ def _compare(source: Source, prefix: str, path: Path, trust_remote_code: bool) -
     import torch
 
     from quantize.calibration.forward import Activations
-    from quantize.calibration.tokens import load_tokenizer
+    from quantize.calibration.tokens import encode, load_tokenizer
     from quantize.source.streamed import StreamedModel
 
     tokenizer = load_tokenizer(source, trust_remote_code)
-    plain = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    ids = np.array(tokenizer(TEXT)["input_ids"][:LENGTH], dtype=np.int64)
+    plain = encode(tokenizer, TEXT)
+    ids = np.array(encode(tokenizer, TEXT, special=True)[:LENGTH], dtype=np.int64)
     logits, tokens = _run_llama(source, path, ids)
     theirs = torch.from_numpy(logits)
     model = StreamedModel(source, prefix, torch.float32, torch.device("cpu"), trust_remote_code, head=True)
@@ -96,5 +96,5 @@ def _run_llama(source: Source, path: Path, ids: np.ndarray) -> tuple[np.ndarray,
         try:
             tokens = run_child(Task(Path(__file__).with_name("worker_logits.py"), arguments))
         except ChildFailed as error:
-            raise GgufError(f"{source.named}: llama.cpp cannot load the converted file: {error.reason}") from None
+            raise GgufRunError(f"{source.named}: llama.cpp cannot load the converted file: {error.reason}") from None
         return np.load(answered), tokens

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import GgufError
+from quantize.errors import GgufError, GgufRunError
 from quantize.files.atomic import write_atomically
 from quantize.files.cache import cache_folder
 from quantize.files.child import ChildFailed, Task, run_child
@@ -114,7 +114,7 @@ class Conversion:
             header = self.header(notify)
             needed, free = header.path.stat().st_size + SLACK, shutil.disk_usage(self.folder).free
             if needed > free:
-                raise GgufError(
+                raise GgufRunError(
                     f"{self.folder}: the intermediate {self.outtype} file takes {needed / 1e9:.2f} GB, but only "
                     f"{free / 1e9:.2f} GB are free; free some space or set QUANTIZE_CACHE to another disk"
                 )

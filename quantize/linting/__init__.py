@@ -8,7 +8,7 @@ from typing import Any
 
 from quantize.dist.manifest import MANIFEST_NAME, described_files
 from quantize.dist.manifest_schema import problem
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, printable
 from quantize.files.notify import Notify
 from quantize.linting.card import base_model, check_card, check_inherited, check_tokenizer
 from quantize.linting.configs import check_configs, method_of
@@ -16,6 +16,8 @@ from quantize.linting.files import RepoFiles, open_target
 from quantize.linting.findings import SEVERITIES, Finding, capped, error, note
 from quantize.linting.gguf import check_gguf
 from quantize.linting.tensors import check_weights
+
+LONGEST_KIND = 80
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def lint(
 def _kind(files: RepoFiles) -> str:
     if any(name.endswith(".gguf") for name in files.sizes) and not files.headers:
         return "gguf"
-    return method_of(files) or "unquantized"
+    return printable(method_of(files) or "unquantized")[:LONGEST_KIND]
 
 
 def _check(files: RepoFiles, kind: str) -> Iterator[Finding]:

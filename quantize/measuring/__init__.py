@@ -13,7 +13,7 @@ from quantize.calibration.corpus import title
 from quantize.calibration.tokens import calibration_identity, load_tokenizer, sample_tokens
 from quantize.dist.layout import Dist, locked
 from quantize.dist.manifest import MANIFEST_NAME, Manifest, is_complete, update, with_quality
-from quantize.errors import BuildError, CalibrationError, SourceError
+from quantize.errors import CalibrationError, ReleaseError, SourceError
 from quantize.files.child import without_secrets
 from quantize.files.digest import key_of
 from quantize.files.notify import Notify
@@ -146,7 +146,7 @@ def measure_recipe(
         task = _Task(plan_recipe(loaded, dist, only, weights=True, notify=notify), device)
         built = task.built
         if not built:
-            raise BuildError(f"{dist}: no branch of this recipe is built yet; run `quantize build` first")
+            raise ReleaseError(f"{dist}: no branch of this recipe is built yet; run `quantize build` first")
         todo = built if again else task.unmeasured()
         alone = without_secrets() if loaded.recipe.model.trust_remote_code else nullcontext()
         if todo:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantize.errors import GgufError
+from quantize.errors import GgufRunError
 from quantize.formats.gguf_reader import open_gguf
 from quantize.gguf.stacks import find_stacks
 from quantize.source.routing import expert_of
@@ -49,7 +49,7 @@ class GgufFile:
         try:
             readers = [open_gguf(path) for path in paths]
         except (ValueError, OSError) as error:
-            raise GgufError(f"{paths[0]}: cannot be read: {error}") from None
+            raise GgufRunError(f"{paths[0]}: cannot be read: {error}") from None
         self.path = paths[0]
         self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
 
@@ -70,7 +70,7 @@ class GgufFile:
         from gguf.quants import dequantize
 
         if name not in self._tensors:
-            raise GgufError(f"{self.path}: holds no tensor {name}")
+            raise GgufRunError(f"{self.path}: holds no tensor {name}")
         tensor = self._tensors[name]
         shape, data = tuple(int(length) for length in reversed(tensor.shape)), tensor.data
         if expert is not None:
@@ -114,11 +114,11 @@ class Alignment:
             mixture, number, rest = expert
             stack = self._stacks.get((mixture, rest.removesuffix(".weight")))
             if stack is None:
-                raise GgufError(f"{name}: the converter stacked the experts in a way that is not known here")
+                raise GgufRunError(f"{name}: the converter stacked the experts in a way that is not known here")
             return stack, number
         targets = self._became[name]
         if len(targets) != 1:
-            raise GgufError(f"{name} was split into {', '.join(targets)}, which cannot be put together again")
+            raise GgufRunError(f"{name} was split into {', '.join(targets)}, which cannot be put together again")
         return targets[0], None
 
     def source(self, name: str) -> torch.Tensor:
@@ -167,7 +167,7 @@ def _find_turn(name: str, target: str, wanted: np.ndarray, found: np.ndarray) ->
             rows_found = _rows(found, wanted.T)
             if rows_found is not None:
                 return Turn(target, rows=rows_found, transposed=True)
-    raise GgufError(f"{name}: the converter made {target} of it in a way that cannot be turned back")
+    raise GgufRunError(f"{name}: the converter made {target} of it in a way that cannot be turned back")
 
 
 def _same(left: np.ndarray, right: np.ndarray) -> bool:

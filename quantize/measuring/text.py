@@ -29,6 +29,4 @@ def held_out(plan: Plan) -> tuple[Calibration, bool]:
 
 
 def _positions(plan: Plan) -> int | None:
-    config = plan.source.checkpoint.text_config
-    limit = config.get("max_position_embeddings") or config.get("n_positions")
-    return limit if isinstance(limit, int) else None
+    return plan.source.checkpoint.size("max_position_embeddings", "n_positions")

@@ -102,9 +102,8 @@ def estimate(
 
 def measuring_seconds(checkpoint: Checkpoint, table: ModuleTable, samples: int, length: int, branches: int) -> float:
     """Predict how long it takes to measure finished variants on ``samples`` windows of ``length`` tokens."""
-    config, tokens = checkpoint.text_config, samples * length
-    width = int(config.get("hidden_size") or config.get("n_embd") or 0)
-    vocabulary = int(config.get("vocab_size") or 0)
+    tokens = samples * length
+    width, vocabulary = checkpoint.size("hidden_size", "n_embd") or 0, checkpoint.size("vocab_size") or 0
     weights = sum(linear.in_features * linear.out_features for linear in table.linears)
     used = sum(linear.share * linear.in_features * linear.out_features for linear in table.linears)
     forward = 2 * tokens * used + 4 * tokens * length * width * table.blocks

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantize.calibration.versions import STATISTICS_VERSION
+from quantize.errors import printable, shortened
 from quantize.recipe.methods import Awq, Gptq, Method, Variant
 from quantize.recipe.schema import Release
 
@@ -19,6 +20,9 @@ SOLVER_VERSION = 4
 LISTS = frozenset({"variants", "matrix"})
 JUDGEMENTS = frozenset({"fail_on", "min_expert_tokens"})
 """Keys of a method's section that change no byte of the weights: what counts as odd, and what of it as an error."""
+
+LONGEST = 120
+"""Characters that a line about a change shows of a name or a value."""
 
 DOOR_VERSION = 1
 """The same for what foreign engines made: raised when their results are asked for or rewritten otherwise."""
@@ -64,11 +68,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += differences(old, new, label)
         elif old != new:
-            lines.append(f"{label}: {_short(old)} -> {_short(new)}")
+            # what was there before may come from a stranger's manifest
+            lines.append(printable(f"{shortened(label, LONGEST)}: {_short(old)} -> {_short(new)}"))
     return lines
 
 
 def _short(value: Any) -> str:
     if isinstance(value, str) and len(value) > 20:
         return value[:12] + "…"
-    return "(none)" if value is None else json.dumps(value, ensure_ascii=False)
+    return "(none)" if value is None else shortened(json.dumps(value, ensure_ascii=False), LONGEST)

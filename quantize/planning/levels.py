@@ -269,10 +269,10 @@ def _outcomes(blank: LevelPlan, header: Header) -> dict[str, Outcome]:
         known["quantizer"] = VERSION
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
         place = header.path.with_name(f"outcome-{digest}.json")
-        if place.is_file():
+        try:
             data = json.loads(place.read_text(encoding="utf-8"))
             found[level] = Outcome(data["types"], tuple(data["fallbacks"]), data["nbytes"])
-        else:
+        except (OSError, ValueError, LookupError, TypeError):  # not there, or damaged: llama.cpp is asked
             wishes[level], places[level] = wish, place
     for level, outcome in predict(wishes, header).items():
         data = {"types": dict(outcome.types), "fallbacks": list(outcome.fallbacks), "nbytes": outcome.nbytes}

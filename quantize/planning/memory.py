@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from quantize.errors import PlanError
+from quantize.errors import OutOfMemoryError, PlanError
+from quantize.files.limits import memory_limits
 from quantize.formats.tensors import TensorSpec
 from quantize.planning.modules import LinearSpec, ModuleTable
 from quantize.recipe.methods import GptqVariant, Variant
@@ -95,8 +96,7 @@ class MemoryModel:
     @cached_property
     def width(self) -> int:
         """Of the hidden states."""
-        config = self.checkpoint.text_config
-        return int(config.get("hidden_size") or config.get("n_embd") or 0)
+        return self.checkpoint.size("hidden_size", "n_embd") or 0
 
     @property
     def states_bytes(self) -> int:
@@ -180,6 +180,31 @@ class MemoryModel:
         for one in widest:
             rows[_input_of(one)] += one.out_features
         return widest, [(size, count) for (_, _, size), count in rows.items()]
+
+
+SURELY = 0.6
+"""Of what is predicted beside the libraries, the part that a build takes in any case: predictions err on the safe
+side."""
+
+
+def check_limits(memory: Memory) -> None:
+    """Refuse a build that a limit on this process's memory would end in the middle.
+
+    Call it when the libraries that a build needs are loaded: what they take is known then, and left out of the sum.
+
+    Raises:
+        OutOfMemoryError: naming the limit, and what is needed.
+    """
+    more = int(SURELY * (memory.peak_bytes - PROCESS_BYTES))
+    for limit in memory_limits():
+        if limit.used is None or limit.used + more <= limit.nbytes:
+            continue
+        room = max(0, limit.nbytes - limit.used) + PROCESS_BYTES
+        raise OutOfMemoryError(
+            f"not enough memory: the build needs at least {more / 1e9:.2f} GB beside the {limit.used / 1e9:.2f} GB "
+            f"that this process has already, which is more than {limit}; allow more, or let it keep to less with "
+            f"--memory {room / 1e9:.2f}GB"
+        )
 
 
 def distinct_inputs(table: ModuleTable) -> list[tuple[int, int, float]]:

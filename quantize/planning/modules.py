@@ -113,7 +113,7 @@ def find_linears(checkpoint: Checkpoint) -> ModuleTable:
     if not runs:
         raise PlanError(_unknown(checkpoint, "has no numbered decoder blocks with linear weights"))
     prefix = max(runs, key=lambda run: (len(runs[run]), -len(run)))
-    count = checkpoint.text_config.get("num_hidden_layers") or checkpoint.text_config.get("n_layer")
+    count = checkpoint.size("num_hidden_layers", "n_layer")
     if runs[prefix] != set(range(len(runs[prefix]))) or (count is not None and len(runs[prefix]) != count):
         raise PlanError(
             _unknown(checkpoint, f"its config says {count} blocks, its tensors {len(runs[prefix])} of '{prefix}N'")
@@ -143,10 +143,9 @@ def find_linears(checkpoint: Checkpoint) -> ModuleTable:
 
 def _expert_share(checkpoint: Checkpoint) -> float:
     """Of all tokens, how many an expert gets on average."""
-    config = checkpoint.text_config
     count = max((found[1] + 1 for name in checkpoint.tensors if (found := expert_of(name))), default=1)
-    chosen = config.get("num_experts_per_tok")
-    return min(1.0, chosen / count) if isinstance(chosen, int) and chosen > 0 else 1.0
+    chosen = checkpoint.size("num_experts_per_tok")
+    return min(1.0, chosen / count) if chosen else 1.0
 
 
 def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, spec: TensorSpec, share: float) -> LinearSpec:

@@ -123,9 +123,8 @@ def _state(folder: Path, inputs: Any) -> tuple[State, str]:
 
 def _check_length(loaded: LoadedRecipe, source: Source) -> None:
     length = loaded.recipe.calibration.sequence_length
-    config = source.checkpoint.text_config
-    limit = config.get("max_position_embeddings") or config.get("n_positions")
-    if isinstance(limit, int) and length > limit:
+    limit = source.checkpoint.size("max_position_embeddings", "n_positions")
+    if limit is not None and length > limit:
         raise loaded.error(
             ("calibration", "sequence_length"),
             f"{length} is more than the {limit} positions of this model; use at most {limit}",

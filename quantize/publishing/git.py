@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.errors import ReleaseError
+from quantize.errors import ExportError, ReleaseError
 from quantize.files.notify import Notify
 from quantize.planning.plan import Plan
 from quantize.publishing.finished import LocalFile, checked_files, commit_message, finished_folders
@@ -134,7 +134,7 @@ class _Bare:
             hook.write_text(HOOK, encoding="utf-8")
             hook.chmod(0o755)
         except OSError as error:
-            raise ReleaseError(f"{folder}: cannot be written: {error.strerror}") from None
+            raise ExportError(f"{folder}: cannot be written: {error.strerror}") from None
         return bare
 
     def run(self, *arguments: str, given: bytes = b"", index: str | None = None, tolerate: bool = False) -> str:
@@ -144,7 +144,7 @@ class _Bare:
         done = subprocess.run(command, input=given, env=environment, capture_output=True)
         if done.returncode and not tolerate:
             reason = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-            raise ReleaseError(f"{self.folder}: git {arguments[0]} failed: {reason}")
+            raise ExportError(f"{self.folder}: git {arguments[0]} failed: {reason}")
         return "" if done.returncode else done.stdout.decode().strip()
 
     def store(self, data: bytes) -> str:
@@ -169,7 +169,7 @@ class _Bare:
             os.replace(temporary, place)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise ReleaseError(f"{place.parent}: cannot be written: {error.strerror}") from None
+            raise ExportError(f"{place.parent}: cannot be written: {error.strerror}") from None
         return linked
 
     def tree(self, blobs: Mapping[str, str]) -> str:

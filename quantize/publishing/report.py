@@ -93,7 +93,8 @@ def _cell(entry: Mapping[str, Any] | None, low: float, high: float) -> dict[str,
 
 def _error(entry: Mapping[str, Any]) -> float:
     """Relative error of a module's output; of its weights where another engine made it; 0 where neither is known."""
-    return float(entry.get("relative_error", entry.get("weight_error", 0.0)))
+    known = (entry.get(name) for name in ("relative_error", "weight_error"))
+    return float(next((error for error in known if error is not None), 0.0))
 
 
 def _place(module: str) -> tuple[int, str]:

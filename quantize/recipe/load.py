@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from quantize.engines import NATIVE, find_engine
-from quantize.errors import RecipeError
+from quantize.errors import RecipeError, shortened, shortly
 from quantize.recipe.foreign import fitted
 from quantize.recipe.located import Key, Located, merge, read_located, set_value
 from quantize.recipe.methods import Awq, AwqVariant, Gptq, GptqVariant, Method, Strict, Variant
@@ -30,6 +30,7 @@ from quantize.recipe.shipped import find_shipped
 BOTH = (True, False)
 MOST_VARIANTS = 256  # a matrix of long lists multiplies quickly
 MOST_PARENTS = 16
+MOST_SAID = 300  # characters of what a check of the schema says, which repeats the value
 
 
 @dataclass(frozen=True)
@@ -197,10 +198,9 @@ def _known(located: Located, loc: Sequence[Key]) -> tuple[Key, ...]:
 
 def _sentence(details: ErrorDetails) -> str:
     kind, context = details["type"], details.get("ctx", {})
-    given = repr(details.get("input"))
-    given = given if len(given) <= 80 else given[:79] + "…"
+    given = shortly(details.get("input"))
     if kind == "value_error":
-        return str(context["error"])
+        return shortened(str(context["error"]), MOST_SAID)
     if kind == "literal_error":
         return f"must be {context['expected']}, not {given}"
     if kind in {"too_short", "string_too_short"}:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from quantize.errors import RecipeError
+from quantize.errors import MOST_SHOWN, RecipeError, shortened
 
 Key = str | int
 KeyPath = tuple[Key, ...]
@@ -23,7 +23,7 @@ MAX_RECIPE_BYTES = 100_000
 MAX_NODES = 10_000  # aliases can blow a small file up; a real recipe has a few hundred
 MAX_DEPTH = 16  # a real recipe has five levels
 MAX_BITS = 64  # of a whole number; Python refuses to print much larger ones
-SHOWN = 200  # characters of an override that a message repeats
+SHOWN = 120  # characters of an override that a message repeats
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def dotted(path: Iterable[Key]) -> str:
     """``("gptq", "variants", 1, "bits")`` as a person writes it: ``gptq.variants[1].bits``."""
     text = ""
     for key in path:
-        text += f"[{key}]" if isinstance(key, int) else f".{key}" if text else key
+        name = f"[{key}]" if isinstance(key, int) else shortened(key, MOST_SHOWN)
+        text += f".{name}" if text and isinstance(key, str) else name
     return text
 
 

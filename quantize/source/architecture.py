@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantize.errors import SourceError
+from quantize.errors import QuantizeError, SourceError, is_memory_shortage
 from quantize.source.resolved import Source
 from quantize.source.unchanged import guarded
 
@@ -27,7 +29,7 @@ def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) ->
 
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except Exception as error:  # what a config's values do to somebody else's code, no list can name
         raise SourceError(_unsupported(source, error)) from None
     # sdpa leaves out Gemma 2's soft-capping of attention scores; eager does what the model was trained with
     capped = getattr(config, "attn_logit_softcapping", None) is not None
@@ -39,9 +41,30 @@ def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) ->
                 trust_remote_code=trust_remote_code,
                 **({"attn_implementation": "eager"} if capped else {}),
             )
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:
         raise SourceError(_unsupported(source, error)) from None
     return model.eval()
+
+
+@contextmanager
+def running(source: Source) -> Iterator[None]:
+    """For the first run of an architecture's code: what it raises, it raises about the source's config.
+
+    Raises:
+        SourceError: naming what it said.
+    """
+    try:
+        yield
+    except QuantizeError:
+        raise
+    except Exception as error:
+        if is_memory_shortage(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise SourceError(
+            f"{source.named}: the model cannot be run ({type(error).__name__}: {reason}); see whether its config.json "
+            "fits its weights and its transformers"
+        ) from None
 
 
 def _unsupported(source: Source, error: Exception) -> str:

@@ -22,6 +22,11 @@ MOST_JSON = 100_000_000
 """Bytes of a config or an index that are read; the longest real ones take 10 MB."""
 MOST_CARRIED = 5_000_000_000
 """Bytes of a file that is no weight; the longest real ones, of tokenizers, take 40 MB."""
+MOST_SIZES = {
+    "hidden_size": 2**24, "n_embd": 2**24, "vocab_size": 2**31, "num_hidden_layers": 10_000, "n_layer": 10_000,
+    "num_experts_per_tok": 100_000, "max_position_embeddings": 2**40, "n_positions": 2**40,
+}  # fmt: skip
+"""Numbers of a config that are counted with here, and more than any of them can be."""
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".npz",
     ".tflite", ".mlmodel", ".ot",
@@ -55,6 +60,11 @@ class Checkpoint:
         """The part of the config that describes the decoder (nested in some architectures)."""
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
+
+    def size(self, *names: str) -> int | None:
+        """The first of these numbers of the config that is set; each is one of ``MOST_SIZES``, and checked."""
+        found = (self.text_config.get(name) for name in names)
+        return next((int(value) for value in found if value is not None), None)
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +143,20 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
             f"{where}: the model is already quantized ({method or 'unknown method'}); "
             "name the unquantized model it was made from"
         )
+    nested = config.get("text_config")
+    if nested is not None and not isinstance(nested, dict):
+        raise SourceError(f"{where}: text_config: must be a mapping of keys to values, not {shortly(nested)}")
+    _check_sizes(config, where)
+    _check_sizes(nested or {}, f"{where}: text_config")
     return config
+
+
+def _check_sizes(config: Mapping[str, Any], where: str) -> None:
+    for name, most in MOST_SIZES.items():
+        value = config.get(name)
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if value is not None and (isinstance(value, bool) or not whole or not 1 <= value <= most):
+            raise SourceError(f"{where}: {name}: must be a whole number from 1 to {most:,}, not {shortly(value)}")
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
@@ -228,7 +251,7 @@ def _check_index(folder: Path, tensors: Mapping[str, TensorSpec]) -> None:
         return
     for key, shard in read_index(index).items():
         if key not in tensors or tensors[key].file != shard:
-            raise SourceError(f"{index}: says that {key} lies in {shard}, but it does not")
+            raise SourceError(f"{index}: says that {shortened(key, 200)} lies in {shard}, but it does not")
 
 
 def _reason(error: Exception) -> str:

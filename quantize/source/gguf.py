@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import SourceError, shortly
-from quantize.files.cache import cache_folder
+from quantize.files.cache import as_os_error, cache_folder
 from quantize.files.digest import cached_sha256, sha256_of_file
 from quantize.files.notify import Notify
 from quantize.files.space import touch
@@ -75,6 +75,7 @@ def open_gguf(path: Path, named: str, notify: Notify) -> Source:
 
 def _convert(path: Path, folder: Path, digest: str) -> None:
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -85,13 +86,17 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
     try:
         _check_sizes(open_reader(path))
         with _alone(path) as beside, contextlib.redirect_stderr(hidden):
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 beside,
                 dtype=torch.float16,
                 quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
                 **where,
             )
             tokenizer = AutoTokenizer.from_pretrained(beside, **where)
+        model, told = loaded
+        if told["missing_keys"]:  # transformers would go on with random numbers
+            raise ValueError(f"it lacks the tensor {min(told['missing_keys'])}")
     except Exception as error:  # what a header's values do to a model's constructor, no list can name
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise SourceError(f"{path}: transformers cannot read this GGUF file: {reason}") from None
@@ -103,7 +108,10 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
     try:
-        save_file({k: v.contiguous() for k, v in state.items()}, temporary / "model.safetensors", {"format": "pt"})
+        try:
+            save_file({k: v.contiguous() for k, v in state.items()}, temporary / "model.safetensors", {"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            raise as_os_error(error, temporary) or error from None
         _write_json(temporary / "config.json", _clean_config(model.config))
         if model.generation_config is not None:
             _write_json(temporary / "generation_config.json", _clean_generation(model.generation_config))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import QuantizeError, SourceError
+from quantize.errors import QuantizeError, SourceError, SourceUnreachableError
 from quantize.files.notify import Notify
 from quantize.formats.names import is_file_name
 from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME, TensorSpec
@@ -59,6 +59,7 @@ def open_hub(model: Model, *, weights: bool, small_files: bool = False, notify: 
                 notify(f"{model.source}: {reason}; using commit {str(cached.commit)[:12]} as it lies in the HF cache")
                 return cached
             reason += f"; {model.revision!r} does not lie in the HF cache either; a local directory works too"
+            raise SourceUnreachableError(f"{model.source}: {reason}") from None
         raise SourceError(f"{model.source}: {reason}") from None
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quantize.errors import SourceError
-from quantize.source.architecture import empty_model, match_names
+from quantize.source.architecture import empty_model, match_names, running
 from quantize.source.experts import Expert, split_experts
 from quantize.source.prefetch import Prefetch
 from quantize.source.resolved import Source
@@ -183,10 +183,17 @@ class StreamedModel:
 
         Also learns, once per batch size, how the architecture calls each of its blocks.
         """
-        if self._returns_tuple is None:
-            self._returns_tuple = self._probe(input_ids[:1, :8])
+        rows, largest = self.model.get_input_embeddings().num_embeddings, int(input_ids.max())
+        if largest >= rows or int(input_ids.min()) < 0:
+            raise SourceError(
+                f"{self.source.named}: its tokenizer gives the token {largest}, its embeddings have {rows} rows; "
+                "tokenizer and weights are not of one model"
+            )
         batch = input_ids.shape[0]
-        entered, calls = self._record(input_ids)
+        with running(self.source):
+            if self._returns_tuple is None:
+                self._returns_tuple = self._probe(input_ids[:1, :8])
+            entered, calls = self._record(input_ids)
         known = self._calls.setdefault(batch, calls)
         if known is not calls:
             self._same_calls(known, calls)

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from quantize.files.cache import as_os_error
 from quantize.formats.safetensors_digests import digest_of
 from quantize.formats.safetensors_header import file_header
 from quantize.formats.tensors import TensorSpec
@@ -52,7 +54,10 @@ def save_whole(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in plain.items()
     }
     try:
-        save_file(plain, temporary, {DIGESTS: json.dumps(digests)})
+        try:
+            save_file(plain, temporary, {DIGESTS: json.dumps(digests)})
+        except SafetensorError as error:  # a full disk, say
+            raise as_os_error(error, path) or error from None
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -42,7 +42,14 @@ class Verdict:
 
     @property
     def is_good(self) -> bool:
-        return not any(check.outcome == "failed" for check in self.checks)
+        """Something was looked at, and nothing failed."""
+        outcomes = {check.outcome for check in self.checks}
+        return "ok" in outcomes and "failed" not in outcomes
+
+    @property
+    def is_empty(self) -> bool:
+        """Every check was skipped, so that nothing is known."""
+        return {check.outcome for check in self.checks} <= {"skipped"}
 
     def as_data(self) -> dict[str, Any]:
         """The verdict for machines."""
