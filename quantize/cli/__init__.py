@@ -7,28 +7,45 @@ import sys
 import click
 
 from quantize import __version__
-from quantize.cli.build import build
-from quantize.cli.card import card
-from quantize.cli.clean import clean, gc
 from quantize.cli.ending import run
-from quantize.cli.engines import engines
-from quantize.cli.explain import explain
-from quantize.cli.git import git
-from quantize.cli.lint import lint
-from quantize.cli.matrix import matrix
-from quantize.cli.measure import measure
-from quantize.cli.plan import plan
-from quantize.cli.prune import prune
-from quantize.cli.push import diff, push
-from quantize.cli.rebuild import rebuild
-from quantize.cli.recipes import recipes
-from quantize.cli.report import report
-from quantize.cli.status import status
-from quantize.cli.validate import validate
-from quantize.cli.verify import verify
+from quantize.cli.group import Entry, SectionedGroup
+
+SECTIONS = {
+    "Make": {
+        "recipes": Entry("recipes", "The shipped recipes; `recipes copy` gives one to edit."),
+        "validate": Entry("validate", "Check a recipe alone: keys, values, branch names."),
+        "plan": Entry("plan", "Every branch with its exact size, time and memory."),
+        "build": Entry("build", "Calibrate once, build and measure what is not up to date."),
+        "measure": Entry("measure", "Perplexity and KL divergence of what is built."),
+        "rebuild": Entry("rebuild", "Build again what manifests say, compare every hash."),
+        "engines": Entry("engines", "Other quantizers behind the same recipe."),
+    },
+    "Look": {
+        "status": Entry("status", "What is built, and how well it came out."),
+        "explain": Entry("explain", "Why a branch is fresh or stale."),
+        "report": Entry("report", "The measured quality as one HTML page."),
+        "verify": Entry("verify", "Hashes, tensors, and whether loaders read it."),
+        "lint": Entry("lint", "Check anybody's quantized repo."),
+        "matrix": Entry("matrix", "What is left to build, as a CI matrix."),
+    },
+    "Publish": {
+        "card": Entry("card", "Render the model cards again."),
+        "push": Entry("push", "Bring the hub to what lies in dist."),
+        "diff": Entry("push", "How the hub differs from dist."),
+        "git": Entry("git", "The release as bare git repos with LFS."),
+    },
+    "Tidy": {
+        "prune": Entry("prune", "Remove branches that the recipe names no more."),
+        "clean": Entry("clean", "Remove unfinished builds from a dist."),
+        "gc": Entry("clean", "Free space in the cache."),
+    },
+}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=SectionedGroup, sections=SECTIONS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)  # fmt: skip
 @click.version_option(__version__, prog_name="quantize")
 def quantize() -> None:
     """One recipe turns one causal language model into a complete quantized release.
@@ -45,14 +62,6 @@ def quantize() -> None:
       0 done    1 something failed while working    2 the recipe, an argument or the source is wrong
       3 the answer of a check is no                 130, 143 stopped by Ctrl-C, by SIGTERM
     """
-
-
-COMMANDS = (
-    recipes, validate, plan, build, measure, report, verify, card, push, diff, git, prune, lint, explain, status,
-    matrix, rebuild, engines, clean, gc,
-)  # fmt: skip
-for command in COMMANDS:
-    quantize.add_command(command)
 
 
 def main() -> None:
