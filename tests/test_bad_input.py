@@ -22,7 +22,7 @@ from outcome import assert_refused, contents
 from safetensors.torch import load_file, save_file
 
 from quantize.errors import SolveError
-from quantize.executors import api as workers
+from quantize.executors import local as workers
 from quantize.methods.gptq import GptqParameters, solve
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
