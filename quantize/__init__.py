@@ -25,7 +25,7 @@ __all__ = ["__version__", "build", "load_recipe", "plan"]
 
 _PUBLIC = {
     "load_recipe": ("quantize.recipe", "load_recipe"),
-    "plan": ("quantize.planning", "plan_recipe"),
+    "plan": ("quantize.planning.planner", "plan_recipe"),
     "build": ("quantize.building", "build_recipe"),
 }
 

@@ -227,8 +227,11 @@ def _build_branches(
     notify: Notify,
     result: BuildResult,
 ) -> Any:
-    """Solve the branches that are not fresh and put them into place; returns diagonals for an importance matrix, and how
-    they were computed."""
+    """Solve the branches that are not fresh and put them into place.
+
+    Returns:
+        Diagonals for an importance matrix, and how they were computed.
+    """
     from quantize.building.branches import Pass
 
     todo = plan.native_work
