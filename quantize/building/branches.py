@@ -15,7 +15,6 @@ from quantize.calibration.forward import choose_device, choose_dtype
 from quantize.calibration.statistics import Timed
 from quantize.calibration.store import StatisticsStore
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
-from quantize.calibration.versions import STATISTICS_VERSION
 from quantize.dist.resume import State, open_unfinished
 from quantize.executors.api import Workers
 from quantize.executors.memory import return_large_buffers
@@ -23,6 +22,7 @@ from quantize.files.cache import cache_folder
 from quantize.files.digest import key_of
 from quantize.files.notify import Notify
 from quantize.methods.columns import kernel_of
+from quantize.planning.keys import STATISTICS_VERSION
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.recipe.methods import GptqVariant
 from quantize.source.accelerator import compute_of

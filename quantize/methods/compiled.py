@@ -13,7 +13,7 @@ import torch
 
 @contextlib.contextmanager
 def compiled() -> Iterator[Any]:
-    """:mod:`quantize.methods.kernel`, which is compiled on its first use; inside, numba has as many threads as torch."""
+    """:mod:`quantize.methods.kernel`, which compiles on its first use; inside, numba has as many threads as torch."""
     threads = torch.get_num_threads()
     numba = _started(threads)
     before = numba.get_num_threads()

@@ -152,7 +152,7 @@ def round_columns(
 
 @numba.njit(cache=True, error_model="numpy")
 def invert_factor(block):
-    """Replace a symmetric positive definite ``block`` [K, K] by inverse(L), where block = L L^T; False if it is none."""
+    """Replace a symmetric ``block`` [K, K] by inverse(L), where block = L L^T; False if it is not positive definite."""
     size = len(block)
     upper = np.empty((size, size), block.dtype)  # L^T: whose rows lie side by side for the vector units
     for row in range(size):

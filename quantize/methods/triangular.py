@@ -1,8 +1,8 @@
 """The inverse of a Cholesky factor, in an order of operations that does not depend on the number of threads.
 
 LAPACK's factorization gives other last bits for another number of threads. Here the factor and its inverse come from
-one recursion: halves are joined by matrix products, which :mod:`quantize.methods.products` keeps independent of the threads,
-and blocks of :data:`LEAF` columns are factored by one thread.
+one recursion: halves are joined by matrix products, which :mod:`quantize.methods.products` keeps independent of the
+threads, and blocks of :data:`LEAF` columns are factored by one thread.
 """
 
 from __future__ import annotations

@@ -40,13 +40,14 @@ def circumstances_here(compute_dtype: str, batch_tokens: int, shards: int) -> di
 
 def circumstances_of(compute: Circumstances, versions: Circumstances) -> dict[str, Any]:
     """The same of a manifest's ``compute`` and ``versions``."""
+    compute, versions = (part if isinstance(part, Mapping) else {} for part in (compute, versions))
     known = {name: versions[name] for name in PACKAGES if name in versions}
     return {"shards": 1, **compute, **known} if compute else known
 
 
 def made_otherwise(then: Circumstances, here: Circumstances) -> list[str]:
     """What bytes depend on and both tell of differently, a line each: ``dtype: bfloat16 then, float32 here``."""
-    names = [name for name in (decides_bytes(then) if "dtype" in then else then) if name in here]
+    names = [name for name in decides_bytes(then) if name in here]
     return [difference(name, then[name], here[name], "here") for name in sorted(names) if then[name] != here[name]]
 
 

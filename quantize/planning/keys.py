@@ -1,7 +1,7 @@
 """Keys: what a finished variant was asked to be. Equal keys, under equal circumstances, mean equal bytes.
 
-In a key stands what the recipe says and what the package computes: the source, the text, the parameters, the versions of
-our own algorithms. What the machine and the command line add (:mod:`quantize.planning.circumstances`) is in the manifest.
+A key holds what the recipe says and the versions of our own algorithms: source, text, parameters. What the machine and
+the command line add (:mod:`quantize.planning.circumstances`) is recorded in the manifest.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from quantize.calibration.versions import STATISTICS_VERSION
 from quantize.errors import printable, shortened
 from quantize.recipe.methods import Awq, Gptq, Method, Variant
 from quantize.recipe.schema import Release
 
 SOLVER_VERSION = 4
 """Raised when the same source, tokens and parameters give other bytes: finished variants are then stale."""
+STATISTICS_VERSION = 2
+"""Raised when the same source and windows give other statistics; also of kept ones and of importance matrices."""
 LISTS = frozenset({"variants", "matrix"})
 JUDGEMENTS = frozenset({"fail_on", "min_expert_tokens"})
 """Keys of a method's section that change no byte of the weights: what counts as odd, and what of it as an error."""

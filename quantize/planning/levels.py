@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantize.calibration.corpus import title
-from quantize.calibration.versions import STATISTICS_VERSION
 from quantize.dist.manifest import is_complete, read_manifest
 from quantize.errors import GgufError
 from quantize.files.atomic import write_atomically
@@ -25,7 +24,7 @@ from quantize.files.notify import Notify
 from quantize.gguf.convert import Conversion, Header, outtype_of
 from quantize.gguf.quantize import ANY, Outcome, predict, request
 from quantize.gguf.toolchain import VERSION, missing_library
-from quantize.planning.keys import differences
+from quantize.planning.keys import STATISTICS_VERSION, differences
 from quantize.recipe.methods import Gguf
 from quantize.recipe.schema import Recipe
 from quantize.source.resolved import Source, safe_name

@@ -52,5 +52,5 @@ def forward_dtype(asked: str, device: str) -> str:
 def decides_bytes(compute: Mapping[str, Any]) -> dict[str, Any]:
     """What of a manifest's ``compute`` the bytes depend on: on the number of threads only where a CPU runs the forward
     in other than float32."""
-    independent = compute["dtype"] == "float32" or compute["device"] != "cpu"
+    independent = compute.get("dtype") == "float32" or compute.get("device") != "cpu"
     return {name: value for name, value in compute.items() if not (independent and name == "threads")}
