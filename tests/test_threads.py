@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -196,8 +197,9 @@ def test_products_do_not_depend_on_threads(operation: Callable[[], torch.Tensor]
     plain, found = operation(), []
     for count in COUNTS:
         torch.set_num_threads(count)
-        with EvenProducts():
-            found.append(operation())
+        for mode in (contextlib.nullcontext(), torch.inference_mode()):
+            with EvenProducts(), mode:
+                found.append(operation().clone())
     assert all(torch.equal(found[0], other) for other in found)
     torch.testing.assert_close(found[0], plain, rtol=1e-4, atol=1e-4)
     assert found[0].is_contiguous() == plain.is_contiguous()

@@ -31,6 +31,9 @@ class EvenProducts(TorchDispatchMode):
         kwargs = kwargs or {}
         place = _PLACES.get(func)
         if place is None:
+            if func in _COMPOSED:  # as it comes in inference mode: the products inside it come next
+                with self:
+                    return func.decompose(*args, **kwargs)
             return func(*args, **kwargs)
         left, right = args[place], args[place + 1]
         rows, columns = left.shape[-2], right.shape[-1]
@@ -64,3 +67,8 @@ _PLACES: dict[Any, int] = {
     _aten.baddbmm_.default: 1,
 }
 """Where the two factors stand among the arguments."""
+_COMPOSED = frozenset(
+    getattr(_aten, name).default
+    for name in ("linear", "matmul", "einsum", "tensordot", "inner", "bilinear", "scaled_dot_product_attention")
+)
+"""Operations that are made of products."""
