@@ -168,10 +168,27 @@ def _read_records(path: Path, column: str | None) -> Iterator[str]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: is not UTF-8 text (byte {error.start} of a part of it)") from None
+    except UnicodeDecodeError:
+        raise CalibrationError(f"{path}: is not UTF-8 text (byte {_first_bad_byte(path)})") from None
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _first_bad_byte(path: Path) -> int:
+    """Where a file stops being UTF-8, which the error of a buffered reader says of its buffer alone."""
+    position, rest = 0, b""
+    with path.open("rb") as file:
+        while chunk := file.read(PIECE):
+            data = rest + chunk
+            try:
+                data.decode()
+                rest = b""
+            except UnicodeDecodeError as error:
+                if len(data) - error.start > 4:  # longer than a character that the next chunk completes
+                    return position + error.start
+                rest = data[error.start :]
+            position += len(data) - len(rest)
+    return position
 
 
 def _record(line: str, column: str, where: str) -> str:
