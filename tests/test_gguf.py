@@ -364,10 +364,10 @@ def test_bad_sections_are_one_sentence(
     assert result.stderr.count("\n") == 1
 
 
-def refused(invoke: Command, path: Path, dist: Path, message: str) -> None:
+def refused(invoke: Command, path: Path, dist: Path, message: str, code: int = 2) -> None:
     result = invoke("build", path, "--dist", dist, "--device", "cpu")
     errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert (result.returncode, len(errors)) == (2, 1), result.stderr
+    assert (result.returncode, len(errors)) == (code, 1), result.stderr
     assert message in errors[0]
     assert not list(dist.glob("*-GGUF/main/*.gguf"))
 
@@ -399,7 +399,7 @@ def test_a_corrupt_importance_matrix(small: Path, tmp_path: Path, invoke: Comman
 
 def test_a_conversion_that_answers_otherwise(small: Path, tmp_path: Path, invoke: Command) -> None:
     path = write(tmp_path / "r.yaml", small, "gguf: {levels: [Q8_0], logits_tolerance: 1.0e-30}")
-    refused(invoke, path, tmp_path / "dist", "does not answer as its source does")
+    refused(invoke, path, tmp_path / "dist", "does not answer as its source does", code=1)
 
 
 def test_too_little_disk_for_the_intermediate_file(
@@ -408,7 +408,7 @@ def test_too_little_disk_for_the_intermediate_file(
     path = write(tmp_path / "r.yaml", small, "gguf: {levels: [Q8_0], intermediate: F32, imatrix: false}")
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("quantize.gguf.convert.shutil.disk_usage", lambda folder: usage)
-    refused(invoke, path, tmp_path / "dist", "the intermediate F32 file takes")
+    refused(invoke, path, tmp_path / "dist", "the intermediate F32 file takes", code=1)
 
 
 def test_a_killed_level_leaves_nothing(
@@ -423,7 +423,7 @@ def test_a_killed_level_leaves_nothing(
 
     monkeypatch.setattr(quantizers, "start", killed)
     path = write(tmp_path / "r.yaml", small, "gguf: {levels: [Q8_0], imatrix: false}")
-    refused(invoke, path, tmp_path / "dist", "was killed by signal 9")
+    refused(invoke, path, tmp_path / "dist", "was killed by signal 9", code=1)
     assert not list((tmp_path / "dist" / ".quantize").glob("*.part"))
 
 
