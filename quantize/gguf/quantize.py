@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import GgufError
+from quantize.errors import GgufError, GgufRunError
 from quantize.files.child import Child, ChildFailed, Task
 from quantize.gguf.convert import Header
 from quantize.recipe.levels import LEVELS
@@ -102,7 +102,9 @@ def finish(child: Child, told: Callable[[str], None] | None = None) -> tuple[int
 def failure(level: str, code: int, log: str) -> GgufError:
     """llama.cpp's own reason why a level failed."""
     if code < 0:
-        return GgufError(f"{level}: llama.cpp's quantizer was killed by signal {-code}; nothing of this level was kept")
+        return GgufRunError(
+            f"{level}: llama.cpp's quantizer was killed by signal {-code}; nothing of this level was kept"
+        )
     reasons = re.findall(r"failed to quantize: (.*)", log)
     return GgufError(f"{level}: llama.cpp cannot make it: {reasons[-1] if reasons else 'it gave no reason'}")
 
