@@ -164,9 +164,9 @@ def test_what_the_recipe_leaves_open_is_as_the_engine_has_it(cache: Path, tiny_l
 def test_keys_of_our_own_branches_know_no_engine(recipe: Path) -> None:
     plan = quantize.plan(quantize.load_recipe(recipe))
     ours, their = (plan.key_inputs(item) for item in plan.variants)
-    assert set(ours) == {"solver", "source", "calibration", "parameters", "method", "max_shard_size"}
+    assert set(ours) == {"solver", "statistics", "source", "calibration", "parameters", "method", "max_shard_size"}
     assert "engine" not in ours["parameters"]
-    assert set(their) == set(ours) - {"solver"} | {"engine"}
+    assert set(their) == set(ours) - {"solver", "statistics"} | {"engine"}
     assert their["engine"]["name"] == "fake"
 
 
