@@ -93,7 +93,7 @@ def test_nor_do_a_build_and_a_rebuild(
         "tensor_types": {}, "max_file_size": 5 * 10**10, "imatrix": None,
     }  # fmt: skip
     manifest = {
-        "schema": 1, "repo": "me/evil-GGUF", "branch": "main", "levels": {"Q8_0": {"key_inputs": inputs}},
+        "schema": 1, "repo": "me/evil-GGUF", "branch": "main", "levels": {"Q8_0": {"key_inputs": inputs, "files": {}}},
         "source": {"name": "evil", "commit": None, "files": {}}, "model": {"trust_remote_code": True},
     }  # fmt: skip
     (tmp_path / "theirs").mkdir()

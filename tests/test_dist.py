@@ -133,13 +133,11 @@ def test_a_push_that_only_shows_changes_nothing(hub: HubServer, run: Command, li
 
 
 def test_clean_without_a_terminal_says_add_yes(invoke: Command, both: Path) -> None:
-    from quantize.dist.resume import State, Unfinished
+    from quantize.dist.resume import Block, State, open_unfinished
 
     inputs: dict[str, Any] = {"statistics": "gathered"}
     state = State(inputs, {"gptq/main": "0"}, False, 3)
-    folder = both / ".quantize" / "unfinished" / state.key
-    folder.mkdir(parents=True)
-    Unfinished(folder, state).keep(1, (1, 1, 1), {}, {}, None)
+    open_unfinished(both, [state]).keep(Block(1, (1, 1, 1)), None)
     before = tree(both)
     assert_refused(invoke("clean", "--dist", both), "add --yes")
     assert tree(both) == before

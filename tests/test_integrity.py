@@ -204,7 +204,7 @@ def unfinished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> So
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(CalibrationPass, "_keep", full)
-        assert_refused(made.build(), "no space left")
+        assert_refused(made.build(), "no space left", code=1)
     return made
 
 
@@ -244,7 +244,7 @@ def test_a_damaged_byte_is_one_sentence_on_resume(unfinished: Source, tmp_path: 
     change, word = DAMAGES[damage]
     change(folder)
     refused = run_in_process("build", unfinished.recipe, "--dist", dist, *CPU)
-    assert_refused(refused, word, "this unfinished build is damaged", "quantize clean")
+    assert_refused(refused, word, "this unfinished build is damaged", "quantize clean", code=1)
     assert "are kept" not in refused.stderr
     assert published(dist) == []
     assert run_in_process("clean", "--dist", dist, "--yes").returncode == 0
@@ -290,7 +290,7 @@ def test_a_byte_that_changes_before_a_branch_is_published_is_noticed(
         return real(self, branch)
 
     monkeypatch.setattr(branches.Pass, "complete", damaged)
-    assert_refused(source.build(), "model.safetensors is not what was written", "quantize clean")
+    assert_refused(source.build(), "model.safetensors is not what was written", "quantize clean", code=1)
     assert published(source.dist) == []
 
 
@@ -336,7 +336,7 @@ def test_damaged_statistics_are_noticed(source: Source, tmp_path: Path, monkeypa
         flip(folder / name)
         shutil.rmtree(source.dist)
         refused = run_in_process("build", source.recipe, "--dist", source.dist, "--only", "awq/main", *CPU)
-        assert_refused(refused, "00001", "kept statistics", "quantize gc")
+        assert_refused(refused, "00001", "kept statistics", "quantize gc", code=1)
         (folder / name).write_bytes(good)
 
 

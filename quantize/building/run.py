@@ -20,7 +20,7 @@ from quantize.dist.ledger import oddities
 from quantize.dist.origins import remember_origins
 from quantize.dist.resume import Unfinished, find_unfinished
 from quantize.errors import BuildError, CalibrationError, DamagedBuild, PlanError, SourceChanged, SourceError
-from quantize.files.cache import cache_error
+from quantize.files.cache import cache_error, require_cache
 from quantize.files.child import without_secrets
 from quantize.files.notify import Notify
 from quantize.planning.engines import require_engines
@@ -98,6 +98,7 @@ def build_recipe(
     """
     if ray is not None and find_spec("ray") is None:
         raise PlanError(f"--ray {ray}: Ray is not installed; install it with: pip install 'quantize[ray]'")
+    require_cache()
     with locked(Path(dist)) as held:
         plan = plan_recipe(loaded, dist, only, weights=True, budget=budget, shards=shards or 1, notify=notify)
         plan.require_own()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from quantize.errors import CacheError
@@ -30,6 +31,17 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "quantize"
     except RuntimeError:
         raise CacheError("this user has no home folder for the cache; set QUANTIZE_CACHE to a folder") from None
+
+
+def require_cache() -> None:
+    """Raises :class:`CacheError` where the cache cannot be written, which a build does from its first kernel on."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cache_error(OSError(error.errno, error.strerror, str(folder))) or error from None
 
 
 def cache_error(error: BaseException) -> CacheError | None:

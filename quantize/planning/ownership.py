@@ -56,7 +56,7 @@ def described(source: Source) -> str:
 def _is_same(recorded: Mapping[str, Any], origin: str | None, source: Source) -> bool:
     files = recorded.get("files")
     there = files if isinstance(files, Mapping) else {}
-    weights = {digest for name, digest in there.items() if str(name).endswith(".safetensors")}
+    weights = {str(digest) for name, digest in there.items() if str(name).endswith(".safetensors")}
     ours = {source.hashes.get(name) for name in source.checkpoint.shards}
     if weights and weights == ours:
         return True
