@@ -142,7 +142,7 @@ def test_clean_without_a_terminal_says_add_yes(invoke: Command, both: Path) -> N
     assert_refused(invoke("clean", "--dist", both), "add --yes")
     assert tree(both) == before
     assert invoke("clean", "--dist", both, "--yes").returncode == 0
-    assert not folder.exists()
+    assert not (both / ".quantize" / "unfinished" / state.key).exists()
 
 
 # -- what writes

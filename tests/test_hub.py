@@ -311,7 +311,7 @@ BAD_REPOS: dict[str, tuple[Callable[[dict[str, bytes]], None], list[str]]] = {
     "config-not-json": (replaced("config.json", b"{"), ["config.json: is not readable JSON"]),
     "index-not-json": (replaced(INDEX, b"["), [INDEX, "is no safetensors index"]),
     "index-a-list": (replaced(INDEX, b"[]"), [INDEX, "is no safetensors index"]),
-    "strange-dtype": (strange_dtype, [REPO, "has dtype F99, which is not supported"]),
+    "strange-dtype": (strange_dtype, [REPO, "has dtype 'F99', which is not supported"]),
     "header-garbage": (replaced(SHARD, b"\xff" * 200_000), [REPO, SHARD]),
     "header-not-json": (replaced(SHARD, (64).to_bytes(8, "little") + b"x" * 200_000), [REPO, SHARD]),
 }

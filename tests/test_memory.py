@@ -13,7 +13,7 @@ import pytest
 from quantize.formats.reader import BranchReader
 from tests.tiny import write_model, write_recipe
 
-HEADROOM = 64 * 2**20
+HEADROOM = 72 * 2**20
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit that is set exists on Linux only")

@@ -182,7 +182,7 @@ class MemoryModel:
         return widest, [(size, count) for (_, _, size), count in rows.items()]
 
 
-SURELY = 0.4
+SURELY = 0.55
 """Of what is predicted beside the libraries, the part that a build takes in any case: predictions err on the safe
 side."""
 

@@ -93,10 +93,10 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
                 output_loading_info=True,
                 **where,
             )
+            model, told = loaded
+            if told["missing_keys"]:  # transformers would go on with random numbers
+                raise ValueError(f"it lacks the tensor {min(told['missing_keys'])}")
             tokenizer = AutoTokenizer.from_pretrained(beside, **where)
-        model, told = loaded
-        if told["missing_keys"]:  # transformers would go on with random numbers
-            raise ValueError(f"it lacks the tensor {min(told['missing_keys'])}")
     except Exception as error:  # what a header's values do to a model's constructor, no list can name
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise SourceError(f"{path}: transformers cannot read this GGUF file: {reason}") from None
