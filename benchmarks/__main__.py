@@ -119,9 +119,7 @@ FILE = click.Path(exists=True, dir_okay=False)
 @click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A small model.")
 @click.option("--samples", default=32, show_default=True)
 @click.option("--length", default=512, show_default=True)
-@click.option(
-    "--kills", "killed", default=40, show_default=True, help="Builds to kill, for each way of threads (kills)."
-)
+@click.option("--kills", "killed", default=40, show_default=True, help="Builds to kill, each way (kills).")
 @click.option("--limit", type=float, help="Seconds after which an engine is stopped (engines, engines-small).")
 def main(
     names: tuple[str, ...],

@@ -111,9 +111,9 @@ def _write(chains: list[Chain], equal: bool, model: Path) -> None:
         f"""## Killed builds
 
 {model.name}, an AWQ and two GPTQ branches, one with a stream of its own; builds killed by SIGKILL at random moments, up
-to {MOST_KILLS} times in a row, then let end; {machine()}. Whole files: manifests hold the number of threads of the build
-that ended it, so on either number by turns only those of weights can all be equal. Uninterrupted builds on one and on two
-threads have {"the same" if equal else "OTHER"} weights.
+to {MOST_KILLS} times in a row, then let end; {machine()}. Each end is compared with the
+uninterrupted build on as many threads as the last build of the chain had, which its manifests name. Uninterrupted builds
+on one and on two threads have {"the same" if equal else "OTHER"} weights.
 
 {table(["threads", "kills", "chains", "weights as uninterrupted", "all files as uninterrupted", "errors"], rows)}
 """,
