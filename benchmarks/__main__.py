@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import archived, awq, curves, engines, gguf, gpu, memory, peers, quality, ray_scaling, sequential
+from benchmarks import archived, awq, curves, engines, gguf, gpu, kills, memory, peers, quality, ray_scaling, sequential
 from benchmarks.ours import DEMO, Task, Variant
 
 EIGHT = [Variant(4, 64, False), Variant(4, 32, True), Variant(4, 16, True), Variant(4, 64, True),
@@ -31,7 +31,7 @@ class Given:
 
     Attributes:
         demo, small: the embedded model, and the one that was named. held_out: a text to measure on.
-        limit: seconds after which another engine is stopped.
+        limit: seconds after which another engine is stopped. kills: builds to kill.
         folder: for everything unfinished.
     """
 
@@ -40,6 +40,7 @@ class Given:
     model: Path | None
     held_out: str
     limit: float | None
+    kills: int
     folder: Path
 
     @property
@@ -68,6 +69,7 @@ TABLES = {
     "low": Table(
         lambda it: peers.compare("low", f"3 and 2 bits on {it.name}", it.small, LOW, it.held_out, it.folder), ALL
     ),
+    "kills": Table(lambda it: kills.campaign(it.model, it.kills, it.folder) if it.model else None, ("model",)),
     "gguf": Table(lambda it: gguf.compare(it.folder)),
     "engines-small": Table(
         lambda it: engines.compare(
@@ -119,6 +121,7 @@ FILE = click.Path(exists=True, dir_okay=False)
 @click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A small model.")
 @click.option("--samples", default=32, show_default=True)
 @click.option("--length", default=512, show_default=True)
+@click.option("--kills", "killed", default=40, show_default=True, help="Builds to kill, each way (kills).")
 @click.option("--limit", type=float, help="Seconds after which an engine is stopped (engines, engines-small).")
 def main(
     names: tuple[str, ...],
@@ -127,6 +130,7 @@ def main(
     model: Path | None,
     samples: int,
     length: int,
+    killed: int,
     limit: float | None,
 ) -> None:
     """Measure the tables NAMES, or all of them; one whose text or model is not given is skipped, with a word."""
@@ -140,7 +144,7 @@ def main(
             click.echo(f"{name}: skipped, it needs {' and '.join(lacking)}", err=True)
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            table.measure(Given(demo, small, model, evaluation or "", limit, Path(scratch)))
+            table.measure(Given(demo, small, model, evaluation or "", limit, killed, Path(scratch)))
 
 
 if __name__ == "__main__":
