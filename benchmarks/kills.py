@@ -85,6 +85,7 @@ def _chain(
         count = dice.choice(ways)
         done = servers[count](dist, dice.uniform(0, seconds[count]))
         if done["status"] != -signal.SIGKILL:
+            seconds[count] = min(seconds[count], done["seconds"])  # on a machine less busy than before
             break  # it was through before
         chain.kills += 1
     last = dice.choice(ways)
@@ -112,8 +113,8 @@ def _write(chains: list[Chain], equal: bool, model: Path) -> None:
 
 {model.name}, an AWQ and two GPTQ branches, one with a stream of its own; builds killed by SIGKILL at random moments, up
 to {MOST_KILLS} times in a row, then let end; {machine()}. Each end is compared with the
-uninterrupted build on as many threads as the last build of the chain had, which its manifests name. Uninterrupted builds
-on one and on two threads have {"the same" if equal else "OTHER"} weights.
+uninterrupted build on as many threads as the last build of the chain had, which its manifests name. Uninterrupted
+builds on one and on two threads have {"the same" if equal else "OTHER"} weights.
 
 {table(["threads", "kills", "chains", "weights as uninterrupted", "all files as uninterrupted", "errors"], rows)}
 """,
