@@ -26,11 +26,10 @@ def material(tiny_llama: Path, tiny_recipe: Path, complete: Path, tmp_path_facto
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_input_does_what_none_may(name: str, material: Material, tmp_path: Path) -> None:
     target = TARGETS[name]
-    if target.waits_for:
-        pytest.skip(target.waits_for)
     tally = run_target(name, material, tmp_path / "fuzz", target.bounded)
     assert tally.inputs == target.bounded
     assert tally.faults == {}
+    assert tally.sameness < 0.97, f"nearly all inputs end alike, and so try one thing: {tally.reasons.most_common(1)}"
 
 
 @pytest.mark.parametrize(
@@ -45,5 +44,4 @@ def test_no_input_does_what_none_may(name: str, material: Material, tmp_path: Pa
 def test_the_judge_sees_what_none_may_do(name: str, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.fuzzing.judge.SECONDS", 0.2)
     _, fault = judged(lambda: exec(code))
-    assert fault is not None
-    assert name in fault
+    assert name in (fault or "")

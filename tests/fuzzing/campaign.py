@@ -24,12 +24,13 @@ def run_target(name: str, material: Material, folder: Path, inputs: int, seed: i
     home.mkdir()
     (home / "canary").write_text("untouched")
     tally, before = Tally(), tree(home)
-    with patch.dict(os.environ, {"HOME": str(home), "HF_HUB_OFFLINE": "1"}):
+    cache = os.environ.get("QUANTIZE_CACHE") or str(folder / "cache")
+    with patch.dict(os.environ, {"HOME": str(home), "QUANTIZE_CACHE": cache, "HF_HUB_OFFLINE": "1"}):
         cases = TARGETS[name].inputs(material, scratch, dice)
         for number in range(inputs):
             shown, action = next(cases)
-            outcome, fault = judged(action)
-            tally.add(outcome, fault, f"input {number}: {shown}")
+            refusal, fault = judged(action)
+            tally.add(refusal, fault, f"input {number}: {shown}")
     if tree(home) != before:
-        tally.add("done", "a file outside was written or changed", str(sorted(set(tree(home)) ^ set(before)))[:200])
+        tally.add("", "a file outside was written or changed", str(sorted(set(tree(home)) ^ set(before)))[:200])
     return tally

@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import resource
 import signal
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,38 +41,51 @@ class Fault(AssertionError):
 
 @dataclass
 class Tally:
-    """What came of the inputs of one target. faults: a line for each kind, and an input that shows it."""
+    """What came of the inputs of one target.
+
+    Attributes:
+        reasons: how often each refusal was given, without what is an input's own.
+        faults: a line for each kind, and an input that shows it.
+    """
 
     inputs: int = 0
     refused: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
     faults: dict[str, str] = field(default_factory=dict)
     faulty: int = 0
 
-    def add(self, outcome: str, fault: str | None, shown: str) -> None:
-        """Note one input's outcome."""
+    def add(self, refusal: str, fault: str | None, shown: str) -> None:
+        """Note what came of one input."""
         self.inputs += 1
-        self.refused += outcome == "refused"
+        if refusal:
+            self.refused += 1
+            self.reasons[re.sub(r"\S*/\S*|\d+|'[^']*'", "*", refusal)[-80:]] += 1
         if fault:
             self.faulty += 1
             self.faults.setdefault(fault, shown)
 
+    @property
+    def sameness(self) -> float:
+        """The share of the inputs that were refused for the most frequent reason."""
+        return max(self.reasons.values(), default=0) / max(1, self.inputs)
+
 
 def judged(action: Callable[[], Any]) -> tuple[str, str | None]:
-    """Run an input: ``done`` or ``refused``, and the fault if it did what none may."""
+    """Run an input: the sentence that refused it, or nothing; and the fault if it did what none may."""
     try:
         with guarded():
             action()
     except QuantizeError as error:
-        return "refused", wrong_message(str(error))
+        return str(error), wrong_message(str(error))
     except Fault as error:
-        return "done", str(error)
+        return "", str(error)
     except Hang:
-        return "done", f"hangs: more than {SECONDS:g} s of CPU time"
+        return "", f"hangs: more than {SECONDS:g} s of CPU time"
     except Exception as error:
         last = [frame for frame in traceback.extract_tb(error.__traceback__) if "/quantize/" in frame.filename][-1:]
         place = f" at {Path(last[0].filename).name}:{last[0].lineno}" if last else ""
-        return "done", f"{type(error).__name__}{place}: {str(error)[:100]}"
-    return "done", None
+        return "", f"{type(error).__name__}{place}: {str(error)[:100]}"
+    return "", None
 
 
 def wrong_message(message: str) -> str | None:
