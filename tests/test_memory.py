@@ -13,12 +13,12 @@ import pytest
 from quantize.formats.reader import BranchReader
 from tests.tiny import write_model, write_recipe
 
-HEADROOM = 72 * 2**20
+HEADROOM = 48 * 2**20  # 40 are enough
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit that is set exists on Linux only")
 def test_weights_larger_than_the_memory_limit(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "large", hidden_size=512, intermediate_size=1536, num_hidden_layers=24)
+    model = write_model(tmp_path / "large", hidden_size=512, intermediate_size=512, num_hidden_layers=34)
     weights = (model / "model.safetensors").stat().st_size
     assert weights > 2 * HEADROOM
     variants = "  variants: [{bits: 4}, {bits: 8, desc_act: true}]"
@@ -38,5 +38,5 @@ def test_weights_larger_than_the_memory_limit(tmp_path: Path) -> None:
     assert found["limit_bites"]
     assert len(found["built"]) == 2
     (branch,) = (tmp_path / "dist").glob("*/gptq-8bit*")
-    linear = BranchReader(branch).weight("model.layers.23.mlp.down_proj")
-    assert linear.shape == (512, 1536)
+    linear = BranchReader(branch).weight("model.layers.33.mlp.down_proj")
+    assert linear.shape == (512, 512)

@@ -108,8 +108,13 @@ def test_three_bits_lie_as_ten_one_ten_one_ten(place: int, code: int, words: lis
 
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_that_do_not_fill_words_are_refused(bits: int) -> None:
-    with pytest.raises(ValueError, match="do not fill"):
-        pack(torch.zeros(CODES_PER_FILL[bits] + 1, 2, dtype=torch.int64), bits)
+    for count in range(1, 65):
+        codes = torch.zeros(count, 2, dtype=torch.int64)
+        if count % CODES_PER_FILL[bits]:
+            with pytest.raises(ValueError, match=f"{count} codes of {bits} bits do not fill"):
+                pack(codes, bits)
+        else:
+            assert pack(codes, bits).shape == (count * bits // 32, 2)
 
 
 @pytest.mark.parametrize(

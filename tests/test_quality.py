@@ -26,9 +26,10 @@ Measured = dict[tuple[str, str], tuple[float, float]]
 
 BITS = {"four": 4, "three": 3}
 GROUP_SIZE = 32
+WINDOWS = 2
 RECIPE = """\
 extends: demo
-calibration: {samples: 8, sequence_length: 256, compute_dtype: float32}
+calibration: {samples: 4, sequence_length: 256, compute_dtype: float32}
 gptq:
   variants:
     - {branch: four, bits: 4, group_size: 32, desc_act: static}
@@ -40,7 +41,7 @@ gguf: null
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def result(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("quality")
     (folder / "recipe.yaml").write_text(RECIPE)
     recipe = quantize.load_recipe(folder / "recipe.yaml")
@@ -68,8 +69,8 @@ def windows(source: Path) -> torch.Tensor:
         if getattr(thing, "__module__", module.__name__) == module.__name__ and isinstance(thing.__doc__, str)
     )
     ids = AutoTokenizer.from_pretrained(source)(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    assert len(ids) >= 4 * 256
-    return ids[: 4 * 256].view(4, 256)
+    assert len(ids) >= WINDOWS * 256
+    return ids[: WINDOWS * 256].view(WINDOWS, 256)
 
 
 @torch.no_grad()
