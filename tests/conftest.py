@@ -23,8 +23,9 @@ Command = Callable[..., Result]
 HANGS = 1800  # seconds after which a child surely hangs, however slow the machine
 
 LONGEST = (
-    "test_ray", "test_loaders", "test_gguf", "test_resume", "test_bad_input", "test_verify", "test_quality",
-    "test_moe", "test_engines", "test_measure_gguf", "test_solver", "test_moe_gguf", "test_memory", "test_rebuild",
+    "test_ray", "test_quality", "test_gguf", "test_measure_gguf", "test_resume", "test_trust_hub", "test_threads",
+    "test_verify", "test_bad_input", "test_moe", "test_loaders", "test_hub", "test_engines", "test_rebuild",
+    "test_moe_gguf", "test_memory", "test_solver",
 )  # fmt: skip
 """Files that take longest, longest first: in several processes none of them is waited for at the end."""
 MOST_FILES = 10
@@ -198,14 +199,34 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture
-def run(hub: HubServer, tiny_recipe: Path) -> Command:
-    """``run("push", dist, ...)`` against the hub, in a process of its own: the client is set up before its import."""
+def run(hub: HubServer, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """``run("push", dist, ...)`` against the hub: in this process, or with ``alone=True`` in one of its own.
 
-    def call(command: str, dist: Path | None, *options: str, token: str = TOKEN, recipe: Path = tiny_recipe) -> Result:
-        environment = {**os.environ, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        code = "import quantize.publishing.push as push; push.FIRST_WAIT = 0.05\nfrom quantize.cli import main; main()"
+    The client reads most of its settings when it is imported, so that they are set in it here, and read there.
+    """
+    from huggingface_hub import constants
+
+    from quantize.publishing import push
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(push, "FIRST_WAIT", 0.05)
+
+    def call(
+        command: str,
+        dist: Path | None,
+        *options: str,
+        token: str = TOKEN,
+        recipe: Path = tiny_recipe,
+        alone: bool = False,
+    ) -> Result:
         of_release = [str(recipe), "--dist", str(dist)] if dist else []
         arguments = [command, *of_release, "--endpoint", hub.url, *options]
+        if not alone:
+            with patch.dict(os.environ, {"HF_TOKEN": token}), patch.object(sys, "stdin", io.StringIO()):
+                return run_in_process(*arguments)
+        environment = {**os.environ, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        code = "import quantize.publishing.push as push; push.FIRST_WAIT = 0.05\nfrom quantize.cli import main; main()"
         return subprocess.run(
             [sys.executable, "-c", code, *arguments],
             env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=HANGS,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import Command
 from snippets import run_snippets
-from tiny import wide_model, write_model
+from tiny import small_wide_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantize
@@ -40,9 +40,9 @@ gguf: {{levels: [{", ".join(LEVELS)}]}}
 
 
 @pytest.fixture(scope="module")
-def small(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 256-wide rows with a tokenizer that llama.cpp knows."""
-    return wide_model(tmp_path_factory.mktemp("models") / "small", tokenizer_folder)
+    return small_wide_model(tmp_path_factory.mktemp("models") / "small")
 
 
 def write(path: Path, source: Path, body: str = BODY) -> Path:
@@ -304,10 +304,8 @@ def test_an_importance_matrix_from_a_file_is_taken(built: Built, small: Path, tm
     assert fields["quantize.imatrix.chunks_count"].contents() == 7
 
 
-def test_rows_that_fill_no_block_fall_back_and_plan_says_so(
-    tokenizer_folder: Path, tmp_path: Path, invoke: Command
-) -> None:
-    folder = wide_model(tmp_path / "narrow", tokenizer_folder, intermediate_size=320, num_hidden_layers=1)
+def test_rows_that_fill_no_block_fall_back_and_plan_says_so(tmp_path: Path, invoke: Command) -> None:
+    folder = small_wide_model(tmp_path / "narrow", intermediate_size=320, num_hidden_layers=1)
     path = write(tmp_path / "r.yaml", folder, "gguf: {levels: [Q4_K_M], tensor_types: {ffn_up: q5_1}}")
     plan = json.loads(invoke("plan", path, "--dist", tmp_path / "dist", "--json").stdout)
     assert plan["levels"][0]["fallbacks"] == ["blk.0.ffn_down.weight"]
@@ -447,10 +445,10 @@ def test_a_llama_cpp_dir_that_is_none(
     refused(invoke, path, tmp_path / "dist", "is no llama.cpp source tree")
 
 
-def test_tokens_are_llama_cpps(built: Built, tokenizer_folder: Path) -> None:
+def test_tokens_are_llama_cpps(built: Built, small: Path) -> None:
     from llama_cpp import Llama
 
     text = "Numbers 12345, naïve façade, and\n\n\ttabs."
     llama = Llama(str(built.file("Q8_0")), vocab_only=True, verbose=False)
-    expected = AutoTokenizer.from_pretrained(tokenizer_folder)(text, add_special_tokens=False)["input_ids"]
+    expected = AutoTokenizer.from_pretrained(small)(text, add_special_tokens=False)["input_ids"]
     assert llama.tokenize(text.encode(), add_bos=False) == expected

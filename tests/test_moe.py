@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -200,14 +202,24 @@ class Built:
         return {row["module"]: row for row in data["ledger"]}
 
 
+@pytest.fixture(scope="module")
+def built_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]:
+    """Three branches of a mixture of that architecture whose last two experts get no token."""
+
+    @functools.cache
+    def build(architecture: str) -> Built:
+        folder = tmp_path_factory.mktemp(architecture)
+        source = silence(write_model(folder / "tiny", architecture, num_hidden_layers=2))
+        recipe = write_recipe(folder / "recipe.yaml", source, BODY, **SETTINGS)
+        result = quantize.build(quantize.load_recipe(recipe), dist=folder / "dist", device="cpu", progress=False)
+        return Built(architecture, source, result, recipe)
+
+    return build
+
+
 @pytest.fixture(scope="module", params=MIXTURES)
-def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Three branches of a mixture whose last two experts get no token."""
-    folder = tmp_path_factory.mktemp(request.param)
-    source = silence(write_model(folder / "tiny", request.param, num_hidden_layers=2))
-    recipe = write_recipe(folder / "recipe.yaml", source, BODY, **SETTINGS)
-    result = quantize.build(quantize.load_recipe(recipe), dist=folder / "dist", device="cpu", progress=False)
-    return Built(request.param, source, result, recipe)
+def built(request: pytest.FixtureRequest, built_of: Callable[[str], Built]) -> Built:
+    return built_of(request.param)
 
 
 def is_router(name: str) -> bool:
@@ -381,29 +393,30 @@ def test_experts_stacked_in_one_tensor_are_refused(mixture: Path, tmp_path: Path
 
 
 # -- loaders. transformers stacks the experts before optimum or gptqmodel replaces linears, and then finds none; so it
-# is gptqmodel's own loader that reads such branches. It knows Mixtral's experts by other names than its authors'.
+# is gptqmodel's own loader that reads such branches. It knows Mixtral's experts by other names than its authors': version
+# 7.6 asks for mlp.experts.0.gate_proj where the checkpoint has block_sparse_moe.experts.0.w1.
 
 
 @pytest.mark.loader
 @pytest.mark.skipif(find_spec("gptqmodel") is None, reason="the extra `loaders` is not installed: no gptqmodel")
-def test_gptqmodel_loads_branches_with_our_logits(built: Built, tmp_path: Path) -> None:
-    if built.architecture == "mixtral":
-        pytest.skip("gptqmodel 7.6 asks for mlp.experts.0.gate_proj where the checkpoint has block_sparse_moe ... w1")
+def test_gptqmodel_loads_branches_with_our_logits(built_of: Callable[[str], Built], tmp_path: Path) -> None:
+    """All architectures in one process: it takes longer to start than to load them."""
     ids = token_ids(1, 16)
     np.save(tmp_path / "ids.npy", ids.numpy())
     loader = Path(__file__).with_name("experts_loader.py")
-    folders = [str(built.folder(label)) for label in LABELS]
+    models = [built_of(architecture) for architecture in MIXTURES if architecture != "mixtral"]
+    branches = [(one, label) for one in models for label in LABELS]
     done = subprocess.run(
-        [sys.executable, str(loader), str(tmp_path / "ids.npy"), str(tmp_path), *folders],
+        [sys.executable, str(loader), str(tmp_path / "ids.npy"), str(tmp_path),
+         *(str(one.folder(label)) for one, label in branches)],
         env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"}, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == [len(built.ledger(label)) for label in LABELS]
-    for number, label in enumerate(LABELS):
-        ours, theirs = (
-            logits_of(built.folder(label), ids[0].tolist()),
-            torch.from_numpy(np.load(tmp_path / f"{number}.npy")),
-        )
+    assert json.loads(done.stdout.splitlines()[-1]) == [len(one.ledger(label)) for one, label in branches]
+    for number, (one, label) in enumerate(branches):
+        ours = logits_of(one.folder(label), ids[0].tolist())
+        theirs = torch.from_numpy(np.load(tmp_path / f"{number}.npy"))
         # it computes in 16 bits, in which a close choice of the router turns: that token and those after it then differ
-        assert float((theirs - ours)[0].abs().max()) < 0.03 * float(ours.abs().max()), label
-        assert float(torch.cosine_similarity(theirs, ours, dim=-1).mean()) > 0.98, label
+        told = f"{one.architecture} {label}"
+        assert float((theirs - ours)[0].abs().max()) < 0.03 * float(ours.abs().max()), told
+        assert float(torch.cosine_similarity(theirs, ours, dim=-1).mean()) > 0.98, told

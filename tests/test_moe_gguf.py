@@ -32,6 +32,8 @@ SIZES = {"moe_intermediate_size": 256, "intermediate_size": 256, "head_dim": 64,
 def test_experts_go_into_a_gguf_and_come_back(
     architecture: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
+    from llama_cpp import Llama
+
     sizes, folder = {**SIZES, "architecture": architecture}, tmp_path / "small"
     if architecture == "mixtral":
         source = silence(small_wide_model(folder, **sizes))
@@ -46,6 +48,12 @@ def test_experts_go_into_a_gguf_and_come_back(
     assert plan.gguf
     folder = plan.gguf.folder
     assert "Q4_K_M" in json.loads((folder / "quantize-manifest.json").read_text())["levels"]
+
+    text = "Numbers 12345, naïve façade, and\n\n\ttabs."
+    tokens = Llama(str(folder / plan.gguf.levels[0].file), vocab_only=True, verbose=False).tokenize(
+        text.encode(), False
+    )
+    assert tokens == load_tokenizer(plan.source)(text, add_special_tokens=False)["input_ids"]
 
     importance = read_importance(folder / "small-imatrix.gguf")
     ids = sample_tokens(plan.recipe.calibration, load_tokenizer(plan.source)).ids

@@ -50,7 +50,7 @@ def test_orphans_go_from_dist_and_hub_and_others_stay(hub: HubServer, run: Comma
     refused = run("prune", both, recipe=smaller)  # nobody is there to be asked
     assert (refused.returncode, "add --yes" in refused.stderr) == (2, True)
     assert (theirs.branches, sorted((both / NAME).iterdir())) == before
-    done = run("prune", both, "--yes", recipe=smaller)
+    done = run("prune", both, "--yes", recipe=smaller, alone=True)
     assert done.returncode == 0, done.stderr
     assert set(theirs.branches) == {"main", "experiment"}
     assert sorted(path.name for path in (both / NAME).iterdir()) == ["main", "notes"]

@@ -28,7 +28,7 @@ def assert_published(hub: HubServer, dist: Path) -> None:
 
 
 def test_a_push_makes_repo_and_branches_one_commit_each_main_last(hub: HubServer, run: Any, both: Path) -> None:
-    result = run("push", both)
+    result = run("push", both, alone=True)
     assert result.returncode == 0, result.stderr
     assert_published(hub, both)
     assert [path.rpartition("/")[2] for path in hub.commits()] == ["eight", "main"]

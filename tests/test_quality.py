@@ -29,21 +29,23 @@ GROUP_SIZE = 32
 WINDOWS = 2
 RECIPE = """\
 extends: demo
-calibration: {samples: 4, sequence_length: 256, compute_dtype: float32}
+calibration: {{samples: 4, sequence_length: 256, compute_dtype: float32}}
 gptq:
   variants:
-    - {branch: four, bits: 4, group_size: 32, desc_act: static}
-    - {branch: three, bits: 3, group_size: 32, desc_act: static}
+    - {{branch: four, bits: 4, group_size: 32, desc_act: static}}
+    - {{branch: three, bits: 3, group_size: 32, desc_act: static, propagate: {propagate}}}
 awq:
-  variants: [{branch: awq, group_size: 32, rounding: nearest, mse: false}]
+  variants: [{{branch: awq, group_size: 32, rounding: nearest, mse: false}}]
 gguf: null
 """
 
 
 @pytest.fixture(scope="module")
-def result(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def result(request: pytest.FixtureRequest, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Three branches of one set of statistics; in a full run three bits have statistics of their own, as by default."""
     folder = tmp_path_factory.mktemp("quality")
-    (folder / "recipe.yaml").write_text(RECIPE)
+    propagate = "auto" if request.config.getoption("--full") else "source"
+    (folder / "recipe.yaml").write_text(RECIPE.format(propagate=propagate))
     recipe = quantize.load_recipe(folder / "recipe.yaml")
     return quantize.build(recipe, dist=folder / "dist", device="cpu", progress=False)
 
