@@ -393,8 +393,8 @@ def test_experts_stacked_in_one_tensor_are_refused(mixture: Path, tmp_path: Path
 
 
 # -- loaders. transformers stacks the experts before optimum or gptqmodel replaces linears, and then finds none; so it
-# is gptqmodel's own loader that reads such branches. It knows Mixtral's experts by other names than its authors': version
-# 7.6 asks for mlp.experts.0.gate_proj where the checkpoint has block_sparse_moe.experts.0.w1.
+# is gptqmodel's own loader that reads such branches. It knows Mixtral's experts by other names than its authors':
+# version 7.6 asks for mlp.experts.0.gate_proj where the checkpoint has block_sparse_moe.experts.0.w1.
 
 
 @pytest.mark.loader

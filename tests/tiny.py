@@ -139,7 +139,11 @@ def small_wide_model(folder: Path, **changes: Any) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
-    LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
     return folder
 
 
