@@ -82,7 +82,7 @@ def test_a_damaged_unfinished_build_is_never_taken_for_a_whole_one(
 ) -> None:
     (folder,) = (half / ".quantize" / "unfinished").iterdir()
     if damage == "state":
-        (folder / "state.json").write_text("{")
+        (folder / "blocks.jsonl").write_text("{")
     elif damage == "states":
         for path in folder.glob("states-*"):
             os.truncate(path, 10)
