@@ -67,7 +67,7 @@ class HubServer(ThreadingHTTPServer):
         self.parts: dict[str, dict[int, bytes]] = {}
         self.uploaded = self.downloaded = 0
         self.log: list[tuple[str, str]] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -81,6 +81,7 @@ class HubServer(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: HubServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # it holds back a body, 40 ms each, until its header is acknowledged
 
     def handle_any(self) -> None:
         path = unquote(urlsplit(self.path).path)

@@ -66,6 +66,7 @@ class Hub(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # it holds back a body, 40 ms each, until its header is acknowledged
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -153,7 +154,7 @@ def hub(sharded_llama: Path, tmp_path: Path) -> Iterator[Hub]:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"not needed" * 100)
     with Hub(folder) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
         server.shutdown()
