@@ -221,7 +221,8 @@ class HubInputError(PushError):
 
 _CHAIN = 10
 _NO_MEMORY = re.compile(
-    r"can(?:'|no)t allocate memory|cannot allocate|failed to map segment|bad_alloc|out of memory"
+    r"can(?:'|no)t allocate memory|cannot allocate|failed to map segment|cannot map|bad_alloc|out of memory"
+    r"|cannot (?:create|allocate) [\w ]*descriptor"
     r"|can't start new thread|unable to allocate|resource temporarily unavailable|paging file",
     re.IGNORECASE,
 )

@@ -239,7 +239,8 @@ def test_a_child_under_a_limit_answers_as_the_command_does(
     [
         MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("can't start new thread"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"),
-        ImportError("libx.so: failed to map segment from shared object"), BlockingIOError(11, "Resource temporarily"),
+        ImportError("libx.so: failed to map segment from shared object"),
+        OSError("libx.so: cannot map zero-fill pages"), BlockingIOError(11, "Resource temporarily"),
     ],
 )  # fmt: skip
 def test_a_shortage_of_memory_is_known_by_what_libraries_say(error: Exception) -> None:

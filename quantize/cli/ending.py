@@ -49,6 +49,7 @@ def run(command: click.Command) -> int:
     What is neither a user's mistake nor a fault of the machine is a defect: it is raised.
     """
     sys.excepthook = _report_defect
+    sys.unraisablehook = _report_unraisable
     return supervised(lambda: _run_here(command))
 
 
@@ -83,7 +84,7 @@ def _run_here(command: click.Command) -> int:
             return 128 + stopped[0]
         if (unusable := cache_error(error)) is not None:
             return _said(f"error: {unusable}", unusable.exit_code)
-        if not is_memory_shortage(error):
+        if not (is_memory_shortage(error) or (memory_limits() and _is_broken_off(error))):
             raise
         return _said(f"error: {OutOfMemoryError(_shortage(error))}", FAILED)
 
@@ -105,6 +106,15 @@ def _said(line: str, code: int) -> int:
     with suppress(OSError):  # after SIGHUP there is no terminal any more
         click.echo(line, err=True)
     return code
+
+
+def _is_broken_off(error: BaseException | None) -> bool:
+    """Whether an extension module failed without saying why, which under a limit is a refused allocation."""
+    while error is not None:
+        if isinstance(error, SystemError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _shortage(error: BaseException) -> str:
@@ -133,6 +143,13 @@ def _signals(stopped: list[int]) -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """Say what Python could not raise, as in a finalizer; under a limit a shortage there is followed by one that it
+    can raise, which is then said in a sentence."""
+    if not (memory_limits() and unraisable.exc_value is not None and is_memory_shortage(unraisable.exc_value)):
+        sys.__unraisablehook__(unraisable)
 
 
 def _report_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

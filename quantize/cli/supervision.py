@@ -21,8 +21,10 @@ from quantize.files.limits import memory_limits
 KILLED = ("SIGABRT", "SIGBUS", "SIGKILL", "SIGSEGV")
 """How a process dies to which memory was refused: by its own libraries, or by the system."""
 PR_SET_PDEATHSIG = 1
-LIBRARIES, THREAD = 160 * 2**20, 40 * 2**20
+LIBRARY, THREAD = 176 * 2**20, 40 * 2**20
 """Bytes of address space that numpy takes on being loaded, and beside that for each of its threads."""
+PATIENCE = 60
+"""Seconds that the child has to end after a signal was passed on to it."""
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD")
 
 
@@ -70,30 +72,39 @@ def supervised(work: Callable[[], int]) -> int:
 
 
 def check_room() -> None:
-    """Refuse to start where the libraries have no room: OpenBLAS, on being loaded, asks for its threads' buffers again
-    and again without end.
+    """Have OpenBLAS take what it needs, or refuse to start: without room it asks for its buffers again and again
+    without end.
 
     Raises:
         OutOfMemoryError: naming the limit.
     """
     threads = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or ""
     count = int(threads) if threads.isdecimal() else os.cpu_count() or 1
-    needed = LIBRARIES + count * THREAD
+    needed = LIBRARY + count * THREAD
     try:
-        mmap.mmap(-1, needed).close()  # counts against a limit, and takes no memory
+        mmap.mmap(-1, needed, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()  # takes no memory, and counts
     except (OSError, ValueError):
         raise OutOfMemoryError(
             f"not enough memory: numpy and its threads ({count}) need {needed / 1e9:.2f} GB{under_limits()}; allow more"
         ) from None
+    import numpy
+
+    # OpenBLAS takes its buffers with the first product that is too large to go without, and keeps them: now, as there
+    # may be no room for them later
+    square = numpy.ones((512, 512), numpy.float32)
+    square @ square
 
 
 def _wait(child: int, signals: set[signal.Signals]) -> int:
     """The child's status at its end. What a terminal sends reaches both of us; what is sent to us alone goes on to it,
-    and what is sent again kills it."""
+    and what is sent again kills it, as does a minute in which it does not end."""
     passed_on: set[int] = set()
     while True:
-        found = signal.sigwaitinfo(signals)
-        if found.si_signo == signal.SIGCHLD:
+        found = signal.sigtimedwait(signals, PATIENCE) if passed_on else signal.sigwaitinfo(signals)
+        if found is None:  # native code that asks for memory without end hears no signal that can be handled
+            os.kill(child, signal.SIGKILL)
+            passed_on.clear()
+        elif found.si_signo == signal.SIGCHLD:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 return status

@@ -30,6 +30,8 @@ def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) ->
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # what a config's values do to somebody else's code, no list can name
+        if is_memory_shortage(error):
+            raise
         raise SourceError(_unsupported(source, error)) from None
     # sdpa leaves out Gemma 2's soft-capping of attention scores; eager does what the model was trained with
     capped = getattr(config, "attn_logit_softcapping", None) is not None
@@ -42,6 +44,8 @@ def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) ->
                 **({"attn_implementation": "eager"} if capped else {}),
             )
     except Exception as error:
+        if is_memory_shortage(error):
+            raise
         raise SourceError(_unsupported(source, error)) from None
     return model.eval()
 

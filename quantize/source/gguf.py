@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import SourceError, shortly
+from quantize.errors import SourceError, is_memory_shortage, shortly
 from quantize.files.cache import as_os_error, cache_folder
 from quantize.files.digest import cached_sha256, sha256_of_file
 from quantize.files.notify import Notify
@@ -98,6 +98,8 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
                 raise ValueError(f"it lacks the tensor {min(told['missing_keys'])}")
             tokenizer = AutoTokenizer.from_pretrained(beside, **where)
     except Exception as error:  # what a header's values do to a model's constructor, no list can name
+        if is_memory_shortage(error):
+            raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise SourceError(f"{path}: transformers cannot read this GGUF file: {reason}") from None
     finally:
