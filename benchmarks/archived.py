@@ -61,7 +61,7 @@ def check(task: Task, folder: Path) -> None:
     task = Task({"source": str(model_folder), "name": "Random"}, task.calibration, 8, 128)
     built = task.build(folder, CELLS, propagate="source")
     loaded = quantize.load_recipe(folder / "recipe.json")
-    plan = quantize.plan(loaded, dist=folder / "none")
+    plan = quantize.plan(loaded, quantize.PlanOptions(dist=folder / "none"))
     ids = sample_tokens(loaded.recipe.calibration, load_tokenizer(plan.source)).ids[:2, :128]
     np.save(folder / "ids.npy", ids)
     rows, versions = [], {}

@@ -48,7 +48,7 @@ def compare(name: str, title: str, task: Task, eight: list[Variant], evaluation:
         peer: run gptqmodel too; on a CPU without bfloat16 its AWQ takes long for the demo's model: give it 8 samples.
     """
     recipe = task.recipe(folder / "prepare.json", eight)
-    source = quantize.plan(quantize.load_recipe(recipe), dist=folder / "none").source.folder
+    source = quantize.plan(quantize.load_recipe(recipe), quantize.PlanOptions(dist=folder / "none")).source.folder
     one = [{"group_size": GROUP_SIZE, "branch": "awq"}]
     theirs = None
     if peer:

@@ -49,7 +49,7 @@ def compare(name: str, title: str, task: Task, evaluation: str, twice: bool, lim
     dist, again = folder / "dist", folder / "again"
     runs: dict[str, Run] = {}
     same: dict[str, str] = {}
-    planned = quantize.plan(quantize.load_recipe(recipe), dist).variants
+    planned = quantize.plan(quantize.load_recipe(recipe), quantize.PlanOptions(dist=dist)).variants
     for item in sorted(planned, key=lambda item: item.label in SLOW):
         try:
             runs[item.label] = _build(recipe, dist, item.label, limit)
@@ -66,7 +66,7 @@ def compare(name: str, title: str, task: Task, evaluation: str, twice: bool, lim
         shutil.rmtree(again)
     found = json.loads(run("-m", "quantize", "measure", str(recipe), "--dist", str(dist), "--json").output)
     rows = {row["branch"]: row for row in found["branches"]}
-    plan = quantize.plan(quantize.load_recipe(recipe), dist)
+    plan = quantize.plan(quantize.load_recipe(recipe), quantize.PlanOptions(dist=dist))
     body = []
     for item in plan.variants:
         made_by = item.engine.title if item.engine else "native"

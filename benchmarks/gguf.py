@@ -75,7 +75,7 @@ def compare(folder: Path) -> None:
     command = [sys.executable, "-m", "quantize", "build", str(path), *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
-    plan = quantize.plan(quantize.load_recipe(path), dist=folder / "dist")
+    plan = quantize.plan(quantize.load_recipe(path), quantize.PlanOptions(dist=folder / "dist"))
     assert plan.gguf
     ours = plan.gguf.folder
     rows = []

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.document import machine, replace_section, table
+from quantize.reporter import Reporter
 
 MOST_KILLS = 4  # in a row, before a chain may end
 WEIGHTS = {".safetensors", ".gguf"}
@@ -203,14 +204,20 @@ def _build_in_child(recipe: str, dist: str, after: float | None) -> dict[str, An
     return {"status": status, "seconds": time.monotonic() - start, "said": said}
 
 
+class _Printing(Reporter):
+    def say(self, line: str) -> None:
+        print(line)
+
+
 def _build(recipe: str, dist: str, writer: int) -> int:
     from quantize.building import build_recipe
+    from quantize.options import BuildOptions
     from quantize.recipe import load_recipe
 
     said, code = io.StringIO(), 0
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            build_recipe(load_recipe(recipe), dist, device="cpu", notify=print, progress=False)
+            build_recipe(load_recipe(recipe), BuildOptions(dist=Path(dist), device="cpu"), _Printing())
         except BaseException as error:
             print(repr(error))
             code = 1

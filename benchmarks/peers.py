@@ -26,11 +26,11 @@ def measure(recipe: Path, weights: dict[str, Weights], text: str, length: int) -
     from quantize.recipe.schema import Calibration, Corpus
     from quantize.source.streamed import StreamedModel
 
-    plan = quantize.plan(quantize.load_recipe(recipe), dist=recipe.parent / "none")
+    plan = quantize.plan(quantize.load_recipe(recipe), quantize.PlanOptions(dist=recipe.parent / "none"))
     corpus = Calibration(dataset=[Corpus(file=text)], samples=WINDOWS, sequence_length=length)
     ids = sample_tokens(corpus, load_tokenizer(plan.source)).ids
     model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"), head=True)
-    return {row.branch: row for row in measure_quality(model, ids, weights, 8, progress=False)}
+    return {row.branch: row for row in measure_quality(model, ids, weights, 8)}
 
 
 def figures(row: Quality | None) -> str:

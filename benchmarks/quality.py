@@ -40,7 +40,7 @@ def compare(name: str, title: str, task: Task, cells: list[Variant], evaluation:
     found = json.loads(done.output)
     print(f"{name}: measure {done.seconds:.0f} s", flush=True)
 
-    plan = quantize.plan(quantize.load_recipe(recipe), dist)
+    plan = quantize.plan(quantize.load_recipe(recipe), quantize.PlanOptions(dist=dist))
     text, _ = held_out(plan)
     ids = sample_tokens(text, load_tokenizer(plan.source)).ids
     rows = {row["branch"]: row for row in found["branches"]}

@@ -41,7 +41,7 @@ def compare(task: Task, cells: list[Variant], evaluation: str, folder: Path) -> 
     """Build the cells both of our ways, solve them sequentially, and measure all on the same text."""
     ways = {way: task.build(folder / way, cells, propagate=way) for way in ("source", "quantized")}
     loaded = quantize.load_recipe(folder / "source" / "recipe.json")
-    plan = quantize.plan(loaded, dist=folder / "none")
+    plan = quantize.plan(loaded, quantize.PlanOptions(dist=folder / "none"))
     ids = sample_tokens(loaded.recipe.calibration, load_tokenizer(plan.source)).ids
     model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"))
     readers: dict[str, Weights] = {

@@ -1,12 +1,12 @@
 """quantize: one recipe turns one causal language model into a complete quantized release.
 
-The public Python API is three functions; importing the package imports nothing heavy::
+What the command line can do, Python can do too (:mod:`quantize.api`); importing the package imports nothing heavy::
 
     import quantize
 
     recipe = quantize.load_recipe("recipes/demo.yaml")
     print(quantize.plan(recipe).as_data())
-    quantize.build(recipe, dist="dist")
+    quantize.build(recipe, quantize.BuildOptions(dist="dist"))
 """
 
 from __future__ import annotations
@@ -17,21 +17,63 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from quantize.building import build_recipe as build
-    from quantize.planning.planner import plan_recipe as plan
-    from quantize.recipe import load_recipe
+    from quantize.api import (
+        BuildOptions,
+        MeasureOptions,
+        PlanOptions,
+        PushOptions,
+        RebuildOptions,
+        Reporter,
+        Selection,
+        VerifyOptions,
+        build,
+        diff,
+        export_git,
+        lint,
+        load_recipe,
+        measure,
+        orphans,
+        plan,
+        push,
+        rebuild,
+        remove_orphans,
+        render_cards,
+        report,
+        verify,
+    )
 
-__all__ = ["__version__", "build", "load_recipe", "plan"]
-
-_PUBLIC = {
-    "load_recipe": ("quantize.recipe", "load_recipe"),
-    "plan": ("quantize.planning.planner", "plan_recipe"),
-    "build": ("quantize.building", "build_recipe"),
-}
+__all__ = [
+    "BuildOptions",
+    "MeasureOptions",
+    "PlanOptions",
+    "PushOptions",
+    "RebuildOptions",
+    "Reporter",
+    "Selection",
+    "VerifyOptions",
+    "__version__",
+    "build",
+    "diff",
+    "export_git",
+    "lint",
+    "load_recipe",
+    "measure",
+    "orphans",
+    "plan",
+    "push",
+    "rebuild",
+    "remove_orphans",
+    "render_cards",
+    "report",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _PUBLIC[name]
-    return getattr(import_module(module), attribute)
+    return getattr(import_module("quantize.api"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from reporting import Printing
+
 KINDS = ("pwrite", "fsync", "replace", "rename", "unlink", "mkdir")
 
 
@@ -45,12 +47,13 @@ def build(recipe: str, wish: dict[str, Any]) -> dict[str, Any]:
         os.close(reader)
         said, moments, error = io.StringIO(), [], None
         from quantize.building import build_recipe
+        from quantize.options import BuildOptions
         from quantize.recipe import load_recipe
 
         watch(moments, wish["moment"])
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             try:
-                build_recipe(load_recipe(recipe), wish["dist"], device="cpu", notify=print, progress=False)
+                build_recipe(load_recipe(recipe), BuildOptions(dist=wish["dist"], device="cpu"), Printing())
             except BaseException as failure:
                 error = repr(failure)
         with os.fdopen(writer, "w") as pipe:

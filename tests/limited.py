@@ -34,11 +34,11 @@ def refused(nbytes: int) -> bool:
 
 def main() -> None:
     small, recipe, dist, headroom, weights = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
-    quantize.build(quantize.load_recipe(small), dist=f"{dist}-small", device="cpu", progress=False)
+    quantize.build(quantize.load_recipe(small), quantize.BuildOptions(dist=f"{dist}-small", device="cpu"))
     before = allocated()
     resource.setrlimit(resource.RLIMIT_DATA, (before + headroom, before + headroom))
     bites = refused(weights)
-    result = quantize.build(quantize.load_recipe(recipe), dist=dist, device="cpu", progress=False)
+    result = quantize.build(quantize.load_recipe(recipe), quantize.BuildOptions(dist=dist, device="cpu"))
     print(json.dumps({"limit_bites": bites, "built": result.built, "before": before, "after": allocated()}))
 
 

@@ -228,7 +228,7 @@ def scale_away(producer: torch.nn.Module, consumers: list[torch.nn.Module], fold
 def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("awq")
     recipe = quantize.load_recipe(write_recipe(folder / "recipe.yaml", tiny_llama, BODY))
-    result = quantize.build(recipe, dist=folder / "dist", device="cpu", progress=False)
+    result = quantize.build(recipe, quantize.BuildOptions(dist=folder / "dist", device="cpu"))
     assert result.built == ["gptq/main", "awq/main", "awq/awq-4bit-64g"]
     return folder / "dist" / f"{tiny_llama.name}-AWQ"
 
@@ -285,7 +285,7 @@ def test_the_branch_answers_nearly_as_its_source(built: Path, tiny_llama: Path) 
 
 def test_gptq_branches_are_the_same_with_awq_beside_them(built: Path, tiny_llama: Path, tmp_path: Path) -> None:
     recipe = quantize.load_recipe(write_recipe(tmp_path / "r.yaml", tiny_llama))
-    quantize.build(recipe, dist=tmp_path / "dist", device="cpu", progress=False)
+    quantize.build(recipe, quantize.BuildOptions(dist=tmp_path / "dist", device="cpu"))
     name = f"{tiny_llama.name}-GPTQ/main/model.safetensors"
     assert (tmp_path / "dist" / name).read_bytes() == (built.parent / name).read_bytes()
 
@@ -297,7 +297,7 @@ def test_a_dead_channel_is_recorded_and_harmless(tiny_llama: Path, tmp_path: Pat
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     body = "  variants: [{group_size: 32}]\nawq:\n  variants: [{group_size: 32}]\n"
     recipe = quantize.load_recipe(write_recipe(tmp_path / "r.yaml", folder, body))
-    result = quantize.build(recipe, dist=tmp_path / "dist", device="cpu", progress=False)
+    result = quantize.build(recipe, quantize.BuildOptions(dist=tmp_path / "dist", device="cpu"))
     assert result.oddities["awq/main"]["dead_columns"] == [
         f"model.layers.1.self_attn.{name}_proj" for name in ("q", "k", "v")
     ]
@@ -309,11 +309,11 @@ def test_what_nothing_can_take_is_unscaled_and_said(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", "gpt_neox")
     body = "  variants: [{group_size: 32}]\nawq:\n  variants: [{group_size: 32}]\n"
     path = write_recipe(tmp_path / "r.yaml", folder, body)
-    result = quantize.build(quantize.load_recipe(path), dist=tmp_path / "dist", device="cpu", progress=False)
+    result = quantize.build(quantize.load_recipe(path), quantize.BuildOptions(dist=tmp_path / "dist", device="cpu"))
     assert result.oddities["awq/main"]["unscaled"] == [f"gpt_neox.layers.{index}.attention.dense" for index in range(3)]
     strict = quantize.load_recipe(path, ["awq.fail_on=[unscaled]"])
     with pytest.raises(quantize.errors.SolveError, match=r"unscaled, which awq\.fail_on"):
-        quantize.build(strict, dist=tmp_path / "other", device="cpu", progress=False)
+        quantize.build(strict, quantize.BuildOptions(dist=tmp_path / "other", device="cpu"))
 
 
 # -- bad input

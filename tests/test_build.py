@@ -57,7 +57,7 @@ def build_from(source: Path, folder: Path, body: str, more: str = "", **calibrat
     calibration = {"compute_dtype": "float32", **calibration}
     path = write_recipe(folder / "recipe.yaml", source, body, **calibration)
     path.write_text(path.read_text() + more)
-    result = quantize.build(quantize.load_recipe(path), dist=folder / "dist", device="cpu", progress=False)
+    result = quantize.build(quantize.load_recipe(path), quantize.BuildOptions(dist=folder / "dist", device="cpu"))
     return Built(source, folder / "dist" / "tiny-GPTQ", result)
 
 

@@ -88,7 +88,7 @@ def founding(tmp_path_factory: pytest.TempPathFactory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("quantize.source.resolved.cached_sha256", lambda path: "0" * 64)  # 26 GB of hole to hash
         loaded = quantize.load_recipe("examples/airoboros-l2-13b-gpt4-m2.0", [f"model.source={folder}"])
-        plan = quantize.plan(loaded, dist=folder / "dist")
+        plan = quantize.plan(loaded, quantize.PlanOptions(dist=folder / "dist"))
         source = dataclasses.replace(plan.source, hub_id=HUB_ID, base_model=HUB_ID, commit="abc123")
         return render(dataclasses.replace(plan, source=source), "gptq")
 
@@ -172,7 +172,7 @@ def test_links_of_the_original_card_lead_to_its_repo(founding: str) -> None:
     ],
 )
 def test_a_broken_source_card_breaks_nothing(tiny_recipe: Path, tmp_path: Path, text: str) -> None:
-    plan = quantize.plan(quantize.load_recipe(tiny_recipe), dist=tmp_path)
+    plan = quantize.plan(quantize.load_recipe(tiny_recipe), quantize.PlanOptions(dist=tmp_path))
     folder = tmp_path / "source"
     folder.mkdir()
     (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
@@ -206,7 +206,7 @@ def test_header_footer_and_templates_of_the_publisher(tiny_recipe: Path, tmp_pat
     (own / "_licence.md.j2").write_text("## My licence words for {{ name }}\n\n")
     settings = [f"release.card_header={tmp_path / 'head.md'}", f"release.card_footer={tmp_path / 'foot.md'}"]
     loaded = quantize.load_recipe(tiny_recipe, [*settings, f"release.templates={own}"])
-    card = render(quantize.plan(loaded, dist=tmp_path), "gptq")
+    card = render(quantize.plan(loaded, quantize.PlanOptions(dist=tmp_path)), "gptq")
     assert card.index("Welcome to {{ not a template }}") < card.index("# Tiny - GPTQ")
     assert card.index("To all patrons.") < card.index("# Original model card")
     assert "## My licence words for Tiny" in card

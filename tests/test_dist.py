@@ -26,6 +26,7 @@ from quantize.dist.layout import Dist, locked, place_problem
 from quantize.dist.manifest import MANIFEST_NAME, read_manifest, update, with_level, with_quality, without_level
 from quantize.dist.origins import remember_origins
 from quantize.errors import BuildError, PlanError
+from quantize.options import PlanOptions
 from quantize.planning.ownership import other_owner
 from quantize.planning.planner import plan_recipe
 from quantize.recipe import load_recipe
@@ -386,14 +387,14 @@ def test_a_model_of_the_hub_is_not_a_local_one_of_its_name(both: Path, tiny_reci
     if known:
         with locked(both) as held:
             remember_origins(held, {NAME: "hub:alice/tiny-llama"})
-    plan = plan_recipe(load_recipe(tiny_recipe), both)
+    plan = plan_recipe(load_recipe(tiny_recipe), PlanOptions(dist=both))
     assert {item.state for item in plan.everything} == {"taken"}
     with pytest.raises(PlanError, match=r"'alice/tiny-llama' of the hub"):
         plan.require_own()
 
 
 def test_what_is_the_same_model(both: Path, tiny_recipe: Path, tmp_path: Path) -> None:
-    source = plan_recipe(load_recipe(tiny_recipe), both).source
+    source = plan_recipe(load_recipe(tiny_recipe), PlanOptions(dist=both)).source
     repo = both / NAME
     on_hub = replace(source, hub_id="Alice/Tiny-Llama", named="Alice/Tiny-Llama", commit="b" * 40)
     assert other_owner(repo, source) is None

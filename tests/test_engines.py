@@ -84,7 +84,7 @@ def theirs(tiny_llama: Path, cache: Path) -> Path:
 @pytest.fixture(scope="module")
 def built(recipe: Path, fake: Environment, cache: Path) -> Path:
     """The folder of a native branch, ``main``, and the fake engine's, ``theirs``."""
-    quantize.build(quantize.load_recipe(recipe), cache / "dist", device="cpu", progress=False)
+    quantize.build(quantize.load_recipe(recipe), quantize.BuildOptions(dist=cache / "dist", device="cpu"))
     return cache / "dist" / "tiny-llama-GPTQ"
 
 
@@ -393,12 +393,16 @@ def findings(report: Any) -> list[str]:
 def test_two_builds_give_the_same_bytes_and_a_third_does_nothing(
     built: Path, recipe: Path, fake: Environment, tmp_path: Path
 ) -> None:
-    again = quantize.build(quantize.load_recipe(recipe), tmp_path, ["theirs"], device="cpu", progress=False)
+    again = quantize.build(
+        quantize.load_recipe(recipe), quantize.BuildOptions(dist=tmp_path, only=("theirs",), device="cpu")
+    )
     assert again.built == ["gptq/theirs"]
     for path in (tmp_path / "tiny-llama-GPTQ" / "theirs").iterdir():
         if path.name not in {"README.md", "quality.svg"}:
             assert digest(path) == digest(built / "theirs" / path.name), path.name
-    third = quantize.build(quantize.load_recipe(recipe), tmp_path, ["theirs"], device="cpu", progress=False)
+    third = quantize.build(
+        quantize.load_recipe(recipe), quantize.BuildOptions(dist=tmp_path, only=("theirs",), device="cpu")
+    )
     assert (third.built, third.fresh) == ([], ["gptq/theirs"])
     assert sorted(path.name for path in (tmp_path / ".quantize").iterdir()) == ["lock"]
 

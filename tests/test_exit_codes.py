@@ -170,11 +170,12 @@ def test_what_is_stopped_elsewhere_does_not_speak_of_branches(
 
 
 def test_a_library_call_leaves_signals_alone(tiny_recipe: Path, tmp_path: Path) -> None:
+    from quantize.options import PlanOptions
     from quantize.planning.planner import plan_recipe
     from quantize.recipe import load_recipe
 
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
-    plan_recipe(load_recipe(tiny_recipe), tmp_path)
+    plan_recipe(load_recipe(tiny_recipe), PlanOptions(dist=tmp_path))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
 
 

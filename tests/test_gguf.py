@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command
+from reporting import Remembering
 from snippets import run_snippets
 from tiny import small_wide_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,11 +59,10 @@ def recipe(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class Built:
     def __init__(self, recipe: Path, dist: Path) -> None:
-        self.lines: list[str] = []
-        self.plan = quantize.plan(quantize.load_recipe(recipe), dist=dist)
-        self.result = quantize.build(
-            quantize.load_recipe(recipe), dist=dist, device="cpu", progress=False, notify=self.lines.append
-        )
+        told = Remembering()
+        self.lines = told.lines
+        self.plan = quantize.plan(quantize.load_recipe(recipe), quantize.PlanOptions(dist=dist))
+        self.result = quantize.build(quantize.load_recipe(recipe), quantize.BuildOptions(dist=dist, device="cpu"), told)
         self.folder = dist / "small-GGUF" / "main"
         self.manifest = json.loads((self.folder / "quantize-manifest.json").read_text())
 
@@ -277,7 +277,7 @@ def test_a_second_build_does_nothing_and_a_new_level_needs_no_pass(built: Built,
 def test_full_width_alone_needs_no_pass(recipe: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     loaded = quantize.load_recipe(recipe)
-    result = quantize.build(loaded, tmp_path / "dist", ["F16"], device="cpu", progress=False, notify=lines.append)
+    result = quantize.build(loaded, quantize.BuildOptions(dist=tmp_path / "dist", only=("F16",), device="cpu"), told)
     assert result.built == ["gguf/F16"]
     assert not any("calibrating" in line for line in lines)
 

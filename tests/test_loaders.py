@@ -81,7 +81,7 @@ def build(folder: Path, architecture: str, body: str, **changes: Any) -> tuple[P
     """The folder of a tiny source, and the folder that its branches lie in."""
     source = write_model(folder / "tiny", architecture, **changes)
     recipe = quantize.load_recipe(write_recipe(folder / "recipe.yaml", source, body))
-    quantize.build(recipe, dist=folder / "dist", device="cpu", progress=False)
+    quantize.build(recipe, quantize.BuildOptions(dist=folder / "dist", device="cpu"))
     return source, folder / "dist" / "tiny-GPTQ"
 
 

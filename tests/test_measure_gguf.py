@@ -49,7 +49,7 @@ def test_tensors_come_back_as_the_checkpoint_has_them(
         source = wide_model(tmp_path / "m", request.getfixturevalue("tokenizer_folder"), **sizes)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE.format(source=source))
-    plan = quantize.plan(quantize.load_recipe(recipe), tmp_path / "dist")
+    plan = quantize.plan(quantize.load_recipe(recipe), quantize.PlanOptions(dist=tmp_path / "dist"))
     assert plan.gguf
     conversion = plan.gguf.conversion
     tensors = load_file(source / "model.safetensors")
@@ -113,7 +113,7 @@ def test_figures_of_levels_are_llama_cpps(recipe: Path, tmp_path: Path, invoke: 
     rows = {row["branch"]: row for row in json.loads(built.stdout)["quality"]["branches"]}
     folder = dist / "small-GGUF" / "main"
     manifest = json.loads((folder / "quantize-manifest.json").read_text())
-    plan = quantize.plan(quantize.load_recipe(recipe), dist)
+    plan = quantize.plan(quantize.load_recipe(recipe), quantize.PlanOptions(dist=dist))
     text = Calibration(dataset=[Corpus(preset="docstrings")], samples=4, sequence_length=64)
     ids = sample_tokens(text, load_tokenizer(plan.source)).ids
     assert plan.gguf

@@ -211,7 +211,7 @@ def built_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Built]
         folder = tmp_path_factory.mktemp(architecture)
         source = silence(write_model(folder / "tiny", architecture, num_hidden_layers=2))
         recipe = write_recipe(folder / "recipe.yaml", source, BODY, **SETTINGS)
-        result = quantize.build(quantize.load_recipe(recipe), dist=folder / "dist", device="cpu", progress=False)
+        result = quantize.build(quantize.load_recipe(recipe), quantize.BuildOptions(dist=folder / "dist", device="cpu"))
         return Built(architecture, source, result, recipe)
 
     return build
@@ -329,7 +329,7 @@ def test_min_expert_tokens_decides_what_is_starved(
 ) -> None:
     body = "  min_expert_tokens: {}\n"
     recipe = write_recipe(tmp_path / "r.yaml", mixture, body.format(fewest) + ONE, **SETTINGS)
-    result = quantize.build(quantize.load_recipe(recipe), dist=tmp_path / "dist", device="cpu")
+    result = quantize.build(quantize.load_recipe(recipe), quantize.BuildOptions(dist=tmp_path / "dist", device="cpu"))
     (item,) = result.plan.variants
     ledger = json.loads((item.folder / "quantize-manifest.json").read_text())["ledger"]
     inputs = {linear.name: linear.in_features for linear in result.plan.table.linears}
@@ -337,7 +337,7 @@ def test_min_expert_tokens_decides_what_is_starved(
         starved = sum(".experts." in row["module"] and row["tokens"] < inputs[row["module"]] for row in ledger)
     assert len(result.oddities[item.label]["starved_expert"]) == starved
     again = write_recipe(tmp_path / "r.yaml", mixture, body.format(7) + ONE, **SETTINGS)
-    (item,) = quantize.plan(quantize.load_recipe(again), dist=tmp_path / "dist").variants
+    (item,) = quantize.plan(quantize.load_recipe(again), quantize.PlanOptions(dist=tmp_path / "dist")).variants
     assert item.state == "fresh"  # it changes no weight
 
 
@@ -346,7 +346,7 @@ def test_a_starved_expert_fails_where_the_recipe_says_so(mixture: Path, tmp_path
     body = ONE + ("awq:\n" + ONE if section == "awq" else "")
     recipe = write_recipe(tmp_path / "r.yaml", mixture, body + "  fail_on: [starved_expert]\n", **SETTINGS)
     with pytest.raises(SolveError, match=rf"experts\.\d\.\w+: starved_expert \(\d+ tokens\), which {section}\.fail_on"):
-        quantize.build(quantize.load_recipe(recipe), dist=tmp_path / "dist", device="cpu")
+        quantize.build(quantize.load_recipe(recipe), quantize.BuildOptions(dist=tmp_path / "dist", device="cpu"))
     assert not list((tmp_path / "dist").glob("tiny-*/*"))
 
 

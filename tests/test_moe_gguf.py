@@ -43,7 +43,7 @@ def test_experts_go_into_a_gguf_and_come_back(
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE.format(source=source))
     # the build compares the conversion's logits with the streamed source's
-    result = quantize.build(quantize.load_recipe(recipe), dist=tmp_path / "dist", device="cpu", progress=False)
+    result = quantize.build(quantize.load_recipe(recipe), quantize.BuildOptions(dist=tmp_path / "dist", device="cpu"))
     plan = result.plan
     assert plan.gguf
     folder = plan.gguf.folder

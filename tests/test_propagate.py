@@ -30,7 +30,7 @@ SETTINGS = {"samples": 4, "compute_dtype": "float32"}
 def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> quantize.building.BuildResult:
     folder = tmp_path_factory.mktemp("propagate")
     recipe = write_recipe(folder / "recipe.yaml", tiny_llama, VARIANTS, **SETTINGS)
-    return quantize.build(quantize.load_recipe(recipe), dist=folder / "dist", device="cpu")
+    return quantize.build(quantize.load_recipe(recipe), quantize.BuildOptions(dist=folder / "dist", device="cpu"))
 
 
 def weights(folder: Path) -> str:
@@ -95,7 +95,7 @@ def test_differs_from_the_sources_statistics_after_the_first_block(
         "  variants:\n    - {branch: own-too, bits: 4, group_size: 64}\n",
         **SETTINGS,
     )
-    other = quantize.build(quantize.load_recipe(shared), dist=tmp_path / "dist", device="cpu")
+    other = quantize.build(quantize.load_recipe(shared), quantize.BuildOptions(dist=tmp_path / "dist", device="cpu"))
     ours, theirs = BranchReader(folder_of(built, "own-too")), BranchReader(folder_of(other, "own-too"))
     name = "self_attn.q_proj"
     assert torch.equal(ours.weight(f"model.layers.0.{name}"), theirs.weight(f"model.layers.0.{name}"))
@@ -106,14 +106,14 @@ def test_differs_from_the_sources_statistics_after_the_first_block(
 def test_a_branch_alone_equals_the_branch_in_company(
     built: quantize.building.BuildResult, tmp_path: Path, branch: str
 ) -> None:
-    alone = quantize.build(built.plan.loaded, dist=tmp_path, only=[branch], device="cpu")
+    alone = quantize.build(built.plan.loaded, quantize.BuildOptions(dist=tmp_path, only=(branch,), device="cpu"))
     assert weights(folder_of(alone, branch)) == weights(folder_of(built, branch))
 
 
 def test_auto_shares_the_sources_statistics_from_four_bits_up(tiny_llama: Path, tmp_path: Path) -> None:
     body = "  group_size: 32\n  matrix: {bits: [8, 4, 3, 2]}\n"
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_llama, body)
-    plan = quantize.plan(quantize.load_recipe(recipe), dist=tmp_path / "dist")
+    plan = quantize.plan(quantize.load_recipe(recipe), quantize.PlanOptions(dist=tmp_path / "dist"))
     chosen = {item.variant.bits: item.variant.propagate for item in plan.variants}
     assert chosen == {8: "source", 4: "source", 3: "quantized", 2: "quantized"}
 
@@ -123,7 +123,7 @@ def test_auto_and_what_it_becomes_are_the_same_branch(
 ) -> None:
     body = VARIANTS.replace("desc_act: true, propagate: quantized", "desc_act: true, propagate: auto")
     silent = write_recipe(tmp_path / "recipe.yaml", tiny_llama, body, **SETTINGS)
-    again = quantize.plan(quantize.load_recipe(silent), dist=built.plan.dist)
+    again = quantize.plan(quantize.load_recipe(silent), quantize.PlanOptions(dist=built.plan.dist))
     assert {item.branch: item.state for item in again.variants}["own"] == "fresh"
 
 

@@ -47,7 +47,7 @@ def result(request: pytest.FixtureRequest, tokenizer_folder: Path, tmp_path_fact
     propagate = "auto" if request.config.getoption("--full") else "source"
     (folder / "recipe.yaml").write_text(RECIPE.format(propagate=propagate))
     recipe = quantize.load_recipe(folder / "recipe.yaml")
-    return quantize.build(recipe, dist=folder / "dist", device="cpu", progress=False)
+    return quantize.build(recipe, quantize.BuildOptions(dist=folder / "dist", device="cpu"))
 
 
 @pytest.fixture(scope="module")

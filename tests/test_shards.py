@@ -32,7 +32,7 @@ def recipe(tiny_llama: Path, tmp_path: Path) -> Path:
 
 def test_statistics_of_parts_add_up_to_those_of_the_whole(recipe: Path, tmp_path: Path) -> None:
     loaded = quantize.load_recipe(recipe)
-    plan = quantize.plan(loaded, dist=tmp_path / "dist")
+    plan = quantize.plan(loaded, quantize.PlanOptions(dist=tmp_path / "dist"))
     ids = sample_tokens(loaded.recipe.calibration, load_tokenizer(plan.source)).ids
     model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"))
     whole = Part.at_start(model, ids, 2, [None, None])

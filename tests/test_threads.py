@@ -127,7 +127,7 @@ def test_a_build_gives_back_what_the_caller_had(
             torch.utils.deterministic.fill_uninitialized_memory, torch.get_rng_state().tolist(),
         )  # fmt: skip
 
-    quantize.build(recipe, tmp_path / "plain", device="cpu", progress=False)
+    quantize.build(recipe, quantize.BuildOptions(dist=tmp_path / "plain", device="cpu"))
     try:
         torch.set_num_threads(3)
         numba.set_num_threads(1)
@@ -136,7 +136,7 @@ def test_a_build_gives_back_what_the_caller_had(
         torch.use_deterministic_algorithms(True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             before = state()
-            quantize.build(recipe, tmp_path / "odd", device="cpu", progress=False)
+            quantize.build(recipe, quantize.BuildOptions(dist=tmp_path / "odd", device="cpu"))
             assert state() == before
     finally:
         torch.set_default_dtype(torch.float32)
@@ -154,7 +154,7 @@ def test_a_failed_build_gives_it_back_too(tiny_llama: Path, tmp_path: Path, monk
     torch.set_num_threads(1)
     before = dict(os.environ)
     with pytest.raises(quantize.errors.CalibrationError):
-        quantize.build(quantize.load_recipe(recipe), tmp_path / "dist", device="cpu", progress=False)
+        quantize.build(quantize.load_recipe(recipe), quantize.BuildOptions(dist=tmp_path / "dist", device="cpu"))
     assert (dict(os.environ), torch.get_num_threads()) == (before, 1)
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from quantize.building.branch import Branch, half_bias
+from quantize.building.build import Build
 from quantize.calibration.folding import Fold, find_folds
-from quantize.calibration.statistics import InputStatistics, Timed
+from quantize.calibration.statistics import InputStatistics
 from quantize.errors import SolveError
 from quantize.executors.local import energy_of
 from quantize.formats import awq as awq_format
 from quantize.methods.awq import AwqParameters, Scales, divided, quantize_scaled, search_scales
-from quantize.planning.modules import SCALED_ACTIVATIONS, ModuleTable
-from quantize.recipe.methods import Awq
+from quantize.planning.modules import SCALED_ACTIVATIONS
 from quantize.source.streamed import StreamedModel
 
 Folds = dict[str, Fold | None]
@@ -43,8 +43,10 @@ class _Scaled:
 class AwqBlocks:
     """Solves blocks for AWQ branches."""
 
-    def __init__(self, model: StreamedModel, table: ModuleTable, section: Awq, timed: Timed) -> None:
-        self.model, self.table, self.section, self.timed = model, table, section, timed
+    def __init__(self, build: Build, model: StreamedModel) -> None:
+        assert build.plan.recipe.awq
+        self.model, self.table, self.section = model, build.plan.table, build.plan.recipe.awq
+        self.reporter = build.reporter
         self._known: dict[tuple[tuple[str, type], ...], Folds] = {}
 
     def wants_input(self, block: nn.Module) -> bool:
@@ -64,7 +66,7 @@ class AwqBlocks:
         Args:
             entered: a batch of what entered the block, where :meth:`wants_input` asked for it.
         """
-        with self.timed("solve"):
+        with self.reporter.stage("solve"):
             if entered is not None:
                 activation, _ = SCALED_ACTIVATIONS.get(self.model.source.checkpoint.model_type, (None, None))
                 self._known[kind_of(block)] = find_folds(self.model, index, block, groups, entered, activation)
@@ -73,11 +75,11 @@ class AwqBlocks:
                 linear.local: self.model.stored_weight(index, linear) for group in groups for linear in group.linears
             }
         for branch in branches:
-            with self.timed("solve"), torch.inference_mode():
+            with self.reporter.stage("solve"), torch.inference_mode():
                 scaled = self._scale(index, groups, folds, weights, _parameters(branch))
             for group in groups:
                 self._solve_group(index, group, weights, scaled, branch)
-            with self.timed("write"):
+            with self.reporter.stage("write"):
                 self._write_rest(index, scaled, branch)
 
     def _scale(
@@ -148,7 +150,7 @@ class AwqBlocks:
         leader = group.linears[0].local
         names = [self.model.checkpoint_name(index, linear.local) for linear in group.linears]
         columns = scaled.columns[leader]
-        with self.timed("solve"), torch.inference_mode():
+        with self.reporter.stage("solve"), torch.inference_mode():
             parts = [
                 weights[linear.local] / scaled.rows[linear.local][:, None]
                 if linear.local in scaled.rows
@@ -169,9 +171,9 @@ class AwqBlocks:
         first = 0
         for linear, name, part in zip(group.linears, names, parts, strict=True):
             rows = slice(first, first + len(part))
-            with self.timed("pack"):
+            with self.reporter.stage("pack"):
                 tensors = awq_format.encode(solution.codes[rows], solution.scales[:, rows], solution.zeros[:, rows])
-            with self.timed("write"):
+            with self.reporter.stage("write"):
                 if f"{name}.bias" in self.model.source.checkpoint.tensors:
                     bias = self.model.read(f"{name}.bias").float()
                     if linear.local in scaled.rows:

@@ -2,60 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
-
 from quantize.building.branch import Branch
-from quantize.building.calibration_pass import CalibrationPass
-from quantize.building.completion import NotOnDisk, complete, versions
+from quantize.building.build import Build, Diagonals
+from quantize.building.calibration_pass import CalibrationPass, PassState
+from quantize.building.completion import Made, NotOnDisk, complete, versions
 from quantize.calibration.forward import choose_device, choose_dtype
-from quantize.calibration.statistics import Timed
 from quantize.calibration.store import StatisticsStore
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.dist.resume import State, open_unfinished
-from quantize.executors.api import Workers
 from quantize.executors.memory import return_large_buffers
 from quantize.files.cache import cache_folder
 from quantize.files.digest import key_of
-from quantize.files.notify import Notify
 from quantize.methods.columns import kernel_of
 from quantize.planning.keys import STATISTICS_VERSION
-from quantize.planning.plan import Plan, PlannedVariant
+from quantize.planning.plan import PlannedVariant
 from quantize.recipe.methods import GptqVariant
 from quantize.source.accelerator import compute_of
 from quantize.source.processor import decides_bytes
 from quantize.source.streamed import StreamedModel
 from quantize.source.unchanged import check_small_files
 
-Diagonals = dict[str, tuple[np.ndarray, int]]
-
 
 class Pass:
-    """One pass for the branches ``todo``, begun or gone on with.
+    """The one pass for a build's own branches and its importance matrix, new or resumed."""
 
-    Args:
-        imatrix: gather an importance matrix too.
-        keep_statistics: keep them for later variants. Those that are there already are used in any case.
-        timed: a context manager factory that books time to a stage.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        todo: Sequence[PlannedVariant],
-        imatrix: bool,
-        device: str,
-        keep_statistics: bool,
-        timed: Timed,
-        notify: Notify,
-    ) -> None:
+    def __init__(self, build: Build) -> None:
         return_large_buffers()
-        self.plan, self.todo, self.timed, self.notify = plan, todo, timed, notify
+        plan = build.plan
+        self.build, self.plan, self.reporter, self.todo = build, plan, build.reporter, plan.native_work
         calibration = plan.recipe.calibration
-        self.device = choose_device(device)
+        self.device = choose_device(build.options.device)
         self.dtype = choose_dtype(calibration.compute_dtype, self.device)
         self.compute: dict[str, Any] = {
             **compute_of(self.device, self.dtype, kernel_of(self.device)),
@@ -64,52 +43,56 @@ class Pass:
             **({"row_budget": plan.memory.row_budget} if plan.memory.row_budget else {}),
             **({"shards": plan.shards} if plan.shards > 1 else {}),
         }
-        self.store = self._statistics_store(keep_statistics)
+        self.store = self._statistics_store(build.options.keep_statistics)
         inputs = {
             "versions": versions(self.compute["kernel"]),
             "compute": decides_bytes(self.compute),
             "source": plan.source.hashes,
             "calibration": plan.calibration,
         }
-        keys = {item.label: key_of(plan.key_inputs(item)) for item in todo}
+        keys = {item.label: key_of(plan.key_inputs(item)) for item in self.todo}
         ways = ["kept", "gathered"] if self._needs_no_forward else ["gathered"]
-        wishes = [State(inputs | {"statistics": way}, keys, imatrix, plan.table.blocks) for way in ways]
-        self.kept = open_unfinished(plan.dist, wishes)
-        self.diagonals: Diagonals | None = self.kept.diagonals() if imatrix else None
+        imatrix = plan.gathers_imatrix
+        states = [State(inputs | {"statistics": way}, keys, imatrix, plan.table.blocks) for way in ways]
+        self.unfinished = open_unfinished(plan.dist, states)
+        self._diagonals = self.unfinished.diagonals() if imatrix else None
 
-    def run(self, workers: Workers, progress: bool | None) -> list[Branch]:
-        """Have ``workers`` solve every branch to its end, in the folder of what is unfinished.
+    @property
+    def diagonals(self) -> Diagonals | None:
+        """For an importance matrix; None where the pass gathers none."""
+        return None if self._diagonals is None else Diagonals(self._diagonals, self.compute)
+
+    def run(self) -> list[Branch]:
+        """Have the executor solve every branch to its end, in the folder of the unfinished build.
 
         Raises:
             QuantizeError: one of its kinds. The finished blocks are kept.
         """
-        recipe, source, state = self.plan.recipe, self.plan.source, self.kept.state
-        with self.timed("tokens"):
+        recipe, source, state = self.plan.recipe, self.plan.source, self.unfinished.state
+        with self.reporter.stage("tokens"):
             self.tokens = sample_tokens(recipe.calibration, load_tokenizer(source, recipe.model.trust_remote_code))
         if state.is_over:
-            self.notify("every block is solved already; putting into place")
+            self.reporter.say("every block is solved already; putting into place")
         else:
-            doing = "kept statistics serve" if state.from_store else "calibrating once"
-            going_on = f", going on after block {state.next_block} of {state.blocks}" if state.next_block else ""
-            self.notify(
+            doing = "using stored statistics" if state.from_store else "calibrating once"
+            resuming = f", going on after block {state.next_block} of {state.blocks}" if state.next_block else ""
+            self.reporter.say(
                 f"{doing} on {self.tokens.ids.size} tokens for {self._what()} "
-                f"({self.compute['device']}, {self.compute['dtype']}, solver in {self.compute['kernel']}){going_on}"
+                f"({self.compute['device']}, {self.compute['dtype']}, solver in {self.compute['kernel']}){resuming}"
             )
         with ExitStack() as stack:
             try:
                 branches = [stack.enter_context(self._branch(item)) for item in self.todo]
             except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-                raise self.kept.damaged(error) from None
+                raise self.unfinished.damaged(error) from None
             if not state.is_over:
-                with self.timed("load"):
+                with self.reporter.stage("load"):
                     model = StreamedModel(
                         source, self.plan.table.prefix, self.dtype, self.device, recipe.model.trust_remote_code
                     )
-                kept, store = self.kept, self.store
-                CalibrationPass(
-                    self.plan, model, self.tokens, branches, self.diagonals, kept, store, workers, self.timed, progress
-                ).run()
-            with self.timed("write"):
+                state_of_pass = PassState(model, self.tokens, branches, self._diagonals, self.unfinished, self.store)
+                CalibrationPass(self.build, state_of_pass).run()
+            with self.reporter.stage("write"):
                 for branch in branches:
                     branch.writer.finish()
                 check_small_files(source)
@@ -121,22 +104,22 @@ class Pass:
         Raises:
             DamagedBuild: its weights on the disk are not what was written.
         """
-        digests = branch.writer.digests
+        made = Made(branch.item, branch.folder, branch.ledger, self.tokens, self.compute, branch.writer.digests)
         try:
-            return complete(self.plan, branch.item, branch.folder, branch.ledger, self.tokens, self.compute, digests)
+            return complete(self.plan, made)
         except NotOnDisk as error:
-            raise self.kept.damaged(error) from None
+            raise self.unfinished.damaged(error) from None
 
     def _branch(self, item: PlannedVariant) -> Branch:
-        folder = self.kept.branch(item.label)
+        folder = self.unfinished.branch(item.label)
         section = self.plan.recipe.section(item.method)
         settings = (tuple(section.fail_on), section.min_expert_tokens)
-        if not self.kept.state.next_block:
+        if not self.unfinished.state.next_block:
             return Branch(item, folder, *settings)
         for path in folder.rglob("*"):  # of an attempt to complete it
             if path.is_file() and path.name not in item.layout.shards:
                 path.unlink()
-        return Branch(item, folder, *settings, self.kept.rows(item.label), self.kept.written(item.label))
+        return Branch(item, folder, *settings, self.unfinished.rows(item.label), self.unfinished.written(item.label))
 
     @property
     def _needs_no_forward(self) -> bool:
@@ -159,4 +142,4 @@ class Pass:
 
     def _what(self) -> str:
         parts = [f"{len(self.todo)} branch{'es' if len(self.todo) != 1 else ''}"] if self.todo else []
-        return " and ".join([*parts, *(["an importance matrix"] if self.diagonals is not None else [])])
+        return " and ".join([*parts, *(["an importance matrix"] if self._diagonals is not None else [])])

@@ -7,59 +7,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from quantize.building.awq_blocks import AwqBlocks, kind_of
 from quantize.building.branch import Branch
+from quantize.building.build import Build
 from quantize.building.gptq_blocks import GptqBlocks
 from quantize.calibration.parts import cut
-from quantize.calibration.statistics import InputStatistics, Timed
+from quantize.calibration.statistics import InputStatistics
 from quantize.calibration.store import StatisticsStore
 from quantize.calibration.tokens import Tokens
 from quantize.dist.resume import Block, Unfinished
 from quantize.errors import PlanError, SourceError
-from quantize.executors.api import Streams, Windows, Workers
+from quantize.executors.api import Streams, Windows
 from quantize.executors.memory import give_back
-from quantize.planning.plan import Plan
 from quantize.recipe.methods import GptqVariant
 from quantize.source.streamed import StreamedModel
 
 
-class CalibrationPass:
-    """One pass over a model for several branches.
+@dataclass(frozen=True)
+class PassState:
+    """What a pass works on.
 
-    Args:
+    Attributes:
+        model: the source. tokens: the calibration windows. branches: open for writing.
         diagonals: where to put the diagonal of each linear's H, for an importance matrix; None gathers none.
-        kept: where it is noted how far the pass has come, and where to go on from.
+        unfinished: where progress is recorded, and where to resume from.
         store: where the source's statistics are kept, or None. What it holds of all blocks is taken from there.
-        workers: who runs the blocks and solves.
-        timed: a context manager factory that books time to a stage.
-        progress: True, False, or None for a bar on a terminal only.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        model: StreamedModel,
-        tokens: Tokens,
-        branches: Sequence[Branch],
-        diagonals: dict[str, tuple[np.ndarray, int]] | None,
-        kept: Unfinished,
-        store: StatisticsStore | None,
-        workers: Workers,
-        timed: Timed,
-        progress: bool | None = None,
-    ) -> None:
-        self.diagonals, self.kept, self.store, self.workers = diagonals, kept, store, workers
+    model: StreamedModel
+    tokens: Tokens
+    branches: Sequence[Branch]
+    diagonals: dict[str, tuple[np.ndarray, int]] | None
+    unfinished: Unfinished
+    store: StatisticsStore | None
+
+
+class CalibrationPass:
+    """One pass over a model for several branches."""
+
+    def __init__(self, build: Build, state: PassState) -> None:
+        self.build, self.plan, self.reporter, self.executor = build, build.plan, build.reporter, build.executor
+        self.model, self.tokens, self.branches = state.model, state.tokens, state.branches
+        self.diagonals, self.unfinished, self.store = state.diagonals, state.unfinished, state.store
         self._kinds: set[object] = set()  # of blocks whose statistics were written to the store
-        self.plan, self.model, self.tokens, self.branches, self.timed = plan, model, tokens, branches, timed
-        self.disable = None if progress is None else not progress
+        branches = state.branches
         self.sharing = [branch for branch in branches if _propagate(branch) == "source"]
         self.drifting = [branch for branch in branches if _propagate(branch) == "quantized"]
         self.awq = [branch for branch in branches if branch.item.method == "awq"]
@@ -72,43 +70,41 @@ class CalibrationPass:
             SourceError, CalibrationError, SolveError: naming the tensor or module.
         """
         self._check_modules()
-        done = self.kept.state.next_block
+        done = self.unfinished.state.next_block
         if not done:
-            with self.timed("write"):
+            with self.reporter.stage("write"):
                 self._copy_unquantized()
         recipe = self.plan.recipe
         batch = max(1, self.plan.memory.batch_tokens // recipe.calibration.sequence_length)
-        rows = self.plan.memory.row_budget
-        gptq = GptqBlocks(self.model, recipe.gptq, self.timed, rows, self.workers) if recipe.gptq else None
-        awq = AwqBlocks(self.model, self.plan.table, recipe.awq, self.timed) if recipe.awq else None
+        gptq = GptqBlocks(self.build, self.model) if recipe.gptq else None
+        awq = AwqBlocks(self.build, self.model) if recipe.awq else None
         with ExitStack() as ending, ExitStack() as stack:
-            with self.timed("forward"):
+            with self.reporter.stage("forward"):
                 if streams := self._streams(batch):
                     ending.callback(streams.close)
                 self.model.drop_outside()
-            bar = tqdm(total=len(self.model), initial=done, desc="blocks", unit="block", disable=self.disable)
-            ending.enter_context(bar)
+            advance = ending.enter_context(self.reporter.progress("blocks", len(self.model), "block", done))
             for index in range(done, len(self.model)):
-                with self.timed("load"):
+                with self.reporter.stage("load"):
                     stack.close()  # drops the block before
                     block = stack.enter_context(self.model.block(index))
                 self._solve_block(index, block, streams, gptq, awq)
-                with self.timed("write"):
+                with self.reporter.stage("write"):
                     self._keep(index + 1, streams)
                 give_back()
-                bar.update()
-        self.kept.drop_states()
+                advance(1)
+        self.unfinished.drop_states()
 
     def _streams(self, batch: int) -> Streams | None:
         """The windows' states as they enter the first block that is to do; None where kept statistics take the place
         of a forward pass."""
         parts = cut(self.tokens.ids, self.plan.shards)
-        if self.kept.state.from_store:
+        if self.unfinished.state.from_store:
             self.model.embed(torch.from_numpy(parts[0][:batch]))  # AWQ tries scales on a batch of this size
             return None
         trust, spilled = self.plan.recipe.model.trust_remote_code, self.plan.memory.spilled
-        return self.workers.streams(
-            Windows(self.model, parts, batch, 1 + len(self.drifting), self.kept, spilled, trust), self.timed
+        return self.executor.streams(
+            Windows(self.model, parts, batch, 1 + len(self.drifting), self.unfinished, spilled, trust), self.reporter
         )
 
     def _keep(self, next_block: int, streams: Streams | None) -> None:
@@ -120,7 +116,7 @@ class CalibrationPass:
             rows, written[branch.item.label] = branch.take_unnoted()
             ledger[branch.item.label] = [asdict(row) for row in rows]
         shape = streams.shape if streams else ()
-        self.kept.keep(Block(next_block, shape, ledger, written, states), self.diagonals)
+        self.unfinished.keep(Block(next_block, shape, ledger, written, states), self.diagonals)
 
     def _statistics(
         self, index: int, block: nn.Module, streams: Streams | None, awq: AwqBlocks | None
@@ -129,17 +125,17 @@ class CalibrationPass:
         wanted = bool(awq and self.awq and awq.wants_input(block))
         if not streams:
             assert self.store
-            with self.timed("statistics"):
+            with self.reporter.stage("statistics"):
                 shared, entered = self.store.read(index, self.model.linears(block), self.model.device)
             return shared, [], entered if wanted else None
         store = self.store if self.store and not self.store.has(index) else None
         first = store is not None and kind_of(block) not in self._kinds
         gather = bool(self.sharing or self.awq or self.diagonals is not None or store)
-        with self.timed("forward"):
+        with self.reporter.stage("forward"):
             gathered = streams.statistics(index, block, gather, wanted or first)
         shared, *own = gathered.streams
         if store:
-            with self.timed("write"):
+            with self.reporter.stage("write"):
                 store.write(index, shared, gathered.entered if first else None)
             self._kinds.add(kind_of(block))
         return shared, own, gathered.entered if wanted else None
@@ -171,7 +167,7 @@ class CalibrationPass:
             for number, (branch, begun) in enumerate(zip(self.drifting, drifting, strict=True), 1):
                 weights = gptq.finish_own(index, begun, branch)
                 if streams and index + 1 < len(self.model):
-                    with self.timed("forward"):
+                    with self.reporter.stage("forward"):
                         streams.advance(index, block, number, weights)
 
     def _copy_unquantized(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,26 @@ class NotOnDisk(ValueError):
     """What lies on the disk is not what was written."""
 
 
-def complete(
-    plan: Plan,
-    item: PlannedVariant,
-    folder: Path,
-    ledger: list[LedgerEntry],
-    tokens: Tokens,
-    compute: dict[str, Any],
-    digests: Mapping[str, str],
-    engine: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write configs, the source's files, the manifest and the card beside a branch's weights.
+@dataclass(frozen=True)
+class Made:
+    """A branch's folder with its weights, and nothing else in it yet.
 
-    Args:
+    Attributes:
         compute: how it was computed. digests: of the tensors that were written, by name.
-        engine: of a foreign branch: name, version, Python and packages.
+        engine: of a branch that another engine made: name, version, Python and packages.
+    """
+
+    item: PlannedVariant
+    folder: Path
+    ledger: list[LedgerEntry]
+    tokens: Tokens
+    compute: Mapping[str, Any]
+    digests: Mapping[str, str]
+    engine: dict[str, Any] | None = None
+
+
+def complete(plan: Plan, made: Made) -> dict[str, Any]:
+    """Write everything of a branch beside its weights.
 
     Returns:
         The manifest.
@@ -46,7 +52,7 @@ def complete(
     Raises:
         NotOnDisk: a tensor on the disk is not what was written. SourceChanged: nor is a file of the source.
     """
-    source = plan.source
+    source, item, folder, tokens = plan.source, made.item, made.folder, made.tokens
     file, as_file, config = loader_config(plan.recipe, item, plan.table)
     for name in source.carried_over:
         copy_unchanged(source, name, folder / name)
@@ -71,12 +77,12 @@ def complete(
             "tokens": int(tokens.ids.size),
             "bos": tokens.bos,
         },
-        compute=compute,
-        versions=versions(str(compute.get("kernel"))),
+        compute=dict(made.compute),
+        versions=versions(str(made.compute.get("kernel"))),
         tensor_bytes=item.nbytes,
-        files=_described(folder, item, digests),
-        ledger=ledger,
-        engine=engine,
+        files=_described(folder, item, made.digests),
+        ledger=made.ledger,
+        engine=made.engine,
     )
     create(folder, data)
     write_atomically(folder / "README.md", render_card(plan, item.method).encode())

@@ -3,59 +3,34 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from quantize.building.build import Build
+from quantize.building.completion import Made
 from quantize.building.engine_tensors import rewrite
-from quantize.calibration.statistics import Timed
-from quantize.calibration.tokens import Tokens, load_tokenizer, sample_tokens
-from quantize.dist.ledger import LedgerEntry
+from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.engines.process import run_worker
 from quantize.errors import EngineError, EngineRunError
 from quantize.files.atomic import write_atomically
 from quantize.files.cache import cache_folder
 from quantize.files.digest import key_of
-from quantize.files.notify import Notify
 from quantize.planning.engines import environment_of
-from quantize.planning.plan import Plan, PlannedVariant
 from quantize.publishing.config import as_json, in_all_words
 from quantize.source.resolved import Source
 from quantize.source.unchanged import check_small_files, check_weights
 
 
-@dataclass(frozen=True)
-class Made:
-    """A branch's folder with its weights, and nothing else in it yet.
-
-    Attributes:
-        digests: of its tensors, by name. engine: for the manifest: name, version, Python and packages.
-    """
-
-    item: PlannedVariant
-    folder: Path
-    ledger: list[LedgerEntry]
-    tokens: Tokens
-    compute: dict[str, str]
-    digests: Mapping[str, str]
-    engine: dict[str, Any]
-
-
-def make_branches(
-    plan: Plan, todo: Sequence[PlannedVariant], work: Path, device: str, timed: Timed, notify: Notify
-) -> Iterator[Made]:
+def make_branches(build: Build) -> Iterator[Made]:
     """Make one branch after the other.
-
-    Args:
-        work: a folder for everything unfinished. device: ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
         EngineError: an engine failed, or what it made is no branch of this model; its log is kept in the cache.
     """
-    with timed("tokens"):
+    plan, work, reporter = build.plan, build.dist.work, build.reporter
+    with reporter.stage("tokens"):
         tokenizer = load_tokenizer(plan.source, plan.recipe.model.trust_remote_code)
         tokens = sample_tokens(plan.recipe.calibration, tokenizer)
     place = (work / "engines").resolve()  # the engine works elsewhere
@@ -63,7 +38,7 @@ def make_branches(
     ids = place / "ids.npy"
     np.save(ids, tokens.ids)
     source = _readable_source(plan.source, place / "source")
-    for number, item in enumerate(todo):
+    for number, item in enumerate(plan.foreign_work):
         engine = item.engine
         assert engine
         environment = environment_of(engine)
@@ -73,17 +48,17 @@ def make_branches(
         log.parent.mkdir(parents=True, exist_ok=True)
         request = {
             "action": "run", "method": item.method, "source": str(source), "ids": str(ids), "out": str(raw),
-            "parameters": item.variant.model_dump(exclude={"branch", "engine"}), "device": device,
+            "parameters": item.variant.model_dump(exclude={"branch", "engine"}), "device": build.options.device,
             "trust_remote_code": plan.recipe.model.trust_remote_code,
         }  # fmt: skip
-        notify(f"{item.label}: {engine.title} is at work, alone; its log is {log}")
+        reporter.say(f"{item.label}: {engine.title} is at work, alone; its log is {log}")
         try:
-            with timed(engine.name), log.open("w", encoding="utf-8") as file:
+            with reporter.stage(engine.name), log.open("w", encoding="utf-8") as file:
                 answer = run_worker(engine, environment.python, request, file)
             cost = f"{answer['seconds']:.0f} s and {answer['peak_bytes'] / 1e9:.2f} GB of memory"
-            notify(f"{item.label}: {engine.name} took {cost}")
+            reporter.say(f"{item.label}: {engine.name} took {cost}")
             folder = work / "building" / item.label
-            with timed("write"):
+            with reporter.stage("write"):
                 ledger, digests = rewrite(plan, item, raw, folder, answer["said"].get("modules", []))
                 shutil.rmtree(raw)
                 check_small_files(plan.source)  # the engine read the source by itself

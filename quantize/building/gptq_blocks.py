@@ -9,49 +9,48 @@ from dataclasses import dataclass
 import torch
 
 from quantize.building.branch import Branch, half_bias
-from quantize.calibration.statistics import InputStatistics, Timed
+from quantize.building.build import Build
+from quantize.calibration.statistics import InputStatistics
 from quantize.errors import SolveError
-from quantize.executors.api import Job, Wait, Workers
+from quantize.executors.api import Future, Job
 from quantize.formats import gptq as gptq_format
 from quantize.methods.gptq import GptqParameters, Solution
-from quantize.recipe.methods import Gptq
 from quantize.source.streamed import StreamedModel
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A solve on its way: the input's statistics, and what waits for the solutions."""
+class PendingSolve:
+    """A solve that was submitted: the input's statistics, and the future of the solutions."""
 
     group: InputStatistics
-    wait: Wait
+    future: Future
 
 
 class GptqBlocks:
     """Solves blocks for GPTQ branches."""
 
-    def __init__(
-        self, model: StreamedModel, section: Gptq, timed: Timed, row_budget: int | None, workers: Workers
-    ) -> None:
-        self.model, self.section, self.timed, self.row_budget = model, section, timed, row_budget
-        self.workers = workers
+    def __init__(self, build: Build, model: StreamedModel) -> None:
+        assert build.plan.recipe.gptq
+        self.model, self.section, self.reporter = model, build.plan.recipe.gptq, build.reporter
+        self.row_budget, self.executor = build.plan.memory.row_budget, build.executor
 
-    def begin(self, index: int, groups: list[InputStatistics], branches: Sequence[Branch]) -> list[Begun]:
+    def begin(self, index: int, groups: list[InputStatistics], branches: Sequence[Branch]) -> list[PendingSolve]:
         """Have a block's inputs solved for ``branches``, the widest last, with the others released."""
-        with self.timed("solve"):
+        with self.reporter.stage("solve"):
             return [
-                Begun(group, self.workers.start(functools.partial(self._job, index, group, branches)))
+                PendingSolve(group, self.executor.submit(functools.partial(self._job, index, group, branches)))
                 for group in sorted(groups, key=lambda group: group.hessian.shape[0])
             ]
 
-    def finish(self, index: int, begun: list[Begun], branches: Sequence[Branch]) -> None:
+    def finish(self, index: int, pending: list[PendingSolve], branches: Sequence[Branch]) -> None:
         """``propagate: source``: write what all branches get from the same statistics, releasing them on the way."""
-        for one in begun:
+        for one in pending:
             self._finish(index, one, branches)
 
-    def finish_own(self, index: int, begun: list[Begun], branch: Branch) -> dict[str, torch.Tensor]:
+    def finish_own(self, index: int, pending: list[PendingSolve], branch: Branch) -> dict[str, torch.Tensor]:
         """``propagate: quantized``: write it, and return the weights that the branch's own inputs now meet."""
         weights: dict[str, torch.Tensor] = {}
-        for one in begun:
+        for one in pending:
             (solution,) = self._finish(index, one, [branch])
             rows = [linear.weight.shape[0] for linear in one.group.linears]
             parts = solution.dequantize().split(rows)
@@ -62,16 +61,16 @@ class GptqBlocks:
         with torch.inference_mode():
             weights = [self.model.stored_weight(index, linear) for linear in group.linears]
             stacked = torch.cat(weights) if len(weights) > 1 else weights[0]
-        wishes = [_parameters(branch) for branch in branches]
-        return Job(stacked, group.hessian, group.drift, wishes, self.section.rtn_fallback, self.row_budget)
+        parameters = [_parameters(branch) for branch in branches]
+        return Job(stacked, group.hessian, group.drift, parameters, self.section.rtn_fallback, self.row_budget)
 
-    def _finish(self, index: int, begun: Begun, branches: Sequence[Branch]) -> list[Solution]:
+    def _finish(self, index: int, pending: PendingSolve, branches: Sequence[Branch]) -> list[Solution]:
         """Wait for the linears that share an input, and write what each branch got."""
-        group = begun.group
+        group = pending.group
         names = [self.model.checkpoint_name(index, linear.local) for linear in group.linears]
         try:
-            with self.timed("solve"):
-                solved = begun.wait()
+            with self.reporter.stage("solve"):
+                solved = pending.future()
         except SolveError as error:
             raise SolveError(
                 f"{', '.join(names)}: {error}; calibrate on more or other text, raise gptq.damp_percent, or set "
@@ -88,7 +87,7 @@ class GptqBlocks:
         return solved.solutions
 
     def _write_linear(self, branch: Branch, name: str, solution: Solution, rows: slice) -> None:
-        with self.timed("pack"):
+        with self.reporter.stage("pack"):
             tensors = gptq_format.encode(
                 solution.codes[rows],
                 solution.scales[:, rows],
@@ -97,7 +96,7 @@ class GptqBlocks:
                 branch.item.variant.bits,
                 self.section.checkpoint_format,
             )
-        with self.timed("write"):
+        with self.reporter.stage("write"):
             if f"{name}.bias" in self.model.source.checkpoint.tensors:
                 tensors["bias"] = half_bias(self.model.read(f"{name}.bias"), name)
             elif self.section.zero_bias:

@@ -16,10 +16,11 @@ from quantize.engines import NATIVE
 from quantize.errors import ManifestError, RecipeError
 from quantize.files.digest import sha256_of_file
 from quantize.files.inside import stray
-from quantize.files.notify import Notify
+from quantize.options import BuildOptions, RebuildOptions
 from quantize.planning.circumstances import difference
 from quantize.planning.keys import differences
 from quantize.recipe import load_recipe
+from quantize.reporter import SILENT, Reporter
 
 Manifest = dict[str, Any]
 SETTINGS = ("compute_dtype", "batch_tokens")
@@ -61,28 +62,22 @@ def find_manifests(target: Path) -> list[Path]:
 
 def rebuild(
     target: Path,
-    into: Path | None = None,
-    source: str | None = None,
-    texts: Sequence[Path] = (),
-    *,
-    trust_remote_code: bool = False,
-    device: str = "auto",
-    notify: Notify = lambda line: None,
+    options: RebuildOptions | None = None,
+    reporter: Reporter = SILENT,
 ) -> list[Compared]:
     """Build again what the manifests at ``target`` say, from one pass, and compare every file's hash.
 
     Args:
-        into: where to build, and leave what was built; None builds in a temporary folder.
-        source: the model, where the manifests name no hub id or it lies elsewhere now.
-        texts: calibration text files that the manifests know by their hashes.
+        options: where the source and the texts are, and where to build.
 
     Raises:
         ManifestError: the manifests are not of one release, or lack something. QuantizeError: as a build.
     """
+    options = options or RebuildOptions()
     places = find_manifests(target)
     manifests = [_read(path) for path in places]
-    data = recorded_recipe(manifests, places, source, texts)
-    if trust_remote_code:
+    data = recorded_recipe(manifests, places, options.source, options.text)
+    if options.trust_remote_code:
         data["model"]["trust_remote_code"] = True
     with tempfile.TemporaryDirectory(prefix="quantize-rebuild-") as scratch:
         recipe = Path(scratch) / "rebuild.json"
@@ -92,8 +87,9 @@ def rebuild(
         except RecipeError as error:
             reason = str(error).partition(f"{recipe.name}:")[2].partition(": ")[2] or str(error)
             raise ManifestError(f"{places[0]}: no recipe can be made of it: {reason}") from None
-        dist = into or Path(scratch) / "dist"
-        plan = build_recipe(loaded, dist, device=device, shards=_shards(manifests, places), notify=notify).plan
+        dist = options.into or Path(scratch) / "dist"
+        how = BuildOptions(dist=dist, device=options.device, shards=_shards(manifests, places))
+        plan = build_recipe(loaded, how, reporter).plan
         folders = {f"{item.label.partition('/')[0]}/{item.branch}": item.folder for item in plan.variants}
         if plan.gguf:
             folders["gguf/main"] = plan.gguf.folder

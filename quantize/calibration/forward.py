@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from quantize.calibration.states import Place, States
-from quantize.calibration.statistics import Collector, InputStatistics, Timed, untimed
+from quantize.calibration.statistics import Collector, InputStatistics
 from quantize.errors import CalibrationError
+from quantize.reporter import SILENT, Reporter
 from quantize.source.processor import forward_dtype
 from quantize.source.streamed import StreamedModel
 
@@ -117,7 +118,7 @@ def block_statistics(
     source: Activations,
     streams: Sequence[Activations] = (),
     gather: bool = True,
-    timed: Timed = untimed,
+    reporter: Reporter = SILENT,
 ) -> tuple[list[InputStatistics], list[list[InputStatistics]]]:
     """Run all windows through a block and gather the statistics of its distinct inputs.
 
@@ -134,8 +135,8 @@ def block_statistics(
         CalibrationError: a linear that no token reached (an expert's may be), or a bad output.
     """
     linears = source.model.linears(block)
-    watch = Collector(linears, timed, gather=gather, record=bool(streams))
-    collectors = [Collector(linears, timed, source=watch) for _ in streams]
+    watch = Collector(linears, reporter, gather=gather, record=bool(streams))
+    collectors = [Collector(linears, reporter, source=watch) for _ in streams]
     with torch.inference_mode():
         for window in source.windows():
             with watch.attached():

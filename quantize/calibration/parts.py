@@ -15,8 +15,9 @@ from torch import nn
 
 from quantize.calibration.forward import Activations, block_statistics
 from quantize.calibration.states import Place, States
-from quantize.calibration.statistics import InputStatistics, Timed, panels, untimed
+from quantize.calibration.statistics import InputStatistics, panels
 from quantize.errors import CalibrationError
+from quantize.reporter import SILENT, Reporter
 from quantize.source.streamed import Linear, StreamedModel
 
 
@@ -53,7 +54,7 @@ class Part:
         return self.streams[0]
 
     def statistics(
-        self, index: int, block: nn.Module, gather: bool, timed: Timed = untimed
+        self, index: int, block: nn.Module, gather: bool, reporter: Reporter = SILENT
     ) -> list[list[InputStatistics]]:
         """Run the source through a block; see :func:`block_statistics`.
 
@@ -64,7 +65,7 @@ class Part:
             The statistics of each stream.
         """
         source, *others = self.streams
-        shared, own = block_statistics(index, block, source, others, gather, timed)
+        shared, own = block_statistics(index, block, source, others, gather, reporter)
         return [shared, *own]
 
     def advance(self, index: int, block: nn.Module, stream: int, weights: Mapping[str, torch.Tensor]) -> None:

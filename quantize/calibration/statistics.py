@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantize.reporter import SILENT, Reporter
 from quantize.source.streamed import Linear
 
 Timed = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -92,7 +93,7 @@ class Collector:
     """
 
     linears: Sequence[Linear]
-    timed: Timed = untimed
+    reporter: Reporter = SILENT
     gather: bool = True
     record: bool = False
     source: Collector | None = None
@@ -165,7 +166,7 @@ class Collector:
         return hook
 
     def _take(self, linear: Linear, inputs: torch.Tensor) -> None:
-        with self.timed("statistics"):
+        with self.reporter.stage("statistics"):
             rows = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
             if self.record:
                 self.rows[linear.local] = rows

@@ -4,37 +4,23 @@ from __future__ import annotations
 
 import click
 
+from quantize.cli.flags import model_options
 from quantize.cli.measure import show
 from quantize.cli.options import (
-    dist_option,
     duration,
     gigabytes,
     json_option,
-    memory_option,
-    only_option,
     print_json,
     quiet_libraries,
     recipe_options,
-    say,
-    shards_option,
 )
+from quantize.cli.reporting import reporter, say
+from quantize.options import BuildOptions, MeasureOptions
 
 
 @click.command()
 @recipe_options
-@dist_option
-@only_option
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@memory_option
-@click.option(
-    "--keep-statistics", is_flag=True,
-    help="Keep the source's statistics in the cache: later variants then need no forward pass.",
-)  # fmt: skip
-@shards_option
-@click.option(
-    "--ray", metavar="ADDRESS",
-    help="Let a Ray cluster run the shards and solve; 'auto' takes a running one, or starts one for this build.",
-)  # fmt: skip
+@model_options(BuildOptions)
 @click.option(
     "--measure/--no-measure", "measured", default=True, show_default=True,
     help="Measure what was built, for the manifests and the cards.",
@@ -43,13 +29,7 @@ from quantize.cli.options import (
 def build(
     recipe: str,
     overrides: tuple[str, ...],
-    dist: str,
-    only: tuple[str, ...],
-    device: str,
-    budget: int | None,
-    keep_statistics: bool,
-    shards: int | None,
-    ray: str | None,
+    options: BuildOptions,
     measured: bool,
     as_json: bool,
 ) -> None:
@@ -60,13 +40,11 @@ def build(
     from quantize.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    measuring = MeasureOptions(dist=options.dist, only=options.only, device=options.device)
     if measured:
-        check_text(loaded, dist, only, device)
-    result = build_recipe(
-        loaded, dist, only,
-        device=device, budget=budget, keep_statistics=keep_statistics, shards=shards, ray=ray, notify=say,
-    )  # fmt: skip
-    quality = measure_recipe(loaded, dist, only, device=device, notify=say) if measured else None
+        check_text(loaded, measuring, reporter())
+    result = build_recipe(loaded, options, reporter())
+    quality = measure_recipe(loaded, measuring, reporter()) if measured else None
     if as_json:
         print_json({
             "repos": dict(result.plan.repos),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from quantize.cli.options import confirmed, dist_option, gigabytes, json_option, print_json, say, table
+from quantize.cli.options import confirmed, dist_option, gigabytes, json_option, print_json, table
+from quantize.cli.reporting import say
 from quantize.errors import PlanError
 
 OLD = 30
@@ -18,7 +19,7 @@ OLD = 30
 @click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
-def clean(dist: str, dry_run: bool, yes: bool, as_json: bool) -> None:
+def clean(dist: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Remove unfinished builds from a dist: blocks kept for a build to go on with. Asks first.
 
     Finished branches and levels are not touched.

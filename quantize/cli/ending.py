@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from quantize.cli.reporting import is_debugging
 from quantize.cli.supervision import check_room, supervised, under_limits
 from quantize.errors import (
     FAILED,
@@ -61,6 +62,8 @@ def _run_here(command: click.Command) -> int:
                 check_room()
             return _invoke(command)
     except QuantizeError as error:
+        if is_debugging():
+            traceback.print_exc()
         return _said(f"error: {error}", error.exit_code)
     except click.ClickException as error:
         lines = error.format_message().expandtabs().splitlines()

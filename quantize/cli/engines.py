@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantize.cli.options import gigabytes, json_option, print_json, say, table
+from quantize.cli.options import gigabytes, json_option, print_json, table
+from quantize.cli.reporting import reporter
 from quantize.errors import ANSWER_IS_NO
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def install(name: str, force: bool, python: str | None) -> None:
     """Make the environment of engine NAME in the cache, with pinned packages."""
     environment = _environment(name)
     if python:
-        environment.adopt(Path(python), say)
+        environment.adopt(Path(python), reporter())
         return
-    environment.install(say, force)
+    environment.install(reporter(), force)
     click.echo(f"{environment.folder}  {gigabytes(environment.nbytes)}")
 
 

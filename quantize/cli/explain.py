@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from quantize.cli.options import dist_option, json_option, only_option, print_json, recipe_options, say
+from quantize.cli.options import dist_option, json_option, only_option, print_json, recipe_options
+from quantize.cli.reporting import reporter
 
 
 @click.command()
@@ -14,14 +16,15 @@ from quantize.cli.options import dist_option, json_option, only_option, print_js
 @dist_option
 @only_option
 @json_option
-def explain(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], as_json: bool) -> None:
+def explain(recipe: str, overrides: tuple[str, ...], dist: Path, only: tuple[str, ...], as_json: bool) -> None:
     """Say for each branch of RECIPE why it is fresh or stale: every input of its key that changed."""
     from quantize.files.digest import key_of
+    from quantize.options import Selection
     from quantize.planning.keys import differences
     from quantize.planning.planner import plan_recipe
     from quantize.recipe import load_recipe
 
-    planned = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
+    planned = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist, only=only), reporter())
     answers: list[dict[str, Any]] = []
     for item in planned.everything:
         if item.label not in planned.selected:

@@ -14,9 +14,9 @@ from quantize.cli.options import (
     only_option,
     print_json,
     recipe_options,
-    say,
     table,
 )
+from quantize.cli.reporting import reporter, say
 
 
 @click.command()
@@ -28,18 +28,19 @@ from quantize.cli.options import (
     help="Folder for the git repos, one bare repo a format.",
 )  # fmt: skip
 @json_option
-def git(recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], out: str, as_json: bool) -> None:
+def git(recipe: str, overrides: tuple[str, ...], dist: Path, only: tuple[str, ...], out: str, as_json: bool) -> None:
     """Write the finished branches of RECIPE as git repos with LFS; needs no account.
 
     Each format is one bare repo below --out, each variant a branch with a history of its own. Weights are hard links
     to dist. `git clone --branch NAME` (with git-lfs) checks a variant out, `git push` sends it anywhere.
     """
+    from quantize.options import Selection
     from quantize.planning.planner import plan_recipe
     from quantize.publishing.git import write_repos
     from quantize.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
-    written = write_repos(plan, Path(out), notify=say)
+    plan = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist, only=only), reporter())
+    written = write_repos(plan, Path(out), reporter=reporter())
     if as_json:
         print_json([{**asdict(branch), "folder": str(branch.folder)} for branch in written])
         return

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from quantize.cli.reporting import output_options
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -44,6 +46,7 @@ class SectionedGroup(click.Group):
         if entry is None:
             return None
         command: click.Command = getattr(import_module(f"quantize.cli.{entry.module}"), entry.attribute or cmd_name)
+        output_options(command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

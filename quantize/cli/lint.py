@@ -7,7 +7,8 @@ from collections import Counter
 
 import click
 
-from quantize.cli.options import endpoint_option, json_option, print_json, say
+from quantize.cli.options import endpoint_option, json_option, print_json
+from quantize.cli.reporting import reporter
 from quantize.errors import ANSWER_IS_NO
 
 
@@ -25,7 +26,7 @@ def lint(target: str, source: str | None, strict: bool, endpoint: str | None, as
     """
     from quantize.linting import lint as check
 
-    reports = check(target, source=source, endpoint=endpoint, notify=say)
+    reports = check(target, source=source, endpoint=endpoint, reporter=reporter())
     counts: Counter[str] = Counter(finding.severity for report in reports for finding in report.findings)
     if as_json:
         print_json([report.as_data() for report in reports])

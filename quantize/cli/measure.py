@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from quantize.cli.flags import model_options
 from quantize.cli.options import (
-    dist_option,
     json_option,
-    only_option,
     print_json,
     quiet_libraries,
     recipe_options,
-    say,
     table,
 )
+from quantize.cli.reporting import reporter
+from quantize.options import MeasureOptions
 
 if TYPE_CHECKING:
     from quantize.measuring import Measured
@@ -23,18 +23,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @recipe_options
-@dist_option
-@only_option
-@click.option("--again", is_flag=True, help="Measure also what was measured before.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@model_options(MeasureOptions)
 @json_option
 def measure(
     recipe: str,
     overrides: tuple[str, ...],
-    dist: str,
-    only: tuple[str, ...],
-    again: bool,
-    device: str,
+    options: MeasureOptions,
     as_json: bool,
 ) -> None:
     """Measure finished branches and levels of RECIPE, read back from their own bytes, against the source model.
@@ -46,7 +40,7 @@ def measure(
     from quantize.measuring import measure_recipe
     from quantize.recipe import load_recipe
 
-    found = measure_recipe(load_recipe(recipe, overrides), dist, only, again=again, device=device, notify=say)
+    found = measure_recipe(load_recipe(recipe, overrides), options, reporter())
     if as_json:
         print_json(found.as_data())
     else:

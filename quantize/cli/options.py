@@ -7,10 +7,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from quantize.cli.reporting import is_debugging
 from quantize.errors import PlanError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ set_option = click.option(
     help="Override a key of the recipe, such as gptq.damp_percent=0.01; may be repeated.",
 )  # fmt: skip
 dist_option = click.option(
-    "--dist", default="dist", show_default=True, type=click.Path(file_okay=False),
+    "--dist", default="dist", show_default=True, type=click.Path(file_okay=False, path_type=Path),
     help="Folder that holds the finished branches.",
 )  # fmt: skip
 only_option = click.option(
@@ -34,36 +36,15 @@ only_option = click.option(
 endpoint_option = click.option(
     "--endpoint", help="Address of another hub; default is HF_ENDPOINT, else the hub itself."
 )
-memory_option = click.option(
-    "--memory", "budget", callback=lambda context, option, value: _bytes(value), metavar="SIZE",
-    help="Keep to so much memory, such as 8GB: hidden states then lie in files, and less is solved at once.",
+json_option = click.option(
+    "--json", "as_json", is_flag=True,
+    help="Print JSON for machines; what happens meanwhile is a JSON object a line on stderr.",
 )  # fmt: skip
-shards_option = click.option(
-    "--shards", type=click.IntRange(min=1), metavar="N",
-    help="Run the calibration windows in N parts and add their statistics up; their number decides the last bits.",
-)  # fmt: skip
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 
 
 def recipe_options(function: Function) -> Function:
     """RECIPE and --set."""
     return recipe_argument(set_option(function))
-
-
-def _bytes(value: str | None) -> int | None:
-    from pydantic import TypeAdapter, ValidationError
-
-    from quantize.recipe.methods import Size
-
-    try:
-        return None if value is None else TypeAdapter(Size).validate_python(value)
-    except ValidationError:
-        raise PlanError(f"--memory {value}: is no size; write 8GB or 500MB") from None
-
-
-def say(line: str) -> None:
-    """A line about what happens; it goes to stderr, so that stdout stays the result."""
-    click.echo(line, err=True)
 
 
 def confirmed(question: str, yes: bool) -> bool:
@@ -125,6 +106,8 @@ def made_otherwise(planned: Plan) -> list[str]:
 
 def quiet_libraries() -> None:
     """Silence what libraries say about themselves on import and on load; errors still show."""
+    if is_debugging():
+        return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for name in ("torchao", "torch.utils._pytree", "datasets"):

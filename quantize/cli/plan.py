@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING
 
 import click
 
+from quantize.cli.flags import model_options
 from quantize.cli.options import (
-    dist_option,
     duration,
     gigabytes,
     json_option,
     made_otherwise,
-    memory_option,
-    only_option,
     print_json,
     recipe_options,
-    say,
-    shards_option,
     table,
 )
+from quantize.cli.reporting import reporter
 from quantize.errors import ANSWER_IS_NO
+from quantize.options import PlanOptions
 
 if TYPE_CHECKING:
     from quantize.planning.levels import PlannedLevel
@@ -36,19 +34,13 @@ HEADINGS = {
 
 @click.command()
 @recipe_options
-@dist_option
-@only_option
-@memory_option
-@shards_option
+@model_options(PlanOptions)
 @json_option
 @click.option("--check", is_flag=True, help="Exit with code 3 if a branch is left to build.")
 def plan(
     recipe: str,
     overrides: tuple[str, ...],
-    dist: str,
-    only: tuple[str, ...],
-    budget: int | None,
-    shards: int | None,
+    options: PlanOptions,
     as_json: bool,
     check: bool,
 ) -> None:
@@ -59,7 +51,7 @@ def plan(
     from quantize.planning.planner import plan_recipe
     from quantize.recipe import load_recipe
 
-    planned = plan_recipe(load_recipe(recipe, overrides), dist, only, budget=budget, shards=shards or 1, notify=say)
+    planned = plan_recipe(load_recipe(recipe, overrides), options, reporter())
     if as_json:
         print_json(planned.as_data())
     else:

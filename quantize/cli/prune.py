@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
@@ -13,9 +14,9 @@ from quantize.cli.options import (
     json_option,
     print_json,
     recipe_options,
-    say,
     table,
 )
+from quantize.cli.reporting import reporter, say
 from quantize.errors import ReleaseError
 
 
@@ -34,7 +35,7 @@ from quantize.errors import ReleaseError
 def prune(
     recipe: str,
     overrides: tuple[str, ...],
-    dist: str,
+    dist: Path,
     where: str,
     endpoint: str | None,
     keep: tuple[str, ...],
@@ -48,12 +49,13 @@ def prune(
     on the hub that lie in a branch of RECIPE without being part of it. Other people's branches stay, and every `main`.
     """
     from quantize.hub.client import Hub
+    from quantize.options import Selection
     from quantize.planning.planner import plan_recipe
     from quantize.publishing.prune import orphans_in_dist, orphans_on_hub, remove
     from quantize.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
-    hub = Hub(endpoint, say) if where != "dist" else None
+    plan = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist), reporter())
+    hub = Hub(endpoint, reporter()) if where != "dist" else None
     orphans = [*(orphans_in_dist(plan) if where != "hub" else ()), *(orphans_on_hub(plan, hub) if hub else ())]
     orphans = [orphan for orphan in orphans if not orphan.matches(keep)]
     if as_json:

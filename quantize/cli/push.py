@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from quantize.cli.flags import model_options
 from quantize.cli.options import (
     dist_option,
     endpoint_option,
@@ -16,10 +18,11 @@ from quantize.cli.options import (
     only_option,
     print_json,
     recipe_options,
-    say,
     table,
 )
+from quantize.cli.reporting import reporter, say
 from quantize.errors import ANSWER_IS_NO
+from quantize.options import PushOptions
 
 if TYPE_CHECKING:
     from quantize.publishing.compare import BranchChange
@@ -29,27 +32,18 @@ if TYPE_CHECKING:
 @recipe_options
 @dist_option
 @only_option
-@endpoint_option
 @click.option("--dry-run", is_flag=True, help="Show what would be uploaded and deleted; change nothing.")
 @click.option("--check", is_flag=True, help="As --dry-run, and exit with code 3 if anything differs.")
-@click.option("--create/--no-create", default=True, show_default=True, help="Create repos that do not exist.")
-@click.option("--private", is_flag=True, default=None, help="Create repos as private ones; refused for public ones.")
-@click.option(
-    "--overwrite", multiple=True, metavar="NAME",
-    help="Replace a file on the hub that quantize did not write, such as README.md; may be repeated.",
-)  # fmt: skip
+@model_options(PushOptions)
 @json_option
 def push(
     recipe: str,
     overrides: tuple[str, ...],
-    dist: str,
+    dist: Path,
     only: tuple[str, ...],
-    endpoint: str | None,
     dry_run: bool,
     check: bool,
-    create: bool,
-    private: bool | None,
-    overwrite: tuple[str, ...],
+    options: PushOptions,
     as_json: bool,
 ) -> None:
     """Push the finished branches of RECIPE to their hub repos: one commit a branch, `main` last.
@@ -57,19 +51,20 @@ def push(
     Uploads only what differs, after holding it against the manifest. Files on the hub that quantize did not write stay.
     The token comes from HF_TOKEN or `hf auth login`.
     """
+    from quantize.options import Selection
     from quantize.planning.planner import plan_recipe
     from quantize.publishing.push import Pusher
     from quantize.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
-    pusher = Pusher(plan, endpoint, notify=say, overwrite=overwrite)
+    plan = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist, only=only), reporter())
+    pusher = Pusher(plan, options, reporter())
     if dry_run or check:
         changes = pusher.changes()
         _show(changes, as_json)
         if check and any(change.differs for change in changes):
             sys.exit(ANSWER_IS_NO)
         return
-    made = pusher.push(create=create, private=private)
+    made = pusher.push()
     for change in made:
         _name_others(change, say)
     if as_json:
@@ -88,15 +83,16 @@ def push(
 @endpoint_option
 @json_option
 def diff(
-    recipe: str, overrides: tuple[str, ...], dist: str, only: tuple[str, ...], endpoint: str | None, as_json: bool
+    recipe: str, overrides: tuple[str, ...], dist: Path, only: tuple[str, ...], endpoint: str | None, as_json: bool
 ) -> None:
     """Show how the hub's branches of RECIPE differ from the finished ones in dist."""
+    from quantize.options import Selection
     from quantize.planning.planner import plan_recipe
     from quantize.publishing.push import Pusher
     from quantize.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(recipe, overrides), dist, only, notify=say)
-    _show(Pusher(plan, endpoint).changes(), as_json)
+    plan = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist, only=only), reporter())
+    _show(Pusher(plan, PushOptions(endpoint=endpoint), reporter()).changes(), as_json)
 
 
 def _show(changes: Sequence[BranchChange], as_json: bool) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import click
 
-from quantize.cli.options import json_option, print_json, quiet_libraries, say, table
+from quantize.cli.flags import model_options
+from quantize.cli.options import json_option, print_json, quiet_libraries, table
+from quantize.cli.reporting import reporter
 from quantize.errors import ANSWER_IS_NO, printable, shortened
+from quantize.options import RebuildOptions
 
 LONGEST = 300
 """Characters of a note; its values are a stranger's."""
@@ -17,27 +20,11 @@ LONGEST = 300
 
 @click.command()
 @click.argument("manifest", type=click.Path(exists=True, path_type=Path))
-@click.option(
-    "--source", help="The model, where the manifest names no hub id: a directory, .gguf file or package:NAME."
-)
-@click.option(
-    "--text", "texts", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A calibration text file, which the manifest knows by its hash; may be repeated.",
-)  # fmt: skip
-@click.option(
-    "--into", type=click.Path(file_okay=False, path_type=Path),
-    help="Build there and leave it; the default is a temporary folder.",
-)  # fmt: skip
-@click.option("--trust-remote-code", is_flag=True, help="Run model code of the source's repo.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@model_options(RebuildOptions)
 @json_option
 def rebuild(
     manifest: Path,
-    source: str | None,
-    texts: tuple[Path, ...],
-    into: Path | None,
-    trust_remote_code: bool,
-    device: str,
+    options: RebuildOptions,
     as_json: bool,
 ) -> None:
     """Build again what MANIFEST says, and compare every file's hash. Exits with code 3 if one differs.
@@ -47,7 +34,7 @@ def rebuild(
     quiet_libraries()
     from quantize.building.rebuild import rebuild as repeat
 
-    found = repeat(manifest, into, source, texts, trust_remote_code=trust_remote_code, device=device, notify=say)
+    found = repeat(manifest, options, reporter())
     if as_json:
         print_json([asdict(one) | {"same": one.is_same} for one in found])
     else:

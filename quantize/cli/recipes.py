@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from quantize.cli.options import say, table
+from quantize.cli.options import table
+from quantize.cli.reporting import say
 
 
 @click.group(invoke_without_command=True)

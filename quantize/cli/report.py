@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from quantize.cli.options import dist_option, recipe_options, say
+from quantize.cli.options import dist_option, recipe_options
+from quantize.cli.reporting import reporter
 
 
 @click.command()
@@ -15,14 +16,15 @@ from quantize.cli.options import dist_option, recipe_options, say
 @click.option(
     "--out", type=click.Path(dir_okay=False), help="The page's file; by default report.html in dist."
 )  # fmt: skip
-def report(recipe: str, overrides: tuple[str, ...], dist: str, out: str | None) -> None:
+def report(recipe: str, overrides: tuple[str, ...], dist: Path, out: str | None) -> None:
     """Write the measured quality of RECIPE as one HTML page that needs nothing else: table, plot, errors by module."""
     from quantize.files.atomic import write_atomically
+    from quantize.options import Selection
     from quantize.planning.planner import plan_recipe
     from quantize.publishing.report import render_report
     from quantize.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
+    plan = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist), reporter())
     path = Path(out) if out else Path(dist) / "report.html"
     write_atomically(path, render_report(plan).encode())
     click.echo(f"wrote  {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,9 +16,9 @@ from quantize.cli.options import (
     made_otherwise,
     print_json,
     recipe_options,
-    say,
     table,
 )
+from quantize.cli.reporting import reporter
 
 if TYPE_CHECKING:
     from quantize.planning.plan import Plan
@@ -29,15 +30,16 @@ if TYPE_CHECKING:
 @click.option("--hub", is_flag=True, help="Ask the hub too: which branches are published as they lie in dist.")
 @endpoint_option
 @json_option
-def status(recipe: str, overrides: tuple[str, ...], dist: str, hub: bool, endpoint: str | None, as_json: bool) -> None:
+def status(recipe: str, overrides: tuple[str, ...], dist: Path, hub: bool, endpoint: str | None, as_json: bool) -> None:
     """Show which branches of RECIPE are built, how well they came out, and what lies beside them in dist."""
     from quantize.dist.ledger import oddities
     from quantize.dist.resume import find_unfinished
     from quantize.files.space import entries
+    from quantize.options import Selection
     from quantize.planning.planner import plan_recipe
     from quantize.recipe import load_recipe
 
-    planned = plan_recipe(load_recipe(recipe, overrides), dist, notify=say)
+    planned = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist), reporter())
     there = _published(planned, endpoint) if hub or endpoint else {}
     report: list[dict[str, Any]] = []
     for item in planned.everything:
@@ -104,7 +106,7 @@ def _published(planned: Plan, endpoint: str | None) -> dict[str, Any]:
     from quantize.hub.client import Hub
     from quantize.publishing.compare import published
 
-    return dict(published(Hub(endpoint, say), planned))
+    return dict(published(Hub(endpoint, reporter()), planned))
 
 
 def _not_in_recipe(planned: Plan) -> list[str]:

@@ -6,18 +6,18 @@ import sys
 
 import click
 
-from quantize.cli.options import endpoint_option, json_option, print_json, quiet_libraries, say
+from quantize.cli.flags import model_options
+from quantize.cli.options import json_option, print_json, quiet_libraries
+from quantize.cli.reporting import reporter, say
 from quantize.errors import ANSWER_IS_NO
+from quantize.options import VerifyOptions
 
 
 @click.command()
 @click.argument("target", metavar="DIR_OR_REPO")
-@click.option("--source", help="The unquantized model, as a recipe's model.source, to compare tensors with.")
-@click.option("--load/--no-load", default=True, show_default=True, help="Load it in the consumers installed here.")
-@click.option("--download", is_flag=True, help="Fetch a hub repo's branches and check them as folders.")
-@endpoint_option
+@model_options(VerifyOptions)
 @json_option
-def verify(target: str, source: str | None, load: bool, download: bool, endpoint: str | None, as_json: bool) -> None:
+def verify(target: str, options: VerifyOptions, as_json: bool) -> None:
     """Verify finished branches: hashes against the manifest, tensors against the source, loading in real consumers.
 
     DIR_OR_REPO is a branch's folder, a folder of branches as in dist, or a hub repo, of which without --download the
@@ -27,7 +27,7 @@ def verify(target: str, source: str | None, load: bool, download: bool, endpoint
     quiet_libraries()
     from quantize.verifying import verify as check
 
-    verdicts = check(target, source=source, load=load, download=download, endpoint=endpoint, notify=say)
+    verdicts = check(target, options, reporter())
     if as_json:
         print_json([verdict.as_data() for verdict in verdicts])
     else:

@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ from quantize.engines.engine import Engine
 from quantize.engines.process import SHOWN, run_worker
 from quantize.errors import EngineError, EngineRunError
 from quantize.files.child import computing_environment
+from quantize.reporter import Reporter
 
 MARK = "environment.json"
 GPU_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
@@ -94,7 +95,7 @@ class Environment:
             return f"{self.engine.title} is not installed; run `{self.how}`"
         return None
 
-    def install(self, notify: Callable[[str], None], force: bool = False) -> None:
+    def install(self, reporter: Reporter, force: bool = False) -> None:
         """Make the environment, unless it is there.
 
         Raises:
@@ -103,24 +104,24 @@ class Environment:
         with self._locked():
             self.__dict__.pop("mark", None)
             if self.mark is not None and not force:
-                notify(f"{self.engine.title} is installed already: {self.mark['python']}")
+                reporter.say(f"{self.engine.title} is installed already: {self.mark['python']}")
                 return
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             log = self.folder / "install.log"
-            notify(f"{self.engine.title}: making an environment in {self.folder}")
+            reporter.say(f"{self.engine.title}: making an environment in {self.folder}")
             try:
                 venv.create(self.folder / "python", symlinks=True)
-                self._pip(notify, log)
+                self._pip(reporter, log)
             except (OSError, subprocess.CalledProcessError) as error:
                 raise EngineRunError(
                     f"{self.engine.title}: its environment cannot be made ({error}); see {log}"
                 ) from None
             python = self.folder / "python" / "bin" / "python"
             self._write_mark({"python": str(python), "version": self.engine.version, "own": None})
-            notify(f"{self.engine.title} is installed: {python}")
+            reporter.say(f"{self.engine.title} is installed: {python}")
 
-    def adopt(self, python: Path, notify: Callable[[str], None]) -> None:
+    def adopt(self, python: Path, reporter: Reporter) -> None:
         """Take an interpreter of the user's own, which has the engine, for its environment.
 
         Raises:
@@ -136,7 +137,7 @@ class Environment:
             versions = {name: version or "none" for name, version in sorted(answer["packages"].items())}
             own = " ".join(f"{name}=={version}" for name, version in versions.items())
             self._write_mark({"python": str(python), "version": versions[self.engine.package], "own": own})
-            notify(f"{self.engine.name} {versions[self.engine.package]} of {python} is taken")
+            reporter.say(f"{self.engine.name} {versions[self.engine.package]} of {python} is taken")
 
     def ask(self, python: Path | None = None) -> dict[str, Any]:
         """Import the engine in its environment; its answer holds the versions of its packages.
@@ -148,7 +149,7 @@ class Environment:
         with (self.folder / "check.log").open("w", encoding="utf-8") as log:
             return run_worker(self.engine, python, {"action": "check"}, log)
 
-    def _pip(self, notify: Callable[[str], None], log: Path) -> None:
+    def _pip(self, reporter: Reporter, log: Path) -> None:
         constraints = self.folder / "constraints.txt"
         constraints.write_text("\n".join(self.engine.constraints.split()) + "\n", encoding="utf-8")
         python = str(self.folder / "python" / "bin" / "python")
@@ -161,7 +162,7 @@ class Environment:
             steps.append(["--no-deps", *self.engine.without_dependencies])
         for step in steps:
             named = [word for word in step if "==" in word]
-            notify(f"{self.engine.title}: installing {', '.join(named)}")
+            reporter.say(f"{self.engine.title}: installing {', '.join(named)}")
             if _logged([*pip, *step], log):
                 raise EngineRunError(f"{self.engine.title}: pip cannot install it: {_pip_reason(log)}; see {log}")
 

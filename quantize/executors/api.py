@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from quantize.calibration.states import Place, States
-from quantize.calibration.statistics import InputStatistics, Timed
+from quantize.calibration.statistics import InputStatistics
 from quantize.dist.resume import Unfinished
 from quantize.executors.quantizers import Quantizers
-from quantize.files.notify import Notify
 from quantize.methods.gptq import GptqParameters, Solution
+from quantize.reporter import Reporter
 from quantize.source.streamed import StreamedModel
 
 
@@ -116,34 +116,34 @@ class Job:
     weight: torch.Tensor
     hessian: torch.Tensor
     drift: torch.Tensor | None
-    wishes: Sequence[GptqParameters]
+    parameters: Sequence[GptqParameters]
     rtn_fallback: bool
     row_budget: int | None
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A solution for each wish of a job; energy: tr(W H W^T) split by the rows of W, [N] float64."""
+    """A solution for each set of parameters of a job; energy: tr(W H W^T) split by the rows of W, [N] float64."""
 
     solutions: list[Solution]
     energy: torch.Tensor
 
 
-Wait = Callable[[], Solved]
-"""Waits for a job; raises SolveError where it cannot be done."""
+Future = Callable[[], Solved]
+"""Gives the result of a job, after waiting for it; raises SolveError where it cannot be done."""
 
 
-class Workers(Protocol):
+class Executor(Protocol):
     """Those who do the work."""
 
     def room(self, device: str) -> int:
         """How many parts of the windows they can run side by side on ``auto``, ``cpu`` or ``cuda``."""
 
-    def streams(self, windows: Windows, timed: Timed) -> Streams:
+    def streams(self, windows: Windows, reporter: Reporter) -> Streams:
         """Send windows on their way."""
 
-    def start(self, job: Callable[[], Job]) -> Wait:
-        """Have a job done, now or when it is waited for; ``job`` is called once, when it is begun."""
+    def submit(self, job: Callable[[], Job]) -> Future:
+        """Schedule a job; it runs now or when its result is requested. ``job`` is called once, when it starts."""
 
-    def quantizers(self, folders: Sequence[Path], budget: int | None, notify: Notify) -> Quantizers:
+    def quantizers(self, folders: Sequence[Path], budget: int | None, reporter: Reporter) -> Quantizers:
         """Those who make GGUF levels out of files in ``folders``, here within ``budget`` bytes of memory."""

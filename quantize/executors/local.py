@@ -10,36 +10,35 @@ from torch import nn
 
 from quantize.calibration.parts import Part, add_part
 from quantize.calibration.states import States
-from quantize.calibration.statistics import Timed
 from quantize.errors import SolveError
-from quantize.executors.api import Gathered, Job, Solved, Streams, Wait, Windows
-from quantize.executors.quantizers import Children, Quantizers
-from quantize.files.notify import Notify
+from quantize.executors.api import Future, Gathered, Job, Solved, Streams, Windows
+from quantize.executors.quantizers import LocalQuantizers, Quantizers
 from quantize.methods.asymmetric import toward_source
 from quantize.methods.gptq import solve
+from quantize.reporter import Reporter
 
 
-class Here:
+class LocalExecutor:
     """This process, which does one thing after another."""
 
     def room(self, device: str) -> int:
         return 1
 
-    def streams(self, windows: Windows, timed: Timed) -> Streams:
-        return LocalStreams(windows, timed)
+    def streams(self, windows: Windows, reporter: Reporter) -> Streams:
+        return LocalStreams(windows, reporter)
 
-    def start(self, job: Callable[[], Job]) -> Wait:
+    def submit(self, job: Callable[[], Job]) -> Future:
         return lambda: solve_job(job())
 
-    def quantizers(self, folders: Sequence[Path], budget: int | None, notify: Notify) -> Quantizers:
-        return Children(budget)
+    def quantizers(self, folders: Sequence[Path], budget: int | None, reporter: Reporter) -> Quantizers:
+        return LocalQuantizers(budget)
 
 
 class LocalStreams:
     """Windows that run in this process, one part after the other."""
 
-    def __init__(self, windows: Windows, timed: Timed) -> None:
-        self._timed = timed
+    def __init__(self, windows: Windows, reporter: Reporter) -> None:
+        self._reporter = reporter
         self._parts = list(self._begin(windows))
         first = self._parts[0].source.states.shape
         self.shape = (sum(len(ids) for ids in windows.parts), *first[1:])
@@ -56,9 +55,9 @@ class LocalStreams:
     def statistics(self, index: int, block: nn.Module, gather: bool, first: bool) -> Gathered:
         entered = self._parts[0].source.first() if first else None
         total, *others = (part.statistics for part in self._parts)
-        streams = total(index, block, gather, self._timed)
+        streams = total(index, block, gather, self._reporter)
         for statistics in others:
-            for one, other in zip(streams, statistics(index, block, gather, self._timed), strict=True):
+            for one, other in zip(streams, statistics(index, block, gather, self._reporter), strict=True):
                 add_part(one, other)
         return Gathered(streams, entered)
 
@@ -95,7 +94,7 @@ def solve_job(job: Job, with_energy: bool = True) -> Solved:
                     raise
                 # the solve meets the same Hessian, rounds to nearest and says so
         energy = energy_of(weight, job.hessian) if with_energy else torch.zeros(0, dtype=torch.float64)
-        return Solved(solve(weight, job.hessian, job.wishes, job.rtn_fallback, row_budget=job.row_budget), energy)
+        return Solved(solve(weight, job.hessian, job.parameters, job.rtn_fallback, row_budget=job.row_budget), energy)
 
 
 def energy_of(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

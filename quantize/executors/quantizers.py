@@ -20,11 +20,11 @@ class Quantizers(Protocol):
     def lanes(self, count: int) -> tuple[int, int]:
         """How many of ``count`` requests to run side by side, and the threads of each."""
 
-    def run(self, wish: Mapping[str, Any], told: Callable[[str], None]) -> tuple[int, str]:
+    def run(self, request: Mapping[str, Any], told: Callable[[str], None]) -> tuple[int, str]:
         """Run one request to its end.
 
         Args:
-            wish: from :func:`quantize.gguf.quantize.request`. told: hears every line of llama.cpp's log.
+            request: from :func:`quantize.gguf.quantize.request`. told: hears every line of llama.cpp's log.
 
         Returns:
             The exit code, negative where a signal ended it, and the end of the log.
@@ -34,7 +34,7 @@ class Quantizers(Protocol):
         """End all that run."""
 
 
-class Children:
+class LocalQuantizers:
     """Child processes of this one, within its cores, its memory and ``budget`` bytes of it; None sets no limit."""
 
     def __init__(self, budget: int | None = None) -> None:
@@ -49,9 +49,9 @@ class Children:
         lanes = max(1, min(cores, count, memory // LEVEL_MEMORY))
         return lanes, max(1, cores // lanes)
 
-    def run(self, wish: Mapping[str, Any], told: Callable[[str], None]) -> tuple[int, str]:
+    def run(self, request: Mapping[str, Any], told: Callable[[str], None]) -> tuple[int, str]:
         with self._lock:
-            child = start(wish)
+            child = start(request)
             self._running.add(child)
         try:
             with child:

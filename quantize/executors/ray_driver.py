@@ -1,4 +1,4 @@
-"""Workers of a Ray cluster (https://docs.ray.io); the only module that imports ray.
+"""Executor of a Ray cluster (https://docs.ray.io); the only module that imports ray.
 
 Each shard of the windows is run by an actor, which reads the model itself; solves and GGUF levels are tasks. An actor
 that is lost is made anew from the states that entered the present block. What comes back is put together in one
@@ -22,15 +22,15 @@ from torch import nn
 from quantize.calibration.forward import choose_device
 from quantize.calibration.parts import Packed, add_part
 from quantize.calibration.states import States
-from quantize.calibration.statistics import InputStatistics, Timed
+from quantize.calibration.statistics import InputStatistics
 from quantize.errors import BuildError, PlanError, QuantizeError
 from quantize.executors import ray_tasks
-from quantize.executors.api import Gathered, Job, Solved, Streams, Wait, Windows
+from quantize.executors.api import Future, Gathered, Job, Solved, Streams, Windows
 from quantize.executors.local import named_digests
-from quantize.executors.quantizers import Children, Quantizers
+from quantize.executors.quantizers import LocalQuantizers, Quantizers
 from quantize.executors.ray_tasks import first_line
-from quantize.files.notify import Notify
 from quantize.methods.gptq import Solution
+from quantize.reporter import Reporter
 
 ray: Any = import_module("ray")  # an extra: no type checker can count on it
 
@@ -48,7 +48,7 @@ Call = Callable[[int], tuple[str, tuple[Any, ...]] | None]
 
 
 @contextlib.contextmanager
-def connected(address: str, notify: Notify) -> Iterator[RayWorkers]:
+def connected(address: str, reporter: Reporter) -> Iterator[RayExecutor]:
     """The workers of a cluster. Nothing of the build is left there afterwards, and a cluster of its own ends.
 
     Raises:
@@ -56,11 +56,11 @@ def connected(address: str, notify: Notify) -> Iterator[RayWorkers]:
     """
     ours = not ray.is_initialized()
     if ours:
-        _connect(address, notify)
+        _connect(address, reporter)
     workers = None
     try:
-        workers = RayWorkers(notify)
-        notify(f"Ray: {workers}")
+        workers = RayExecutor(reporter)
+        reporter.say(f"Ray: {workers}")
         yield workers
     finally:
         if workers:
@@ -69,14 +69,14 @@ def connected(address: str, notify: Notify) -> Iterator[RayWorkers]:
             ray.shutdown()
 
 
-def _connect(address: str, notify: Notify) -> None:
+def _connect(address: str, reporter: Reporter) -> None:
     try:
         try:
             _join(address)
         except ConnectionError:
             if address != "auto":
                 raise
-            notify("no Ray cluster is running: starting one on this machine for this build")
+            reporter.say("no Ray cluster is running: starting one on this machine for this build")
             _join("local")
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise BuildError(
@@ -106,11 +106,11 @@ def _settings(device: torch.device) -> ray_tasks.Settings:
     return ray_tasks.Settings(device.type, torch.get_num_threads(), ray_tasks.versions())
 
 
-class RayWorkers:
+class RayExecutor:
     """The nodes of the cluster that this process is connected to."""
 
-    def __init__(self, notify: Notify) -> None:
-        self._notify, self._threads = notify, torch.get_num_threads()
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter, self._threads = reporter, torch.get_num_threads()
         nodes = [node for node in ray.nodes() if node["Alive"]]
         self._nodes = [node["NodeID"] for node in nodes]
         self._cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
@@ -128,7 +128,7 @@ class RayWorkers:
             return max(1, self._gpus)
         return max(1, sum(max(1, cpus // self._threads) for cpus in self._cpus if cpus))
 
-    def streams(self, windows: Windows, timed: Timed) -> Streams:
+    def streams(self, windows: Windows, reporter: Reporter) -> Streams:
         if windows.model.device.type == "cuda" and len(windows.parts) > self._gpus:
             raise PlanError(
                 f"--shards {len(windows.parts)}: the Ray cluster has {self._gpus} GPUs, and each shard needs one; "
@@ -136,24 +136,24 @@ class RayWorkers:
                 if self._gpus
                 else "--device cuda: the Ray cluster has no GPU; use --device cpu"
             )
-        self._streams.append(RayStreams(windows, self._notify))
+        self._streams.append(RayStreams(windows, self._reporter))
         self._streams[-1].begin()
         return self._streams[-1]
 
-    def start(self, job: Callable[[], Job]) -> Wait:
+    def submit(self, job: Callable[[], Job]) -> Future:
         """Have the branches of each factorization solved by a task of its own, as :func:`solve` parts them too."""
         one = job()
         batches: dict[Any, list[int]] = {}
-        for number, wish in enumerate(one.wishes):
-            batches.setdefault((wish.damp_percent, wish.order_key(one.weight.shape[1])), []).append(number)
+        for number, asked in enumerate(one.parameters):
+            batches.setdefault((asked.damp_percent, asked.order_key(one.weight.shape[1])), []).append(number)
         given = (one.weight, one.hessian, one.drift)
         tensors = [None if tensor is None else ray.put(Packed.of(tensor)) for tensor in given]
         device = one.weight.device
         solve = self._solve.options(**self._resources(device, self._threads))
         tasks: list[tuple[list[int], Any]] = []
         for members in batches.values():
-            wishes = [one.wishes[number] for number in members]
-            how = (wishes, one.rtn_fallback, one.row_budget, not tasks, _settings(device))
+            parameters = [one.parameters[number] for number in members]
+            how = (parameters, one.rtn_fallback, one.row_budget, not tasks, _settings(device))
             task = solve.remote(*tensors, *how)
             self._tasks.add(task)
             tasks.append((members, task))
@@ -169,11 +169,11 @@ class RayWorkers:
 
         return wait
 
-    def quantizers(self, folders: Sequence[Path], budget: int | None, notify: Notify) -> Quantizers:
+    def quantizers(self, folders: Sequence[Path], budget: int | None, reporter: Reporter) -> Quantizers:
         for folder in folders:
             if not self._is_shared(folder):
-                notify(f"GGUF levels are made on this machine: not every Ray node sees {folder}")
-                return Children(budget)
+                reporter.say(f"GGUF levels are made on this machine: not every Ray node sees {folder}")
+                return LocalQuantizers(budget)
         return RayQuantizers(self._cpus)
 
     def close(self) -> None:
@@ -215,8 +215,8 @@ class RayWorkers:
 class RayStreams:
     """Windows whose shards are run by one actor each."""
 
-    def __init__(self, windows: Windows, notify: Notify) -> None:
-        self._windows, self._notify = windows, notify
+    def __init__(self, windows: Windows, reporter: Reporter) -> None:
+        self._windows, self._reporter = windows, reporter
         self._model = windows.model
         gpu = {"num_gpus": ACTOR_GPU} if self._model.device.type == "cuda" else {}
         # no CPU is set aside for them: while they run no solve does, and the other way round
@@ -301,8 +301,8 @@ class RayStreams:
             yield None if reference is None else self._result(number, reference)
 
     def _submit(self, number: int, call: Call) -> Any:
-        wish = call(number)
-        return None if wish is None else getattr(self._workers[number], wish[0]).remote(*wish[1])
+        found = call(number)
+        return None if found is None else getattr(self._workers[number], found[0]).remote(*found[1])
 
     def _result(self, number: int, reference: Any) -> Any:
         while True:
@@ -325,7 +325,7 @@ class RayStreams:
                     f"{which} was lost {self._losses[number]} times, the last time with: {first_line(loss)}; the "
                     "finished blocks are kept, so see to its node and build again"
                 ) from None
-            self._notify(f"{which} was lost; a new one goes on from block {self._block}")
+            self._reporter.say(f"{which} was lost; a new one goes on from block {self._block}")
             with contextlib.suppress(Exception):
                 ray.kill(self._workers[number])
             worker = self._workers[number] = self._actor.remote()
@@ -352,7 +352,7 @@ class RayStreams:
         # a worker has another working directory
         places = [replace(place, folder=place.folder.absolute()) for place in windows.places(number)]
         states = [] if shared or not self._block else windows.states(number, self._block)
-        wish = ray_tasks.Begin(
+        request = ray_tasks.Begin(
             settings=_settings(self._model.device),
             source=self._model.source.for_other_processes(),
             prefix=self._model.block_prefix,
@@ -366,7 +366,7 @@ class RayStreams:
             width=self.shape[-1],
             states=[Packed.of(one.whole) for one in states],
         )
-        return self._workers[number].begin.remote(wish)
+        return self._workers[number].begin.remote(request)
 
 
 class RayQuantizers:
@@ -381,9 +381,9 @@ class RayQuantizers:
         lanes = max(1, min(sum(self._cpus), count))
         return lanes, max(1, min(sum(self._cpus) // lanes, *self._cpus))
 
-    def run(self, wish: Mapping[str, Any], told: Callable[[str], None]) -> tuple[int, str]:
-        paths = {name: str(Path(wish[name]).absolute()) for name in ("source", "target", "imatrix") if wish[name]}
-        task = self._task.options(num_cpus=wish["threads"]).remote({**wish, **paths})
+    def run(self, request: Mapping[str, Any], told: Callable[[str], None]) -> tuple[int, str]:
+        paths = {name: str(Path(request[name]).absolute()) for name in ("source", "target", "imatrix") if request[name]}
+        task = self._task.options(num_cpus=request["threads"]).remote({**request, **paths})
         self._running.add(task)
         try:
             code, log = _get(task)

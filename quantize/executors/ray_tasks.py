@@ -76,7 +76,7 @@ class ShardWorker:
         """Whether the driver's folder is seen here."""
         return sees(file, token)
 
-    def begin(self, wish: Begin) -> int:
+    def begin(self, request: Begin) -> int:
         """Read what lies outside the blocks, and take the windows to where the pass stands.
 
         Returns:
@@ -87,19 +87,19 @@ class ShardWorker:
             SourceError, CalibrationError: as in a local build.
         """
         self.settling = contextlib.ExitStack()  # as long as this process lives
-        device = self.settling.enter_context(settle(wish.settings))
-        for name in wish.source.checkpoint.shards:
-            path = wish.source.folder / name
+        device = self.settling.enter_context(settle(request.settings))
+        for name in request.source.checkpoint.shards:
+            path = request.source.folder / name
             if not path.is_file():
                 raise BuildError(
                     f"{path}: the Ray node {platform.node()} has no such file; the model has to lie at the same place "
                     "on every node"
                 )
-        self.model = StreamedModel(wish.source, wish.prefix, wish.dtype, device, wish.trust_remote_code)
-        if wish.block:
-            self.part = Part.going_on(self.model, wish.ids, wish.batch, _restored(wish))
+        self.model = StreamedModel(request.source, request.prefix, request.dtype, device, request.trust_remote_code)
+        if request.block:
+            self.part = Part.going_on(self.model, request.ids, request.batch, _restored(request))
         else:
-            self.part = Part.at_start(self.model, wish.ids, wish.batch, wish.places)
+            self.part = Part.at_start(self.model, request.ids, request.batch, request.places)
         self.model.drop_outside()
         self.loading = contextlib.ExitStack()
         return self.part.source.states.shape[-1]
@@ -127,15 +127,15 @@ class ShardWorker:
         return [Packed.of(stream.hidden) for stream in self.part.streams]
 
 
-def _restored(wish: Begin) -> list[States]:
-    shape, found = (*wish.ids.shape, wish.width), []
-    for number, place in enumerate(wish.places):
+def _restored(request: Begin) -> list[States]:
+    shape, found = (*request.ids.shape, request.width), []
+    for number, place in enumerate(request.places):
         if place is None:
-            states = States(shape, wish.dtype)
-            states.whole, states.block = wish.states[number].tensor(), wish.block
+            states = States(shape, request.dtype)
+            states.whole, states.block = request.states[number].tensor(), request.block
         else:
             try:
-                states = States(shape, wish.dtype, place, wish.block, wish.digests[number])
+                states = States(shape, request.dtype, place, request.block, request.digests[number])
             except OSError as error:
                 raise DamagedBuild(
                     f"{place.folder}: this unfinished build cannot be read on the node {platform.node()} ({error}); "
@@ -210,7 +210,7 @@ def solve_packed(
     weight: Packed,
     hessian: Packed,
     drift: Packed | None,
-    wishes: Sequence[GptqParameters],
+    parameters: Sequence[GptqParameters],
     rtn_fallback: bool,
     row_budget: int | None,
     with_energy: bool,
@@ -222,7 +222,7 @@ def solve_packed(
             weight.tensor().to(place),
             hessian.tensor().to(place),
             drift.tensor().to(place) if drift else None,
-            wishes,
+            parameters,
             rtn_fallback,
             row_budget,
         )
@@ -230,16 +230,16 @@ def solve_packed(
         return [pack_solution(solution) for solution in solved.solutions], Packed.of(solved.energy)
 
 
-def quantize_level(wish: Mapping[str, Any]) -> tuple[int, str]:
+def quantize_level(request: Mapping[str, Any]) -> tuple[int, str]:
     """Run llama.cpp's quantizer on a request. The file gets its name when it is whole.
 
     Returns:
         The exit code and the log.
     """
-    target = Path(wish["target"])
+    target = Path(request["target"])
     own = target.with_name(f"{target.name}.{platform.node()}.{os.getpid()}")  # another try may still be writing
     try:
-        with start({**wish, "target": str(own)}) as child:  # ended where the task is cancelled
+        with start({**request, "target": str(own)}) as child:  # ended where the task is cancelled
             code, log = finish(child)
         if code == 0:
             with own.open("rb+") as file:

@@ -12,9 +12,9 @@ import numpy as np
 from quantize.errors import GgufRunError
 from quantize.files.atomic import write_atomically
 from quantize.files.child import ChildFailed, Task, run_child
-from quantize.files.notify import Notify
 from quantize.files.threads import thread_count
 from quantize.gguf.convert import Conversion
+from quantize.reporter import SILENT, Reporter
 from quantize.source.resolved import Source
 
 TEXT = (
@@ -25,7 +25,7 @@ LENGTH = 48
 
 
 def check_conversion(
-    conversion: Conversion, prefix: str, path: Path, tolerance: float, notify: Notify = lambda line: None
+    conversion: Conversion, prefix: str, path: Path, tolerance: float, reporter: Reporter = SILENT
 ) -> dict[str, Any]:
     """Compare the conversion with its source, once; the answer is kept beside the file.
 
@@ -42,7 +42,7 @@ def check_conversion(
     if place.is_file():
         found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
     else:
-        notify("comparing the conversion's logits with the source's")
+        reporter.say("comparing the conversion's logits with the source's")
         found = _compare(source, prefix, path, conversion.trust_remote_code)
         write_atomically(place, json.dumps(found).encode())
     if not found["kl_divergence"] <= tolerance:  # NaN too

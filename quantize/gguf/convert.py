@@ -18,11 +18,11 @@ from quantize.errors import GgufError, GgufRunError
 from quantize.files.atomic import write_atomically
 from quantize.files.cache import cache_folder
 from quantize.files.child import ChildFailed, Task, run_child
-from quantize.files.notify import Notify
 from quantize.files.space import touch
 from quantize.formats.safetensors_header import write_hollow
 from quantize.formats.tensors import TensorSpec
 from quantize.gguf.toolchain import require_library, tree, tree_identity
+from quantize.reporter import SILENT, Reporter
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.resolved import Source
 from quantize.source.unchanged import check_small_files, check_weights
@@ -89,7 +89,7 @@ class Conversion:
     def path(self) -> Path:
         return self.folder / f"{self.outtype}.gguf"
 
-    def header(self, notify: Notify = lambda line: None) -> Header:
+    def header(self, reporter: Reporter = SILENT) -> Header:
         """The header, from the cache or from a run of the converter that reads no weights.
 
         Raises:
@@ -97,34 +97,34 @@ class Conversion:
         """
         path, table = self.folder / "header.gguf", self.folder / "header.json"
         if not (path.is_file() and table.is_file()):
-            notify(f"asking llama.cpp for the tensors of {self.source.named}")
-            found = self._run(path, "header", notify)
+            reporter.say(f"asking llama.cpp for the tensors of {self.source.named}")
+            found = self._run(path, "header", reporter)
             write_atomically(table, json.dumps(found).encode())
         touch(self.folder)
         data = json.loads(table.read_text(encoding="utf-8"))
         return Header(path, data["became"], data["header_bytes"], frozenset(data["keys"]), data["architecture"])
 
-    def make(self, notify: Notify = lambda line: None) -> Path:
+    def make(self, reporter: Reporter = SILENT) -> Path:
         """The file itself, from the cache or converted now.
 
         Raises:
             GgufError: as :meth:`header`, or not enough disk.
         """
         if not self.path.is_file():
-            header = self.header(notify)
+            header = self.header(reporter)
             needed, free = header.path.stat().st_size + SLACK, shutil.disk_usage(self.folder).free
             if needed > free:
                 raise GgufRunError(
                     f"{self.folder}: the intermediate {self.outtype} file takes {needed / 1e9:.2f} GB, but only "
                     f"{free / 1e9:.2f} GB are free; free some space or set QUANTIZE_CACHE to another disk"
                 )
-            notify(f"converting {self.source.named} to one {self.outtype} GGUF (once; kept in the cache)")
-            self._run(self.path, "full", notify)
+            reporter.say(f"converting {self.source.named} to one {self.outtype} GGUF (once; kept in the cache)")
+            self._run(self.path, "full", reporter)
         return self.path
 
-    def _run(self, path: Path, mode: str, notify: Notify) -> dict[str, Any]:
+    def _run(self, path: Path, mode: str, reporter: Reporter) -> dict[str, Any]:
         require_library()
-        code = tree(notify)
+        code = tree(reporter)
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         authorship = path.with_name(f".{path.name}.{os.getpid()}.json")

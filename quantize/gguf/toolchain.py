@@ -19,7 +19,7 @@ from quantize.errors import GgufError
 from quantize.files.cache import cache_folder
 from quantize.files.child import computing_environment
 from quantize.files.digest import sha256_of_file
-from quantize.files.notify import Notify
+from quantize.reporter import SILENT, Reporter
 
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -48,7 +48,7 @@ def require_library() -> None:
         raise GgufError(reason)
 
 
-def tree(notify: Notify = lambda line: None) -> Path:
+def tree(reporter: Reporter = SILENT) -> Path:
     """The folder that holds ``convert_hf_to_gguf.py``, ``conversion/`` and ``gguf-py/``.
 
     Raises:
@@ -65,7 +65,7 @@ def tree(notify: Notify = lambda line: None) -> Path:
         return folder
     folder = cache_folder() / "llama.cpp" / VERSION
     if not (folder / "conversion").is_dir():
-        notify(f"fetching llama.cpp's converter out of llama-cpp-python {VERSION} (77 MB, once)")
+        reporter.say(f"fetching llama.cpp's converter out of llama-cpp-python {VERSION} (77 MB, once)")
         _provision(folder)
     return folder
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.errors import HubInputError, PushError
-from quantize.files.notify import Notify
 from quantize.hub.errors import NOT_THE_API, cause_of, malformed, own_error, reason_of, shown, status_of
 from quantize.hub.retry import Patience, patient
+from quantize.reporter import SILENT, Reporter
 
 COMMIT_ID = re.compile(r"[0-9a-f]{40}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -55,7 +55,7 @@ class Hub:
     """
 
     def __init__(
-        self, endpoint: str | None = None, notify: Notify = lambda line: None, patience: Patience | None = None
+        self, endpoint: str | None = None, reporter: Reporter = SILENT, patience: Patience | None = None
     ) -> None:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars
@@ -64,7 +64,7 @@ class Hub:
             disable_progress_bars()
         self.api = HfApi(endpoint=endpoint)
         check_access(self.api.endpoint)
-        self.notify, self.patience = notify, patience or Patience(notify)
+        self.reporter, self.patience = reporter, patience or Patience(reporter)
         self._without_xet: dict[str, bool] = {}
 
     def look(self, repo: str) -> Standing | None:
@@ -195,7 +195,7 @@ class Hub:
             url = f"{self.api.endpoint}/api/models/{repo}/xet-write-token/{quote(branch, safe='')}"
             response = get_session().get(url, headers=build_hf_headers(token=self.api.token))
         if response.status_code in {404, 405, 410, 501} or "html" in response.headers.get("Content-Type", ""):
-            self.notify(f"{repo}: this hub has no Xet storage; uploading by LFS (as with HF_HUB_DISABLE_XET=1)")
+            self.reporter.say(f"{repo}: this hub has no Xet storage; uploading by LFS (as with HF_HUB_DISABLE_XET=1)")
             return False
         return True
 

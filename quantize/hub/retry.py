@@ -16,7 +16,6 @@ from email.utils import parsedate_to_datetime
 from itertools import count
 from typing import Any
 
-from quantize.files.notify import Notify
 from quantize.hub.errors import (
     GAVE_UP,
     AskedToWait,
@@ -26,6 +25,7 @@ from quantize.hub.errors import (
     reason_of,
     status_of,
 )
+from quantize.reporter import SILENT, Reporter
 
 LONGEST = 300.0
 """Seconds that a command waits at the hub's word; asked for more, it stops and says until when."""
@@ -47,7 +47,7 @@ class Patience:
         pause: waits; tests pass one that does not.
     """
 
-    notify: Notify = lambda line: None
+    reporter: Reporter = SILENT
     pause: Callable[[float], None] = sleep
     attempts: int = 3
     first_wait: float = 1.0
@@ -64,7 +64,7 @@ class Patience:
         if seconds > LONGEST:
             until = datetime.now(UTC) + timedelta(seconds=seconds)
             raise AskedToWait(seconds, f"{until:%Y-%m-%d %H:%M} UTC") from error
-        self.notify(f"waiting {seconds:.3g} s, then trying again ({reason or reason_of(error)})")
+        self.reporter.say(f"waiting {seconds:.3g} s, then trying again ({reason or reason_of(error)})")
         self.pause(seconds)
 
     def send(self, plain: Callable[..., Any], request: Any, **options: Any) -> Any:

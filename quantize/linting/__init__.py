@@ -9,13 +9,13 @@ from typing import Any
 from quantize.dist.manifest import MANIFEST_NAME, described_files
 from quantize.dist.manifest_schema import problem
 from quantize.errors import QuantizeError, printable
-from quantize.files.notify import Notify
 from quantize.linting.card import base_model, check_card, check_inherited, check_tokenizer
 from quantize.linting.configs import check_configs, method_of
 from quantize.linting.files import RepoFiles, open_target
 from quantize.linting.findings import SEVERITIES, Finding, capped, error, note
 from quantize.linting.gguf import check_gguf
 from quantize.linting.tensors import check_weights
+from quantize.reporter import SILENT, Reporter
 
 LONGEST_KIND = 80
 
@@ -44,7 +44,7 @@ class Report:
 
 
 def lint(
-    target: str, *, source: str | None = None, endpoint: str | None = None, notify: Notify = lambda line: None
+    target: str, *, source: str | None = None, endpoint: str | None = None, reporter: Reporter = SILENT
 ) -> list[Report]:
     """Check a folder's or a hub repo's branches.
 
@@ -59,7 +59,7 @@ def lint(
     reports = []
     origins: dict[str, RepoFiles] = {}
     for files in open_target(target, endpoint):
-        notify(f"checking {files.name}" + (f" {files.branch}" if files.branch else ""))
+        reporter.say(f"checking {files.name}" + (f" {files.branch}" if files.branch else ""))
         named = source or (None if files.is_local else base_model(files))
         findings: list[Finding] = []
         if named and named not in origins:

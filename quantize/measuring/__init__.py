@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.calibration.corpus import title
@@ -16,14 +15,15 @@ from quantize.dist.manifest import MANIFEST_NAME, Manifest, is_complete, update,
 from quantize.errors import CalibrationError, ReleaseError, SourceError
 from quantize.files.child import without_secrets
 from quantize.files.digest import key_of
-from quantize.files.notify import Notify
 from quantize.measuring.text import held_out
+from quantize.options import MeasureOptions
 from quantize.planning.estimate import measuring_seconds
 from quantize.planning.levels import PlannedLevel
 from quantize.planning.plan import Plan, PlannedVariant
 from quantize.planning.planner import plan_recipe
 from quantize.publishing.card import refresh_cards
 from quantize.recipe import LoadedRecipe
+from quantize.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from quantize.measuring.quality import Quality, Weights
@@ -60,9 +60,7 @@ class Measured:
         }
 
 
-def check_text(
-    loaded: LoadedRecipe, dist: Path | str, only: Sequence[str], device: str, notify: Notify = lambda line: None
-) -> None:
+def check_text(loaded: LoadedRecipe, options: MeasureOptions, reporter: Reporter = SILENT) -> None:
     """Read the measuring text before hours of work depend on it; not if everything is built and measured already.
 
     Raises:
@@ -70,7 +68,7 @@ def check_text(
     """
     from quantize.calibration.corpus import read_pieces
 
-    task = _Task(plan_recipe(loaded, dist, only, notify=notify), device)
+    task = _Task(plan_recipe(loaded, options, reporter), options.device)
     if all(item.state == "fresh" for item in task.selected) and not task.unmeasured():
         return
     for corpus in task.text.dataset:
@@ -124,34 +122,29 @@ class _Task:
 
 def measure_recipe(
     loaded: LoadedRecipe,
-    dist: Path | str = "dist",
-    only: Sequence[str] = (),
-    *,
-    again: bool = False,
-    device: str = "auto",
-    progress: bool | None = None,
-    notify: Notify = lambda line: None,
+    options: MeasureOptions | None = None,
+    reporter: Reporter = SILENT,
 ) -> Measured:
     """Measure the finished, selected branches and levels of a recipe, note it in their manifests and cards.
 
     Args:
-        again: measure also what is known already.
-        device, progress, notify: as for a build.
+        options: which of them, and how. reporter: hears what happens.
 
     Raises:
         CalibrationError: the text is the calibration text, or cannot be had. BuildError: nothing is built.
         GgufError: a level's tensors cannot be brought in the source's order.
     """
-    with locked(Path(dist), create=False) as held:
-        task = _Task(plan_recipe(loaded, dist, only, weights=True, notify=notify), device)
+    options = options or MeasureOptions()
+    with locked(options.dist, create=False) as held:
+        task = _Task(plan_recipe(loaded, options, reporter, weights=True), options.device)
         built = task.built
         if not built:
-            raise ReleaseError(f"{dist}: no branch of this recipe is built yet; run `quantize build` first")
-        todo = built if again else task.unmeasured()
+            raise ReleaseError(f"{options.dist}: no branch of this recipe is built yet; run `quantize build` first")
+        todo = built if options.again else task.unmeasured()
         alone = without_secrets() if loaded.recipe.model.trust_remote_code else nullcontext()
         if todo:
             with alone:
-                rows = _measure(task, todo, progress, notify)
+                rows = _measure(task, todo, reporter)
             for item, row in zip(todo, rows, strict=True):
                 _note(held, item, row)
         refresh_cards(task.plan, held)
@@ -160,7 +153,7 @@ def measure_recipe(
     return Measured(task.title, task.tokens, task.on_calibration_text, {"source": source, **figures})
 
 
-def _measure(task: _Task, todo: Sequence[Item], progress: bool | None, notify: Notify) -> list[dict[str, Any]]:
+def _measure(task: _Task, todo: Sequence[Item], reporter: Reporter) -> list[dict[str, Any]]:
     """Manifest entries of ``todo``, in its order."""
     import numpy as np
 
@@ -174,14 +167,14 @@ def _measure(task: _Task, todo: Sequence[Item], progress: bool | None, notify: N
     ids = np.ascontiguousarray(sample_tokens(task.text, load_tokenizer(plan.source, trust)).ids)
     seconds = measuring_seconds(plan.source.checkpoint, plan.table, len(ids), ids.shape[1], len(todo))
     spent = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-    notify(f"measuring {len(todo)} branches on {ids.size} tokens of {task.title}, in about {spent}")
+    reporter.say(f"measuring {len(todo)} branches on {ids.size} tokens of {task.title}, in about {spent}")
     artefacts = {item.label: plan.finished(item).get("files") for item in todo}
     source_key = key_of({"source": task.key, "tokens": hashlib.sha256(ids.tobytes()).hexdigest()})
     store = Store(source_key, key_of({"source": source_key, "artefacts": artefacts}))
     batch = max(1, recipe.calibration.batch_tokens // ids.shape[1])
     with settled():
         model = StreamedModel(plan.source, plan.table.prefix, task.dtype, task.device, trust, head=True)
-        found = measure_quality(model, ids, _readers(plan, todo, model.read), batch, progress, store)
+        found = measure_quality(model, ids, _readers(plan, todo, model.read), batch, store, reporter)
     rows = {row.branch: _figures(row) for row in found}
     common = {
         "key": task.key,

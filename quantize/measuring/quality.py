@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from quantize.calibration.forward import Activations
 from quantize.measuring.store import Store
 from quantize.methods.sums import mean, total
+from quantize.reporter import SILENT, Reporter
 from quantize.source.streamed import Linear, StreamedModel
 
 SOURCE = "source"
@@ -75,8 +75,8 @@ def measure_quality(
     ids: np.ndarray,
     branches: Mapping[str, Weights],
     batch: int,
-    progress: bool | None = None,
     store: Store | None = None,
+    reporter: Reporter = SILENT,
 ) -> list[Quality]:
     """Quality of the source (first, against itself), of the source in other batches, and of every branch.
 
@@ -87,9 +87,8 @@ def measure_quality(
         store: keeps the source's outputs for the next call, and everything after an interruption.
     """
     states, start = _begin(model, ids, branches, batch, store)
-    disable = None if progress is None else not progress
     own = [name for name in states if name not in branches]
-    with tqdm(total=len(model), initial=start, desc="measure", unit="block", disable=disable) as bar:
+    with reporter.progress("measure", len(model), "block", start) as advance:
         for index in range(start, len(model)):
             with model.block(index) as block:
                 linears = model.linears(block)
@@ -101,10 +100,10 @@ def measure_quality(
                         states[name].advance(index, block)
             if store is not None:
                 store.interim(index + 1, {name: state.hidden for name, state in states.items()})
-            bar.update()
+            advance(1)
     if store is not None:
         store.keep_source({name: states[name].hidden for name in own})
-    rows = list(_compare(model, states, branches, disable))
+    rows = list(_compare(model, states, branches, reporter))
     if store is not None:
         store.done()
     return rows
@@ -213,14 +212,14 @@ def _deviation(values: torch.Tensor) -> float:
 
 
 def _compare(
-    model: StreamedModel, states: Mapping[str, Activations], branches: Mapping[str, Weights], disable: bool | None
+    model: StreamedModel, states: Mapping[str, Activations], branches: Mapping[str, Weights], reporter: Reporter
 ) -> Iterator[Quality]:
     """Each state's head over all tokens, a piece of them at a time, against the source's log-probabilities."""
     figures = {name: _Figures() for name in states}
     ids = states[SOURCE].ids
     vocabulary = model.logits(ids[:1, :2], states[SOURCE].hidden[:1, :2].to(model.device)).shape[-1]
     pieces = _pieces(len(ids), ids.shape[1] - 1, 4 * vocabulary)
-    with tqdm(total=len(pieces) * len(states), desc="compare", unit="piece", disable=disable, leave=False) as bar:
+    with reporter.progress("compare", len(pieces) * len(states), "piece") as advance:
         for spans in pieces:
             model.load_outside()
             references = [_chances(model, states[SOURCE], span) for span in spans]
@@ -231,7 +230,7 @@ def _compare(
                     chances = reference if name == SOURCE else _chances(model, state, span)
                     successors = ids[span.window, span.first + 1 : span.last + 1, None].to(model.device)
                     figures[name].add(reference, chances, successors)
-                bar.update()
+                advance(1)
     model.load_outside()
     for name in states:
         yield figures[name].quality(name)

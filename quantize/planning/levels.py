@@ -20,13 +20,13 @@ from quantize.dist.manifest import is_complete, read_manifest
 from quantize.errors import GgufError
 from quantize.files.atomic import write_atomically
 from quantize.files.digest import key_of, sha256_of_file
-from quantize.files.notify import Notify
 from quantize.gguf.convert import Conversion, Header, outtype_of
 from quantize.gguf.quantize import ANY, Outcome, predict, request
 from quantize.gguf.toolchain import VERSION, missing_library
 from quantize.planning.keys import STATISTICS_VERSION, differences
 from quantize.recipe.methods import Gguf
 from quantize.recipe.schema import Recipe
+from quantize.reporter import SILENT, Reporter
 from quantize.source.resolved import Source, safe_name
 
 LEVELS_VERSION = 1
@@ -133,7 +133,7 @@ def plan_levels(
     calibration: Mapping[str, Any],
     repo: str,
     dist: Path,
-    notify: Notify = lambda line: None,
+    reporter: Reporter = SILENT,
 ) -> LevelPlan:
     """Plan the levels of a recipe.
 
@@ -156,7 +156,7 @@ def plan_levels(
     outcomes: dict[str, Outcome] = {}
     if lacking is None:
         try:
-            outcomes = _outcomes(blank, conversion.header(notify))
+            outcomes = _outcomes(blank, conversion.header(reporter))
         except GgufError as error:  # the other methods of the recipe can be built all the same
             blank = dataclasses.replace(blank, lacking=str(error))
     levels = tuple(

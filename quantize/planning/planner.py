@@ -13,7 +13,7 @@ from quantize.dist.layout import place_problem
 from quantize.dist.manifest import is_complete, read_manifest
 from quantize.errors import PlanError
 from quantize.files.digest import key_of
-from quantize.files.notify import Notify
+from quantize.options import PlanOptions, Selection
 from quantize.planning.keys import differences
 from quantize.planning.levels import PlannedLevel, State, plan_levels
 from quantize.planning.modules import find_linears
@@ -24,6 +24,7 @@ from quantize.planning.sizes import check_variant, variant_layout
 from quantize.recipe import LoadedRecipe
 from quantize.recipe.methods import Gptq
 from quantize.recipe.schema import RepoNameError, repo_id
+from quantize.reporter import SILENT, Reporter
 from quantize.source.resolve import resolve
 from quantize.source.resolved import Source
 
@@ -32,30 +33,27 @@ Item = TypeVar("Item", PlannedVariant, PlannedLevel)
 
 def plan_recipe(
     loaded: LoadedRecipe,
-    dist: Path | str = "dist",
-    only: Sequence[str] = (),
+    options: Selection | None = None,
+    reporter: Reporter = SILENT,
     *,
     weights: bool = False,
-    budget: int | None = None,
-    shards: int = 1,
-    notify: Notify = lambda line: None,
 ) -> Plan:
     """Plan a build.
 
     Args:
         loaded: a recipe from :func:`quantize.load_recipe`.
-        dist: where finished branches lie.
-        only: patterns of branches, such as ``gptq-4bit*`` or ``awq/*``; none selects all.
-        budget: bytes of memory that a build has to keep to; None sets no limit.
-        shards: parts that the calibration windows are run in.
+        options: where finished branches lie, which are meant, and of :class:`PlanOptions` how a build would run.
         weights: fetch a hub model's weights too (a build), not only its headers (a plan).
-        notify: told in one line before anything slow begins.
+        reporter: hears of it before anything slow begins.
 
     Raises:
         SourceError: the model. PlanError: recipe and model do not fit. CalibrationError: no such text.
     """
-    recipe = loaded.recipe
-    source = resolve(recipe.model, weights=weights, small_files=recipe.gguf is not None, notify=notify)
+    recipe, options = loaded.recipe, options or PlanOptions()
+    dist = options.dist
+    asked = options if isinstance(options, PlanOptions) else PlanOptions()
+    shards = asked.shards or 1
+    source = resolve(recipe.model, weights=weights, small_files=recipe.gguf is not None, reporter=reporter)
     table = find_linears(source.checkpoint)
     _check_length(loaded, source)
     if shards > recipe.calibration.samples:
@@ -68,24 +66,24 @@ def plan_recipe(
     planned = []
     for method in recipe.methods:
         repo, section = repos[method], recipe.section(method)
-        for asked, place in zip(recipe.variants(method), loaded.variant_places[method], strict=True):
-            variant = with_propagation(asked)
+        for wanted, place in zip(recipe.variants(method), loaded.variant_places[method], strict=True):
+            variant = with_propagation(wanted)
             try:
                 check_variant(table, variant)
             except PlanError as error:
                 raise loaded.error(place, f"branch {variant.branch}: {error}") from None
             zero_bias = isinstance(section, Gptq) and section.zero_bias
             layout = variant_layout(source.checkpoint, table, variant, recipe.release.max_shard_size, zero_bias)
-            folder = Path(dist) / repo.rsplit("/", 1)[-1] / str(variant.branch)
+            folder = dist / repo.rsplit("/", 1)[-1] / str(variant.branch)
             state, why = _state(folder, lambda m=method, v=variant: variant_key_inputs(recipe, source, identity, m, v))
             planned.append(PlannedVariant(method, repo, variant, layout, folder, state, why))
-    gguf = plan_levels(recipe, source, identity, repos["gguf"], Path(dist), notify) if recipe.gguf else None
+    gguf = plan_levels(recipe, source, identity, repos["gguf"], dist, reporter) if recipe.gguf else None
     everything: list[PlannedVariant | PlannedLevel] = [*planned, *(gguf.levels if gguf else ())]
     for folder in {item.folder for item in everything}:
-        if (problem := place_problem(Path(dist), folder)) is not None:
+        if (problem := place_problem(dist, folder)) is not None:
             raise PlanError(f"{folder}: {problem}")
-    selected = _select(everything, only)
-    plan = Plan(loaded, source, table, repos, Path(dist), tuple(planned), gguf, selected, budget, shards)
+    selected = _select(everything, options.only)
+    plan = Plan(loaded, source, table, repos, dist, tuple(planned), gguf, selected, asked.memory, shards)
     return _with_owners(plan)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from quantize.dist.manifest import MANIFEST_NAME, described_files, read_manifest
 from quantize.errors import ReleaseError
 from quantize.files.digest import cached_sha256
-from quantize.files.notify import Notify
 from quantize.planning.plan import Plan
 from quantize.publishing.picture import FILE, FORMER_FILES
+from quantize.reporter import SILENT, Reporter
 
 CARD = "README.md"
 CARD_FILES = frozenset({CARD, FILE, *FORMER_FILES})
@@ -196,7 +196,7 @@ LICENCE_FILES = ("license", "licence", "notice", "use_policy", "copying")
 """How files begin that state a licence; they go with everything made of the source."""
 
 
-def check_dist(plan: Plan, notify: Notify = lambda line: None) -> None:
+def check_dist(plan: Plan, reporter: Reporter = SILENT) -> None:
     """Hold every file of the finished branches against its manifest, each read once.
 
     Raises:
@@ -213,7 +213,7 @@ def check_dist(plan: Plan, notify: Notify = lambda line: None) -> None:
                 file.check()
                 file._content = None
             elif name not in CARD_FILES and name != MANIFEST_NAME:
-                notify(f"{file.path}: is no part of this branch, so it will not be published")
+                reporter.say(f"{file.path}: is no part of this branch, so it will not be published")
 
 
 def commit_message(plan: Plan, branch: str) -> str:

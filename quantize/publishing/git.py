@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.errors import ExportError, ReleaseError
-from quantize.files.notify import Notify
 from quantize.planning.plan import Plan
 from quantize.publishing.finished import LocalFile, checked_files, commit_message, finished_folders
+from quantize.reporter import SILENT, Reporter
 
 LFS_SUFFIXES = (".safetensors", ".gguf")
 LFS_BYTES = 10_000_000
@@ -55,7 +55,7 @@ class WrittenBranch:
     copied: int
 
 
-def write_repos(plan: Plan, out: Path, notify: Notify = lambda line: None) -> list[WrittenBranch]:
+def write_repos(plan: Plan, out: Path, reporter: Reporter = SILENT) -> list[WrittenBranch]:
     """Bring the git repos below ``out`` to what lies finished in dist.
 
     A branch that is new starts without a parent; one that differs gets one commit more; one that is the same stays.
@@ -75,17 +75,17 @@ def write_repos(plan: Plan, out: Path, notify: Notify = lambda line: None) -> li
         bare = _Bare.open(out.absolute() / f"{repo.rsplit('/', 1)[-1]}.git")
         for folder, (owner, branch) in folders.items():
             if owner == repo:
-                written.append(_write_branch(bare, repo, branch, files[folder], commit_message(plan, branch), notify))
+                written.append(_write_branch(bare, repo, branch, files[folder], commit_message(plan, branch), reporter))
         known = {item.folder.name for item in plan.everything if item.repo == repo}
         for other in sorted(bare.branches() - known):
-            notify(f"{bare.folder}: its branch {other} is not in this recipe")
+            reporter.say(f"{bare.folder}: its branch {other} is not in this recipe")
     return written
 
 
 def _write_branch(
-    bare: _Bare, repo: str, branch: str, files: Mapping[str, LocalFile], message: str, notify: Notify
+    bare: _Bare, repo: str, branch: str, files: Mapping[str, LocalFile], message: str, reporter: Reporter
 ) -> WrittenBranch:  # fmt: skip
-    notify(f"writing {repo} {branch}")
+    reporter.say(f"writing {repo} {branch}")
     large: dict[str, LocalFile] = {}
     blobs: dict[str, str] = {}
     copied = 0

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from quantize.errors import HubInputError, PushError
-from quantize.files.notify import Notify
 from quantize.hub.client import Hub, Standing
 from quantize.hub.errors import AskedToWait, cause_of, is_passing, own_error, server_text, status_of
 from quantize.hub.retry import Patience, patient, sleep
+from quantize.options import PushOptions
 from quantize.planning.plan import Plan
 from quantize.publishing.compare import BranchChange, compare, finished_changes
 from quantize.publishing.finished import commit_message, finished_folders
 from quantize.publishing.upload import addition
+from quantize.reporter import SILENT, Reporter
 
 ATTEMPTS = 5
 FIRST_WAIT = 1.0
@@ -29,22 +30,25 @@ class Pusher:
     """Compares and pushes the branches of a plan.
 
     Args:
-        endpoint: of the hub; None is the ecosystem's default (``HF_ENDPOINT``). The token comes from the
-            ecosystem's places only (``HF_TOKEN``, ``hf auth login``).
+        options: which hub, and what may be created and replaced there. The token comes from the ecosystem's places
+            only (``HF_TOKEN``, ``hf auth login``).
         pause: waits between attempts; tests pass one that does not.
-        overwrite: patterns of files on the hub that may be replaced though we did not write them.
 
     Raises:
         HubInputError: the endpoint is no address, or the token cannot be one.
     """
 
     def __init__(
-        self, plan: Plan, endpoint: str | None = None, notify: Notify = lambda line: None,
-        pause: Callable[[float], None] = sleep, *, overwrite: Sequence[str] = (),
-    ) -> None:  # fmt: skip
-        self.plan, self.notify, self.overwrite = plan, notify, tuple(overwrite)
-        self.patience = Patience(notify, pause, ATTEMPTS, FIRST_WAIT)
-        self.hub = Hub(endpoint, notify, self.patience)
+        self,
+        plan: Plan,
+        options: PushOptions | None = None,
+        reporter: Reporter = SILENT,
+        pause: Callable[[float], None] = sleep,
+    ) -> None:
+        self.options = options or PushOptions()
+        self.plan, self.reporter, self.overwrite = plan, reporter, self.options.overwrite
+        self.patience = Patience(reporter, pause, ATTEMPTS, FIRST_WAIT)
+        self.hub = Hub(self.options.endpoint, reporter, self.patience)
 
     def changes(self) -> list[BranchChange]:
         """What differs between dist and the hub, variants first and each repo's ``main`` last. Changes nothing.
@@ -60,7 +64,7 @@ class Pusher:
                 change.files[name].check()  # as a push would find out while sending it
         return found
 
-    def push(self, *, create: bool = True, private: bool | None = None) -> list[BranchChange]:
+    def push(self) -> list[BranchChange]:
         """Bring the hub to what lies in dist.
 
         Returns:
@@ -74,43 +78,41 @@ class Pusher:
         """
         # read first: nothing is created for a release that is not finished, or that cannot go there
         branches = finished_changes(finished_folders(self.plan))
-        standings = {
-            repo: self._look(repo, create=create, private=private)
-            for repo in dict.fromkeys(change.repo for change in branches)
-        }
+        standings = {repo: self._look(repo) for repo in dict.fromkeys(change.repo for change in branches)}
         changes = [self._compare(change, standings[change.repo]) for change in branches]
         _stop_at_blocked(changes)
         for repo, standing in standings.items():
             if standing is None:
-                self._create(repo, private)
+                self._create(repo)
         return [change for change in changes if self._push(change)]
 
-    def _look(self, repo: str, *, create: bool, private: bool | None) -> Standing | None:
+    def _look(self, repo: str) -> Standing | None:
         """What is there, said before anything is changed."""
         standing = self.hub.look(repo)
         if standing is None:
-            if not create:
+            if not self.options.create:
                 raise PushError(
                     f"{repo}: no such repo on the hub, or it is private to somebody else; push without --no-create to "
                     "create it"
                 )
             return None
-        if private and standing.is_private is not True:
+        if self.options.private and standing.is_private is not True:
             seen = "public" if standing.is_private is False else "there, and the hub does not say that it is private"
             raise HubInputError(
                 f"{repo}: is {seen}, and --private changes no repo that exists; make it private on the hub, or push "
                 "without --private"
             )
-        self.notify(f"{repo}: {standing}")
+        self.reporter.say(f"{repo}: {standing}")
         return standing
 
-    def _create(self, repo: str, private: bool | None) -> None:
-        self.notify(f"{repo}: is not there yet; creating it{' as a private repo' if private else ''}")
+    def _create(self, repo: str) -> None:
+        private = self.options.private
+        self.reporter.say(f"{repo}: is not there yet; creating it{' as a private repo' if private else ''}")
         self.hub.create(repo, private=private)
         standing = self.hub.look(repo)
         if standing is None:
             raise PushError(f"{repo}: could not be created, or this account may not see it; is it somebody else's?")
-        if private and standing.is_private is False:
+        if self.options.private and standing.is_private is False:
             raise PushError(f"{repo}: somebody created it as a public repo meanwhile; make it private, then push again")
 
     def _push(self, change: BranchChange) -> bool:
@@ -118,11 +120,11 @@ class Pusher:
         needed = change.is_needed
         if needed:
             size = f"{change.upload_bytes / 1e9:.2f} GB"
-            self.notify(f"pushing {change.repo} {change.branch}: {len(change.uploads)} files, {size}")
+            self.reporter.say(f"pushing {change.repo} {change.branch}: {len(change.uploads)} files, {size}")
             if change.head is None:
                 self._create_branch(change)
             for name in change.deletes:
-                self.notify(f"deleting {change.repo} {change.branch} {name}, which the release has no more")
+                self.reporter.say(f"deleting {change.repo} {change.branch} {name}, which the release has no more")
             self._apply(change)
         left = self._again(change)
         if left.is_needed:

@@ -20,10 +20,10 @@ from typing import Any
 from quantize.errors import SourceError, is_memory_shortage, shortly
 from quantize.files.cache import as_os_error, cache_folder
 from quantize.files.digest import cached_sha256, sha256_of_file
-from quantize.files.notify import Notify
 from quantize.files.space import touch
 from quantize.formats.gguf_reader import check_gguf
 from quantize.formats.gguf_reader import open_gguf as open_reader
+from quantize.reporter import Reporter
 from quantize.source.checkpoint import read_checkpoint
 from quantize.source.resolved import Source, safe_name
 from quantize.source.unchanged import changed
@@ -52,7 +52,7 @@ def find_in_package(name: str) -> Path:
     return Path(str(found[0].locate()))
 
 
-def open_gguf(path: Path, named: str, notify: Notify) -> Source:
+def open_gguf(path: Path, named: str, reporter: Reporter) -> Source:
     """The converted checkpoint of a GGUF file, converting it first if the cache does not have it.
 
     Raises:
@@ -66,7 +66,7 @@ def open_gguf(path: Path, named: str, notify: Notify) -> Source:
     digest = cached_sha256(path)
     folder = cache_folder() / "sources" / f"{safe_name(path.stem)}-{digest[:16]}-{CONVERSION}"
     if not (folder / "config.json").is_file():
-        notify(f"converting {path.name} to a float16 checkpoint (once; kept in the cache)")
+        reporter.say(f"converting {path.name} to a float16 checkpoint (once; kept in the cache)")
         _convert(path, folder, digest)
     touch(folder)
     origin = {"file": path.name, "sha256": digest}

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import QuantizeError, SourceError, SourceUnreachableError
-from quantize.files.notify import Notify
 from quantize.formats.names import is_file_name
 from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME, TensorSpec
 from quantize.hub.client import COMMIT_ID, check_access, is_missing, why
 from quantize.hub.errors import cause_of, status_of
 from quantize.hub.retry import Patience, patient
 from quantize.recipe.schema import Model
+from quantize.reporter import Reporter
 from quantize.source.cached import open_cached, remember
 from quantize.source.checkpoint import (
     Checkpoint,
@@ -28,7 +28,7 @@ from quantize.source.fingerprints import cached_sha256
 from quantize.source.resolved import Source, safe_name
 
 
-def open_hub(model: Model, *, weights: bool, small_files: bool = False, notify: Notify) -> Source:
+def open_hub(model: Model, *, weights: bool, small_files: bool = False, reporter: Reporter) -> Source:
     """Resolve a hub id to a commit and read it: headers alone, or the files it needs.
 
     Where the hub cannot be asked, a revision that lies complete in the hub's cache serves as well.
@@ -44,8 +44,8 @@ def open_hub(model: Model, *, weights: bool, small_files: bool = False, notify: 
     api = HfApi()
     check_access(api.endpoint)
     try:
-        with patient(Patience(notify)):
-            return _online(model, api, weights=weights, small_files=small_files, notify=notify)
+        with patient(Patience(reporter)):
+            return _online(model, api, weights=weights, small_files=small_files, reporter=reporter)
     except QuantizeError:
         raise
     except Exception as error:
@@ -56,14 +56,16 @@ def open_hub(model: Model, *, weights: bool, small_files: bool = False, notify: 
         if cause is not None and (status_of(cause) or 500) >= 500:
             cached = open_cached(model, weights=weights)
             if cached is not None:
-                notify(f"{model.source}: {reason}; using commit {str(cached.commit)[:12]} as it lies in the HF cache")
+                reporter.say(
+                    f"{model.source}: {reason}; using commit {str(cached.commit)[:12]} as it lies in the HF cache"
+                )
                 return cached
             reason += f"; {model.revision!r} does not lie in the HF cache either; a local directory works too"
             raise SourceUnreachableError(f"{model.source}: {reason}") from None
         raise SourceError(f"{model.source}: {reason}") from None
 
 
-def _online(model: Model, api: Any, *, weights: bool, small_files: bool, notify: Notify) -> Source:
+def _online(model: Model, api: Any, *, weights: bool, small_files: bool, reporter: Reporter) -> Source:
     from huggingface_hub import snapshot_download
 
     info = api.model_info(model.source, revision=model.revision, files_metadata=True)
@@ -77,7 +79,7 @@ def _online(model: Model, api: Any, *, weights: bool, small_files: bool, notify:
     small = [*carried, *({INDEX_NAME, "README.md"} & files.keys()), "config.json"]
     if weights:
         size = sum(files[name].size or 0 for name in shards)
-        notify(f"downloading {model.source} at {commit[:12]} ({size / 1e9:.2f} GB)")
+        reporter.say(f"downloading {model.source} at {commit[:12]} ({size / 1e9:.2f} GB)")
         folder = Path(snapshot_download(model.source, revision=commit, allow_patterns=[*shards, *small]))
         checkpoint = read_checkpoint(folder)
         _check_downloads(folder, {name: hashes[name] for name in shards})

@@ -7,42 +7,42 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantize.errors import SourceError
-from quantize.files.notify import Notify
 from quantize.recipe.schema import REPO_NAME, Model
+from quantize.reporter import SILENT, Reporter
 from quantize.source import gguf, hub
 from quantize.source.checkpoint import read_checkpoint
 from quantize.source.resolved import Source, safe_name
 
 
-def resolve(model: Model, *, weights: bool, small_files: bool = False, notify: Notify = lambda line: None) -> Source:
+def resolve(model: Model, *, weights: bool, small_files: bool = False, reporter: Reporter = SILENT) -> Source:
     """Find the model that a recipe names.
 
     Args:
         model: the recipe's ``model`` section.
         weights: False reads only config and tensor headers of a hub model, which is enough to plan.
         small_files: without weights, fetch at least all other files of a hub model.
-        notify: told in one line before anything slow begins.
+        reporter: hears of it before anything slow begins.
 
     Raises:
         SourceError: not found, not reachable, damaged, or no model that can be quantized.
     """
-    source = _find(model, weights=weights, small_files=small_files, notify=notify)
+    source = _find(model, weights=weights, small_files=small_files, reporter=reporter)
     return replace(source, base_model=model.base_model or source.hub_id)
 
 
-def _find(model: Model, *, weights: bool, small_files: bool, notify: Notify) -> Source:
+def _find(model: Model, *, weights: bool, small_files: bool, reporter: Reporter) -> Source:
     named = model.source
     if named.startswith("package:"):
         file = gguf.find_in_package(named.removeprefix("package:"))
-        return gguf.open_gguf(file, named, notify)
+        return gguf.open_gguf(file, named, reporter)
     path = Path(os.path.expanduser(named))  # a home that does not exist is no path, and so no error here
     if os.path.isfile(path) and path.suffix == ".gguf":
-        return gguf.open_gguf(path, named, notify)
+        return gguf.open_gguf(path, named, reporter)
     if os.path.isdir(path):
         path = path.resolve()
         return Source(named, safe_name(path.name), read_checkpoint(path))
     if named.count("/") <= 1 and all(map(REPO_NAME.fullmatch, named.split("/"))):
-        return hub.open_hub(model, weights=weights, small_files=small_files, notify=notify)
+        return hub.open_hub(model, weights=weights, small_files=small_files, reporter=reporter)
     raise SourceError(
         f"{named}: no such directory; a source is a local directory, a .gguf file, a hub id org/name, or package:NAME"
     )

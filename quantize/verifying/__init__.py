@@ -8,10 +8,11 @@ from typing import Any
 from quantize.dist.layout import dist_of, locked
 from quantize.dist.manifest import Manifest, read_manifest, update, with_loads
 from quantize.errors import BuildError, QuantizeError
-from quantize.files.notify import Notify
 from quantize.linting.files import HubFiles, LocalFiles, RepoFiles, open_target
 from quantize.linting.gguf import PART
+from quantize.options import VerifyOptions
 from quantize.recipe.schema import Model
+from quantize.reporter import SILENT, Reporter
 from quantize.source.resolve import resolve
 from quantize.source.resolved import Source
 from quantize.verifying.checks import Check, Verdict
@@ -22,47 +23,42 @@ __all__ = ["Check", "Verdict", "verify"]
 
 def verify(
     target: str,
-    *,
-    source: str | None = None,
-    load: bool = True,
-    download: bool = False,
-    endpoint: str | None = None,
-    notify: Notify = lambda line: None,
+    options: VerifyOptions | None = None,
+    reporter: Reporter = SILENT,
 ) -> list[Verdict]:
     """Check a folder's or a hub repo's branches.
 
     Args:
         target: a branch's folder, a folder of branches, ``owner/name`` or ``owner/name@branch``.
-        download: fetch a hub repo's branches, into the hub's own cache, and check them as folders; otherwise the hashes
-            that the hub lists are all that is looked at.
-        source: the unquantized model, as a recipe's ``model.source``.
-        load: load it in the consumers that are installed here.
+        options: what is compared and loaded. A hub repo that is not downloaded is checked by the hashes that the hub
+            lists, and nothing else.
 
     Raises:
         SourceError: no such target or source. PushError: the hub refuses, or cannot be reached.
     """
-    original = resolve(Model(source=source), weights=True, notify=notify) if source else None
+    options = options or VerifyOptions()
+    original = resolve(Model(source=options.source), weights=True, reporter=reporter) if options.source else None
     verdicts = []
-    for files in open_target(target, endpoint):
-        notify(f"verifying {files.name}" + (f" {files.branch}" if files.branch else ""))
-        local = _downloaded(files, notify) if download and isinstance(files, HubFiles) else files
+    for files in open_target(target, options.endpoint):
+        reporter.say(f"verifying {files.name}" + (f" {files.branch}" if files.branch else ""))
+        local = _downloaded(files, reporter) if options.download and isinstance(files, HubFiles) else files
         strays = _check_strays(local)
         checks = [*strays, check_hashes(local)]
         if strays:
-            notify(f"{files.name}: nothing more of it is read")
+            reporter.say(f"{files.name}: nothing more of it is read")
         elif isinstance(local, LocalFiles):
-            checks += _check_local(local, original, load)
+            checks += _check_local(local, original, options.load)
         else:
             checks.append(Check("tensors", "skipped", "the weights are on the hub; --download fetches and checks them"))
         verdict = Verdict(files.name, files.branch, tuple(checks))
-        if isinstance(files, LocalFiles) and load:
-            _note(files.folder, verdict, notify)
+        if isinstance(files, LocalFiles) and options.load:
+            _note(files.folder, verdict, reporter)
         verdicts.append(verdict)
     return verdicts
 
 
-def _downloaded(files: HubFiles, notify: Notify) -> LocalFiles:
-    notify(f"downloading {files.name} {files.branch} ({sum(files.sizes.values()) / 1e9:.2f} GB)")
+def _downloaded(files: HubFiles, reporter: Reporter) -> LocalFiles:
+    reporter.say(f"downloading {files.name} {files.branch} ({sum(files.sizes.values()) / 1e9:.2f} GB)")
     with files.hub.explained(files.name):
         return LocalFiles(Path(files.hub.api.snapshot_download(files.name, revision=files.head)))
 
@@ -97,7 +93,7 @@ def _check_strays(files: RepoFiles) -> list[Check]:
     return [Check("files", "failed", f"{name} {reason}{more}; put the files themselves there, or remove it")]
 
 
-def _note(folder: Path, verdict: Verdict, notify: Notify) -> None:
+def _note(folder: Path, verdict: Verdict, reporter: Reporter) -> None:
     """Which consumers loaded the branch goes into its manifest, and from there into the card.
 
     Only a branch in a dist is written to, and under its lock; a folder from elsewhere stays as it is.
@@ -111,7 +107,7 @@ def _note(folder: Path, verdict: Verdict, notify: Notify) -> None:
         return
     dist = dist_of(folder)
     if dist is None:
-        notify(f"{folder}: lies in no dist of `quantize build`, so what loaded it is not noted in its manifest")
+        reporter.say(f"{folder}: lies in no dist of `quantize build`, so what loaded it is not noted in its manifest")
         return
 
     def noted(known: Manifest | None) -> Manifest:
@@ -123,4 +119,4 @@ def _note(folder: Path, verdict: Verdict, notify: Notify) -> None:
         with locked(dist) as held:
             update(held, folder.resolve(), noted)
     except QuantizeError as error:  # the checks stand without the note
-        notify(f"what loaded it is not noted in its manifest: {error}")
+        reporter.say(f"what loaded it is not noted in its manifest: {error}")

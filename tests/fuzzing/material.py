@@ -90,7 +90,7 @@ class Material:
 
         dist = self.folder / "unfinished"
         try:
-            quantize.build(quantize.load_recipe(self.halting), dist=dist, device="cpu", progress=False)
+            quantize.build(quantize.load_recipe(self.halting), quantize.BuildOptions(dist=dist, device="cpu"))
         except SolveError:
             pass
         else:
@@ -107,5 +107,5 @@ def make_material(folder: Path) -> Material:
     model = write_model(folder / "tiny-llama")
     variants = "  variants:\n    - {branch: main, bits: 4, group_size: 32}\n    - {branch: eight, bits: 8}\n"
     recipe = write_recipe(folder / "r.yaml", model, variants, samples=2, compute_dtype="float32")
-    quantize.build(quantize.load_recipe(recipe), dist=folder / "dist", device="cpu", progress=False)
+    quantize.build(quantize.load_recipe(recipe), quantize.BuildOptions(dist=folder / "dist", device="cpu"))
     return Material(folder, model, recipe, folder / "dist")

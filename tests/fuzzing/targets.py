@@ -16,6 +16,7 @@ import yaml
 import quantize
 from quantize.errors import QuantizeError
 from quantize.formats.safetensors_header import read_header, write_hollow
+from quantize.options import PlanOptions
 from quantize.planning.planner import plan_recipe
 from quantize.recipe.shipped import shipped_recipes
 from tests.fuzzing.judge import Fault, command
@@ -76,7 +77,7 @@ def config_and_plan(material: Material, folder: Path, dice: random.Random) -> In
             one[dice.choice(COUNTED)] = odd_value(dice)
         text = as_json(one, dice) if dice.random() < 0.1 else json.dumps(one, default=str).encode()
         (model / "config.json").write_bytes(text)
-        yield repr(text[:200]), lambda: plan_recipe(loaded, folder / "dist").as_data()
+        yield repr(text[:200]), lambda: plan_recipe(loaded, PlanOptions(dist=folder / "dist")).as_data()
 
 
 COUNTED = (
@@ -102,7 +103,7 @@ def safetensors_header(material: Material, folder: Path, dice: random.Random) ->
         (model / "model.safetensors").write_bytes(data)
         with (model / "model.safetensors").open("r+b") as file:
             file.truncate(len(data) + len(whole) - 8 - length)
-        yield repr(data[:200]), lambda: plan_recipe(loaded, folder / "dist").as_data()
+        yield repr(data[:200]), lambda: plan_recipe(loaded, PlanOptions(dist=folder / "dist")).as_data()
 
 
 def safetensors_index(material: Material, folder: Path, dice: random.Random) -> Inputs:
@@ -120,7 +121,7 @@ def safetensors_index(material: Material, folder: Path, dice: random.Random) -> 
     while True:
         text = as_json(index, dice) if dice.random() < 0.7 else mutated_bytes(json.dumps(index).encode(), dice)
         (model / "model.safetensors.index.json").write_bytes(text)
-        yield repr(text[:200]), lambda: plan_recipe(loaded, folder / "dist").as_data()
+        yield repr(text[:200]), lambda: plan_recipe(loaded, PlanOptions(dist=folder / "dist")).as_data()
 
 
 def corpora(material: Material, folder: Path, dice: random.Random) -> Inputs:
@@ -156,7 +157,7 @@ def source_card(material: Material, folder: Path, dice: random.Random) -> Inputs
     card = CARD.encode()
     front = yaml.safe_load(CARD.split("---")[1])
     loaded = quantize.load_recipe(material.recipe, [f"model.source={model}"])
-    plan = plan_recipe(loaded, folder / "dist")
+    plan = plan_recipe(loaded, PlanOptions(dist=folder / "dist"))
 
     def action() -> None:
         ours, _ = front_matter(render(plan, "gptq"))
@@ -235,7 +236,7 @@ def gguf_source(material: Material, folder: Path, dice: random.Random) -> Inputs
     while True:
         data = mutated_bytes(whole, dice)
         path.write_bytes(data)
-        yield repr(data[:200]), lambda: plan_recipe(loaded, folder / "dist")
+        yield repr(data[:200]), lambda: plan_recipe(loaded, PlanOptions(dist=folder / "dist"))
 
 
 def unfinished(material: Material, folder: Path, dice: random.Random) -> Inputs:
@@ -353,7 +354,7 @@ def tokenizer(material: Material, folder: Path, dice: random.Random) -> Inputs:
         def action(name: str = name) -> None:
             try:
                 # planned anew: files that changed since a plan are refused before anything reads them
-                sample_tokens(brief, load_tokenizer(plan_recipe(loaded, folder / "dist").source))
+                sample_tokens(brief, load_tokenizer(plan_recipe(loaded, PlanOptions(dist=folder / "dist")).source))
             finally:
                 (model / name).write_bytes(wholes[name])
 

@@ -1,0 +1,238 @@
+"""The Python API: everything that the command line can do, under the same names.
+
+Each function takes the recipe, or what it works on, then one frozen options object whose fields are the command's
+flags, then a :class:`Reporter` that hears what happens; None of them prints or asks. Errors are kinds of
+:class:`quantize.errors.QuantizeError`, whose text is one sentence for the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize.options import (
+    BuildOptions,
+    MeasureOptions,
+    PlanOptions,
+    PushOptions,
+    RebuildOptions,
+    Selection,
+    VerifyOptions,
+)
+from quantize.recipe import LoadedRecipe, load_recipe
+from quantize.reporter import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from quantize.building import BuildResult
+    from quantize.building.rebuild import Compared
+    from quantize.linting import Report
+    from quantize.measuring import Measured
+    from quantize.planning.plan import Plan
+    from quantize.publishing.compare import BranchChange
+    from quantize.publishing.git import WrittenBranch
+    from quantize.publishing.prune import Orphan
+    from quantize.verifying import Verdict
+
+__all__ = [
+    "BuildOptions",
+    "MeasureOptions",
+    "PlanOptions",
+    "PushOptions",
+    "RebuildOptions",
+    "Reporter",
+    "Selection",
+    "VerifyOptions",
+    "build",
+    "diff",
+    "export_git",
+    "lint",
+    "load_recipe",
+    "measure",
+    "orphans",
+    "plan",
+    "push",
+    "rebuild",
+    "remove_orphans",
+    "render_cards",
+    "report",
+    "verify",
+]
+
+
+def plan(recipe: LoadedRecipe, options: Selection | None = None, reporter: Reporter = SILENT) -> Plan:
+    """What a build would do: every branch with its exact size, and what it costs. Reads headers, no weights.
+
+    Raises:
+        SourceError: the model. PlanError: recipe and model do not fit. CalibrationError: no such text.
+    """
+    from quantize.planning.planner import plan_recipe
+
+    return plan_recipe(recipe, options, reporter)
+
+
+def build(recipe: LoadedRecipe, options: BuildOptions | None = None, reporter: Reporter | None = None) -> BuildResult:
+    """Build every selected branch and level that is not up to date, from one calibration pass. Measures nothing.
+
+    Raises:
+        QuantizeError: one of its kinds; finished branches are untouched then.
+    """
+    from quantize.building import build_recipe
+
+    return build_recipe(recipe, options, reporter)
+
+
+def measure(recipe: LoadedRecipe, options: MeasureOptions | None = None, reporter: Reporter = SILENT) -> Measured:
+    """Perplexity and KL divergence of what is built, noted in the manifests and cards.
+
+    Raises:
+        CalibrationError: the text is the calibration text, or cannot be read. ReleaseError: nothing is built.
+    """
+    from quantize.measuring import measure_recipe
+
+    return measure_recipe(recipe, options, reporter)
+
+
+def rebuild(target: Path | str, options: RebuildOptions | None = None, reporter: Reporter = SILENT) -> list[Compared]:
+    """Build again what the manifests at ``target`` say, and compare every file's hash.
+
+    Raises:
+        ManifestError: the manifests are not of one release, or lack something. QuantizeError: as a build.
+    """
+    from quantize.building.rebuild import rebuild as repeat
+
+    return repeat(Path(target), options, reporter)
+
+
+def verify(target: Path | str, options: VerifyOptions | None = None, reporter: Reporter = SILENT) -> list[Verdict]:
+    """Check hashes and tensors of branches, and load them in the consumers that are installed here.
+
+    Args:
+        target: a branch's folder, a folder of branches, ``owner/name`` or ``owner/name@branch``.
+
+    Raises:
+        SourceError: no such target or source. PushError: the hub refuses, or cannot be reached.
+    """
+    from quantize.verifying import verify as check
+
+    return check(str(target), options, reporter)
+
+
+def lint(
+    target: Path | str, *, source: str | None = None, endpoint: str | None = None, reporter: Reporter = SILENT
+) -> list[Report]:
+    """Check anybody's quantized repo, in a folder or on the hub, for what loaders would stumble over.
+
+    Raises:
+        SourceError: no such folder, repo or branch. PushError: the hub refuses, or cannot be reached.
+    """
+    from quantize.linting import lint as check
+
+    return check(str(target), source=source, endpoint=endpoint, reporter=reporter)
+
+
+def render_cards(recipe: LoadedRecipe, options: Selection | None = None, reporter: Reporter = SILENT) -> list[Path]:
+    """Render the model cards of finished branches again; returns those that were written.
+
+    Raises:
+        ReleaseError: nothing is built.
+    """
+    from quantize.dist.layout import locked
+    from quantize.publishing.card import refresh_cards
+    from quantize.publishing.finished import check_dist
+
+    found = plan(recipe, options, reporter)
+    check_dist(found, reporter)
+    with locked(found.dist, create=False) as held:
+        return list(refresh_cards(found, held))
+
+
+def report(recipe: LoadedRecipe, out: Path | str, options: Selection | None = None) -> Path:
+    """Write the measured quality as one HTML page that needs nothing else."""
+    from quantize.files.atomic import write_atomically
+    from quantize.publishing.report import render_report
+
+    write_atomically(Path(out), render_report(plan(recipe, options)).encode())
+    return Path(out)
+
+
+def diff(
+    recipe: LoadedRecipe,
+    options: Selection | None = None,
+    push_options: PushOptions | None = None,
+    reporter: Reporter = SILENT,
+) -> list[BranchChange]:
+    """How the hub differs from what is finished; changes nothing.
+
+    Raises:
+        ReleaseError: a selected branch is not built. PushError: the hub refuses, or cannot be reached.
+    """
+    from quantize.publishing.push import Pusher
+
+    return Pusher(plan(recipe, options, reporter), push_options, reporter).changes()
+
+
+def push(
+    recipe: LoadedRecipe,
+    options: Selection | None = None,
+    push_options: PushOptions | None = None,
+    reporter: Reporter = SILENT,
+) -> list[BranchChange]:
+    """Bring the hub to what is finished: one commit a branch, ``main`` last; returns what was changed.
+
+    Raises:
+        ReleaseError: a selected branch is not built, or not what was built. PushError: refused; what was pushed before
+            stays whole.
+    """
+    from quantize.publishing.push import Pusher
+
+    return Pusher(plan(recipe, options, reporter), push_options, reporter).push()
+
+
+def export_git(
+    recipe: LoadedRecipe, out: Path | str, options: Selection | None = None, reporter: Reporter = SILENT
+) -> list[WrittenBranch]:
+    """Write the finished branches as bare git repos with LFS.
+
+    Raises:
+        ReleaseError: a branch is not finished, or cannot be written there.
+    """
+    from quantize.publishing.git import write_repos
+
+    return write_repos(plan(recipe, options, reporter), Path(out), reporter)
+
+
+def orphans(
+    recipe: LoadedRecipe,
+    options: Selection | None = None,
+    *,
+    on_hub: bool = False,
+    endpoint: str | None = None,
+    reporter: Reporter = SILENT,
+) -> list[Orphan]:
+    """Branches and levels that earlier builds, or pushes, left behind and the recipe names no more."""
+    from quantize.hub.client import Hub
+    from quantize.publishing.prune import orphans_in_dist, orphans_on_hub
+
+    found = plan(recipe, options, reporter)
+    return orphans_on_hub(found, Hub(endpoint, reporter)) if on_hub else orphans_in_dist(found)
+
+
+def remove_orphans(
+    recipe: LoadedRecipe,
+    found: Sequence[Orphan],
+    options: Selection | None = None,
+    *,
+    endpoint: str | None = None,
+    reporter: Reporter = SILENT,
+) -> None:
+    """Remove what :func:`orphans` found, for good.
+
+    Raises:
+        ReleaseError, PushError: something moved meanwhile, or the hub refuses.
+    """
+    from quantize.hub.client import Hub
+    from quantize.publishing.prune import remove
+
+    hub = Hub(endpoint, reporter) if any(one.where == "hub" for one in found) else None
+    remove(plan(recipe, options, reporter), found, hub)

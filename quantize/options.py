@@ -1,0 +1,118 @@
+"""What a caller may ask of a command that works on a recipe, beside the recipe: one model for Python and for Click.
+
+The names of the fields are the names of the flags; ``cli/flags.py`` makes the flags from the models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from quantize.recipe.methods import Size
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Selection(BaseModel):
+    """Which finished or planned items are meant."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dist: Path = Field(default=Path("dist"), description="Folder that holds the finished branches.")
+    only: tuple[str, ...] = Field(
+        default=(),
+        description="Only branches that match, such as 'gptq-4bit*'; may be repeated.",
+        json_schema_extra={"metavar": "PATTERN"},
+    )
+
+
+class PlanOptions(Selection):
+    """How a build would be run, as far as its plan depends on it."""
+
+    memory: Size | None = Field(
+        default=None,
+        description="Keep to so much memory, such as 8GB or 8GiB: hidden states then lie in files, and less is solved "
+        "at once.",
+        json_schema_extra={"metavar": "SIZE"},
+    )
+    shards: int | None = Field(
+        default=None,
+        ge=1,
+        description="Split the calibration windows into N parts. Different N give results that differ by rounding; N "
+        "is recorded.",
+        json_schema_extra={"metavar": "N"},
+    )
+
+
+class BuildOptions(PlanOptions):
+    """How a build is run."""
+
+    device: Device = Field(default="auto", description="Where the model runs and the solver works.")
+    keep_statistics: bool = Field(
+        default=False,
+        description="Keep the source's statistics in the cache: later variants then need no forward pass.",
+    )
+    ray: str | None = Field(
+        default=None,
+        description="Let a Ray cluster run the shards and solve; 'auto' takes a running one, or starts one for this "
+        "build.",
+        json_schema_extra={"metavar": "ADDRESS"},
+    )
+
+
+class MeasureOptions(Selection):
+    """How finished branches are measured."""
+
+    device: Device = Field(default="auto", description="Where the model runs.")
+    again: bool = Field(default=False, description="Measure also what was measured before.")
+
+
+class RebuildOptions(BaseModel):
+    """How a release is built again from its manifests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str | None = Field(
+        default=None,
+        description="The model, where the manifest names no hub id: a directory, .gguf file or package:NAME.",
+    )
+    text: tuple[Path, ...] = Field(
+        default=(), description="A calibration text file, which the manifest knows by its hash; may be repeated."
+    )
+    into: Path | None = Field(default=None, description="Build there and leave it; the default is a temporary folder.")
+    trust_remote_code: bool = Field(default=False, description="Run model code of the source's repo.")
+    device: Device = Field(default="auto", description="Where the model runs and the solver works.")
+
+
+class PushOptions(BaseModel):
+    """How a release goes to the hub."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    endpoint: str | None = Field(
+        default=None, description="Address of another hub; default is HF_ENDPOINT, else the hub itself."
+    )
+    create: bool = Field(default=True, description="Create repos that do not exist.")
+    private: bool | None = Field(default=None, description="Create repos as private ones; refused for public ones.")
+    overwrite: tuple[str, ...] = Field(
+        default=(),
+        description="Replace a file on the hub that quantize did not write, such as README.md; may be repeated.",
+        json_schema_extra={"metavar": "NAME"},
+    )
+
+
+class VerifyOptions(BaseModel):
+    """How finished branches are checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str | None = Field(default=None, description="The unquantized model, as a recipe's model.source.")
+    load: bool = Field(default=True, description="Load it in the consumers that are installed here.")
+    download: bool = Field(
+        default=False, description="Fetch a hub repo's branches and check them as folders; otherwise only their hashes."
+    )
+    endpoint: str | None = Field(
+        default=None, description="Address of another hub; default is HF_ENDPOINT, else the hub itself."
+    )
