@@ -241,7 +241,10 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(invoke: Command, tin
     result = invoke("build", tiny_recipe, "--dist", dist, "--only", "main", "--device", "cpu", "--json")
     report = json.loads(result.stdout)
     assert (report["repos"], report["built"], report["fresh"]) == ({"gptq": "local/tiny-llama-GPTQ"}, ["gptq/main"], [])
-    assert result.stderr.startswith("calibrating once on 128 tokens for 1 branch ")
+    events = [json.loads(line) for line in result.stderr.splitlines()]
+    assert events[0]["event"] == "say"
+    assert events[0]["message"].startswith("calibrating once on 128 tokens for 1 branch ")
+    assert {"event": "progress", "title": "blocks", "done": 3, "total": 3, "unit": "block"} in events
     assert sorted(path.relative_to(dist).as_posix() for path in dist.glob("*/*")) == [
         ".quantize/lock",
         "tiny-llama-GPTQ/main",

@@ -275,11 +275,11 @@ def test_a_second_build_does_nothing_and_a_new_level_needs_no_pass(built: Built,
 
 
 def test_full_width_alone_needs_no_pass(recipe: Path, tmp_path: Path) -> None:
-    lines: list[str] = []
+    told = Remembering()
     loaded = quantize.load_recipe(recipe)
     result = quantize.build(loaded, quantize.BuildOptions(dist=tmp_path / "dist", only=("F16",), device="cpu"), told)
     assert result.built == ["gguf/F16"]
-    assert not any("calibrating" in line for line in lines)
+    assert not any("calibrating" in line for line in told.lines)
 
 
 def test_a_dist_named_from_the_current_folder_is_that_of_the_children_too(
