@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantize.building.branch import Branch
 from quantize.building.calibration_pass import CalibrationPass
@@ -30,7 +31,7 @@ from quantize.source.processor import decides_bytes
 from quantize.source.streamed import StreamedModel
 from quantize.source.unchanged import check_small_files
 
-Diagonals = dict[str, tuple[np.ndarray, int]]
+Diagonals = dict[str, tuple[NDArray[np.float32], int]]
 
 
 class Pass:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
@@ -49,7 +50,7 @@ class CalibrationPass:
         model: StreamedModel,
         tokens: Tokens,
         branches: Sequence[Branch],
-        diagonals: dict[str, tuple[np.ndarray, int]] | None,
+        diagonals: dict[str, tuple[NDArray[np.float32], int]] | None,
         kept: Unfinished,
         store: StatisticsStore | None,
         workers: Workers,

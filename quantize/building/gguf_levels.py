@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from quantize import __version__
 from quantize.calibration.statistics import Timed
 from quantize.dist.layout import Dist
-from quantize.dist.manifest import SCHEMA, Manifest, read_manifest, update, with_level
+from quantize.dist.manifest import Manifest, read_manifest, update, with_level
+from quantize.dist.manifest_schema import SCHEMA
 from quantize.errors import BuildError, GgufRunError
 from quantize.executors.api import Workers
 from quantize.executors.quantizers import Quantizers
@@ -34,7 +36,7 @@ from quantize.planning.plan import Plan
 from quantize.publishing.card import licence_files
 from quantize.source.unchanged import copy_unchanged
 
-Diagonals = Mapping[str, tuple[np.ndarray, int]]
+Diagonals = Mapping[str, tuple[NDArray[np.float32], int]]
 """For each linear of the checkpoint: diagonal of X^T X, float32 [K], and tokens."""
 
 
