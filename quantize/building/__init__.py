@@ -1,5 +1,6 @@
 """Runs a plan; the only place that knows the order of things."""
 
-from quantize.building.run import BuildResult, build_recipe
+from quantize.building.build import BuildResult
+from quantize.building.run import build_recipe
 
 __all__ = ["BuildResult", "build_recipe"]

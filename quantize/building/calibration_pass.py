@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from quantize.building.awq_blocks import AwqBlocks, kind_of
@@ -44,7 +45,7 @@ class PassState:
     model: StreamedModel
     tokens: Tokens
     branches: Sequence[Branch]
-    diagonals: dict[str, tuple[np.ndarray, int]] | None
+    diagonals: dict[str, tuple[NDArray[np.float32], int]] | None
     unfinished: Unfinished
     store: StatisticsStore | None
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from quantize import __version__
 from quantize.building.build import Build, Diagonals
-from quantize.dist.manifest import SCHEMA, Manifest, read_manifest, update, with_level
+from quantize.dist.manifest import Manifest, read_manifest, update, with_level
+from quantize.dist.manifest_schema import SCHEMA
 from quantize.errors import BuildError, GgufRunError
 from quantize.executors.quantizers import Quantizers
 from quantize.files.atomic import copy_file, sync_folder

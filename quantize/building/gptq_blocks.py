@@ -53,7 +53,7 @@ class GptqBlocks:
         for one in pending:
             (solution,) = self._finish(index, one, [branch])
             rows = [linear.weight.shape[0] for linear in one.group.linears]
-            parts = solution.dequantize().split(rows)
+            parts = torch.split(solution.dequantize(), rows)
             weights |= {linear.local: part for linear, part in zip(one.group.linears, parts, strict=True)}
         return weights
 

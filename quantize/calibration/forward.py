@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from quantize.calibration.states import Place, States
@@ -29,7 +30,7 @@ class Activations:
     def __init__(
         self,
         model: StreamedModel,
-        ids: np.ndarray,
+        ids: NDArray[np.int64],
         batch: int,
         place: Place | None = None,
         states: States | None = None,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from quantize.calibration.forward import Activations, block_statistics
@@ -21,7 +22,7 @@ from quantize.reporter import SILENT, Reporter
 from quantize.source.streamed import Linear, StreamedModel
 
 
-def cut(ids: np.ndarray, parts: int) -> list[np.ndarray]:
+def cut(ids: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:
     """Windows [samples, length] in so many runs of neighbours, as even as can be; the first are the longer ones."""
     return np.array_split(ids, parts)
 
@@ -37,13 +38,13 @@ class Part:
         self.streams = list(streams)
 
     @classmethod
-    def at_start(cls, model: StreamedModel, ids: np.ndarray, batch: int, places: Sequence[Place | None]) -> Part:
+    def at_start(cls, model: StreamedModel, ids: NDArray[np.int64], batch: int, places: Sequence[Place | None]) -> Part:
         """Windows that enter the first block, one stream for each of ``places``."""
         source = Activations(model, ids, batch, places[0])
         return cls([source, *(source.copy(place.name if place else "") for place in places[1:])])
 
     @classmethod
-    def going_on(cls, model: StreamedModel, ids: np.ndarray, batch: int, states: Sequence[States]) -> Part:
+    def going_on(cls, model: StreamedModel, ids: NDArray[np.int64], batch: int, states: Sequence[States]) -> Part:
         """Windows that have come as far as ``states``, which are one for each stream."""
         source = Activations(model, ids, batch, states=states[0])
         return cls([source, *map(source.of, states[1:])])
@@ -110,7 +111,7 @@ def add_part(total: Sequence[InputStatistics], part: Sequence[InputStatistics]) 
 class Packed:
     """A tensor as plain bytes, which every process reads the same way: uint8 [nbytes], its dtype and shape."""
 
-    data: np.ndarray
+    data: NDArray[np.uint8]
     dtype: torch.dtype
     shape: tuple[int, ...]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantize.calibration.corpus import check_unchanged, identity, read_pieces, title
 from quantize.errors import CalibrationError, SourceChanged, is_memory_shortage, is_panic
@@ -29,7 +30,7 @@ class Tokens:
         bos: whether every window starts with the tokenizer's BOS, as real prompts do.
     """
 
-    ids: np.ndarray
+    ids: NDArray[np.int64]
     sha256: str
     bos: bool
 
@@ -89,7 +90,7 @@ def sample_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
 
 def _windows(
     corpus: Corpus, tokenizer: Any, count: int, length: int, bos: int | None, generator: np.random.Generator
-) -> np.ndarray:
+) -> NDArray[np.int64]:
     ids = _ids(corpus, tokenizer, SURPLUS * count * length)
     body = length - (bos is not None)
     if len(ids) < body:
@@ -102,9 +103,9 @@ def _windows(
     return windows if bos is None else np.concatenate([np.full((count, 1), bos), windows], axis=1)
 
 
-def _ids(corpus: Corpus, tokenizer: Any, most: int) -> np.ndarray:
+def _ids(corpus: Corpus, tokenizer: Any, most: int) -> NDArray[np.int64]:
     """Token ids of a text, int64; no more of it is read than gives ``most``."""
-    found: list[np.ndarray] = []
+    found: list[NDArray[np.int64]] = []
     count = 0
     for piece in read_pieces(corpus):
         found.append(np.asarray(encode(tokenizer, piece), dtype=np.int64))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantize.dist.layout import UNFINISHED, WORK_FOLDER
 from quantize.dist.ledger import LedgerEntry
@@ -56,7 +57,7 @@ class State:
     @property
     def from_store(self) -> bool:
         """Whether kept statistics take the place of a forward pass."""
-        return self.inputs["statistics"] == "kept"
+        return bool(self.inputs["statistics"] == "kept")
 
     @property
     def is_over(self) -> bool:
@@ -153,7 +154,7 @@ class Unfinished:
         """SHA-256 of a file of the states that enter the next block."""
         return self.blocks[-1].states.get(file) if self.blocks else None
 
-    def keep(self, block: Block, diagonals: Mapping[str, tuple[np.ndarray, int]] | None) -> None:
+    def keep(self, block: Block, diagonals: Mapping[str, tuple[NDArray[np.float32], int]] | None) -> None:
         """Note a finished block. What the branches and states wrote is flushed.
 
         Args:
@@ -184,13 +185,13 @@ class Unfinished:
             f"{self.folder}: this unfinished build is damaged ({why}); remove it with 'quantize clean' and build again"
         )
 
-    def diagonals(self) -> dict[str, tuple[np.ndarray, int]]:
+    def diagonals(self) -> dict[str, tuple[NDArray[np.float32], int]]:
         """The importance matrix as far as it goes.
 
         Raises:
             DamagedBuild: it is not what was written.
         """
-        found: dict[str, tuple[np.ndarray, int]] = {}
+        found: dict[str, tuple[NDArray[np.float32], int]] = {}
         try:
             for block in self.blocks:
                 if block.importance is None:

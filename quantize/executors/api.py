@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from quantize.calibration.states import Place, States
@@ -47,7 +48,7 @@ class Windows:
     """
 
     model: StreamedModel
-    parts: Sequence[np.ndarray]
+    parts: Sequence[NDArray[np.int64]]
     batch: int
     streams: int
     kept: Unfinished

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from quantize.calibration.parts import Packed, PackedStatistics, Part
@@ -60,7 +61,7 @@ class Begin:
     prefix: str
     dtype: torch.dtype
     trust_remote_code: bool
-    ids: np.ndarray
+    ids: NDArray[np.int64]
     batch: int
     places: Sequence[Place | None]
     digests: Sequence[str | None]

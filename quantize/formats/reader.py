@@ -86,7 +86,8 @@ class BranchReader:
         """A tensor as stored."""
         try:
             with safe_open(self.folder / self._shard_of.get(name, SINGLE_NAME), framework="pt") as file:
-                return file.get_tensor(name)
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
         except SafetensorError as error:
             raise ValueError(str(error)) from None
 

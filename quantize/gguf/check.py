@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantize.errors import GgufRunError
 from quantize.files.atomic import write_atomically
@@ -84,7 +85,7 @@ def _compare(source: Source, prefix: str, path: Path, trust_remote_code: bool) -
     }
 
 
-def _run_llama(source: Source, path: Path, ids: np.ndarray) -> tuple[np.ndarray, list[int]]:
+def _run_llama(source: Source, path: Path, ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], list[int]]:
     """llama.cpp's logits for ``ids``, and the ids that it makes of the text itself."""
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch) / "ids.npy", Path(scratch) / "logits.npy"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantize.errors import GgufError
 from quantize.formats.gguf_reader import open_gguf
@@ -23,19 +24,19 @@ class Importance:
     """Sums of squares and counts by GGUF tensor name.
 
     Attributes:
-        sums: float32 [M, K] each. counts: tokens, integers [M].
+        sums: float32 [M, K] each. counts: tokens, int64 [M].
         dataset: what the text is called. chunks, chunk_size: windows and their tokens.
     """
 
-    sums: Mapping[str, np.ndarray]
-    counts: Mapping[str, np.ndarray]
+    sums: Mapping[str, NDArray[np.float32]]
+    counts: Mapping[str, NDArray[np.int64]]
     dataset: str
     chunks: int
     chunk_size: int
 
-    def means(self) -> dict[str, np.ndarray]:
+    def means(self) -> dict[str, NDArray[np.float32]]:
         """Mean squares, float32 [M * K]: what the quantizer takes. A matrix that no token reached gets ones."""
-        found = {}
+        found: dict[str, NDArray[np.float32]] = {}
         for name, sums in self.sums.items():
             counts = self.counts[name][:, None].astype(np.float32)
             found[name] = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1)).reshape(-1)
@@ -82,8 +83,8 @@ def read_importance(path: Path) -> Importance:
 
 def _read(path: Path) -> Importance:
     reader = open_gguf(path)
-    sums: dict[str, np.ndarray] = {}
-    counts: dict[str, np.ndarray] = {}
+    sums: dict[str, NDArray[np.float32]] = {}
+    counts: dict[str, NDArray[np.int64]] = {}
     for tensor in reader.tensors:
         name, _, what = tensor.name.rpartition(".")
         if what in {"in_sum2", "counts"} and tensor.tensor_type.name != "F32":

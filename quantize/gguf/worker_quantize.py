@@ -19,12 +19,12 @@ def run(wish: dict[str, Any]) -> None:
 
     log = sys.stderr.buffer
 
-    @llama_cpp.llama_log_callback
     def write(level: int, text: bytes, user_data: Any) -> None:
         log.write(text)
         log.flush()
 
-    llama_cpp.llama_log_set(write, ctypes.c_void_p(0))
+    callback = llama_cpp.llama_log_callback(write)  # has to outlive the calls below
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = wish["ftype"]

@@ -58,7 +58,7 @@ class Hub:
         self, endpoint: str | None = None, reporter: Reporter = SILENT, patience: Patience | None = None
     ) -> None:
         from huggingface_hub import HfApi
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
         if not sys.stderr.isatty():
             disable_progress_bars()
@@ -118,7 +118,8 @@ class Hub:
         """The content of a file, which should be a small one."""
         from urllib.parse import quote
 
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub import get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         with self.explained(repo):
             url = f"{self.api.endpoint}/{repo}/resolve/{quote(revision, safe='')}/{quote(name)}"
@@ -186,8 +187,8 @@ class Hub:
         from importlib.util import find_spec
         from urllib.parse import quote
 
-        from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers, get_session
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         if constants.HF_HUB_DISABLE_XET or find_spec("hf_xet") is None:
             return True

@@ -96,8 +96,8 @@ class Patience:
 
 def _failure(plain: Callable[..., Any], request: Any, options: Mapping[str, Any]) -> Any:
     """The answer to a request, or the error for which it may be sent again."""
+    from huggingface_hub import hf_raise_for_status
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import hf_raise_for_status
 
     try:
         response = plain(request, **options)
@@ -139,7 +139,7 @@ def asked_wait(headers: Mapping[str, str], *, rate_limited: bool = False) -> flo
 @contextmanager
 def patient(patience: Patience) -> Iterator[None]:
     """Let the hub client's shared session send every request by this rule, uploads in threads included."""
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session
 
     client = get_session()
     if "send" in vars(client):  # an outer one is at work

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quantize.errors import GgufRunError
 from quantize.formats.gguf_reader import open_gguf
@@ -33,11 +34,11 @@ class Turn:
 
     name: str
     expert: int | None = None
-    rows: np.ndarray | None = None
+    rows: NDArray[np.int64] | None = None
     shift: float = 0.0
     transposed: bool = False
 
-    def back(self, values: np.ndarray) -> np.ndarray:
+    def back(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
         values = values if self.rows is None else values[self.rows]
         return (values.T if self.transposed else values) - self.shift
 
@@ -61,7 +62,7 @@ class GgufFile:
         kind = self._tensors[name].tensor_type.name if name in self._tensors else ""
         return {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
 
-    def tensor(self, name: str, expert: int | None = None) -> np.ndarray:
+    def tensor(self, name: str, expert: int | None = None) -> NDArray[np.float32]:
         """float32 values in the row-major order of torch; of one ``expert`` of a stack alone.
 
         Raises:
@@ -145,7 +146,7 @@ class LevelReader:
         return torch.from_numpy(np.ascontiguousarray(turn.back(self._file.tensor(turn.name, turn.expert))))
 
 
-def _find_turn(name: str, target: str, wanted: np.ndarray, found: np.ndarray) -> Turn:
+def _find_turn(name: str, target: str, wanted: NDArray[np.float32], found: NDArray[np.float32]) -> Turn:
     if wanted.ndim == 2 and found.ndim == 2 and found.shape[0] > wanted.shape[0] and found.shape[1] == wanted.shape[1]:
         # the vocabulary is padded in the file
         rows = np.arange(wanted.shape[0])
@@ -170,12 +171,12 @@ def _find_turn(name: str, target: str, wanted: np.ndarray, found: np.ndarray) ->
     raise GgufRunError(f"{name}: the converter made {target} of it in a way that cannot be turned back")
 
 
-def _same(left: np.ndarray, right: np.ndarray) -> bool:
+def _same(left: NDArray[np.float32], right: NDArray[np.float32]) -> bool:
     """Equal up to the rounding of a 16-bit type."""
     return bool(np.allclose(left, right, rtol=2**-7, atol=1e-6 * float(np.abs(right).max(initial=0)) + 1e-12))
 
 
-def _rows(found: np.ndarray, wanted: np.ndarray) -> np.ndarray | None:
+def _rows(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.int64] | None:
     """``index`` with ``found[index] == wanted``, or None. Rows are paired by their order along a random direction."""
     left, right = found.reshape(len(found), -1), wanted.reshape(len(wanted), -1)
     direction = np.random.Generator(np.random.PCG64(0)).standard_normal(left.shape[1]).astype(np.float64)

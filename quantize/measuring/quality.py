@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from quantize.calibration.forward import Activations
@@ -72,7 +73,7 @@ class Quality:
 
 def measure_quality(
     model: StreamedModel,
-    ids: np.ndarray,
+    ids: NDArray[np.int64],
     branches: Mapping[str, Weights],
     batch: int,
     store: Store | None = None,
@@ -110,7 +111,7 @@ def measure_quality(
 
 
 def _begin(
-    model: StreamedModel, ids: np.ndarray, branches: Mapping[str, Weights], batch: int, store: Store | None
+    model: StreamedModel, ids: NDArray[np.int64], branches: Mapping[str, Weights], batch: int, store: Store | None
 ) -> tuple[dict[str, Activations], int]:
     """The states of the source and all branches, and the block that they are to enter."""
     states = {SOURCE: Activations(model, ids, batch)}

@@ -60,7 +60,10 @@ def fit_groups(
         with compiled() as kernels:
             kernels.fit_groups(*(tensor.numpy() for tensor in tensors), size, grid.sym)
         return scales, zeros
-    fitted = [grid.fit(part, costs) for part, costs in zip(weight.split(size, 1), importance.split(size), strict=True)]
+    fitted = [
+        grid.fit(part, costs)
+        for part, costs in zip(torch.split(weight, size, 1), torch.split(importance, size), strict=True)
+    ]
     return torch.stack([scale for scale, _ in fitted]), torch.stack([zero for _, zero in fitted])
 
 

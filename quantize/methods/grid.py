@@ -32,7 +32,7 @@ class Grid:
 
     @property
     def top(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def fit(self, weights: torch.Tensor, importance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point for each row of ``weights`` [rows, group], both [rows] in the weights' dtype.

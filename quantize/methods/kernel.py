@@ -9,14 +9,19 @@ import math
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 from quantize.methods.grid import HALF_MAX, HALF_TINY
+
+Floats = NDArray[np.float32] | NDArray[np.float64]  # of the weight's dtype, as are the scalars
+Integers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 LANES = 64  # rows walked together: enough to fill the vector units, few enough to stay in the nearest cache
 
 
 @numba.njit(inline="always", cache=True)
-def _half(value):
+def _half(value: float) -> float:
     """Rounded to float16, ties to even, in the wider dtype."""
     if not value > 0:
         return value - value + 1
@@ -24,11 +29,12 @@ def _half(value):
         return value - value + HALF_MAX
     _, exponent = math.frexp(value)
     quantum = math.ldexp(1.0, max(exponent - 11, -24))
-    return max(np.rint(value / quantum) * quantum, HALF_TINY)
+    half: float = max(np.rint(value / quantum) * quantum, HALF_TINY)
+    return half
 
 
 @numba.njit(cache=True)
-def _between(low, high, top, sym):
+def _between(low: float, high: float, top: float, sym: bool) -> tuple[float, float]:
     if sym:
         return _half(2 * max(-low, high) / top), (top + 1) // 2
     scale = _half((high - low) / top)
@@ -39,7 +45,9 @@ def _between(low, high, top, sym):
 
 
 @numba.njit(cache=True)
-def _fit(members, importance, top, sym, reaches, scale, zero):
+def _fit(
+    members: Floats, importance: Floats, top: float, sym: bool, reaches: Floats, scale: Floats, zero: Floats
+) -> None:
     """Grids of LANES rows at once: ``members`` is [group, LANES], ``scale`` and ``zero`` [LANES] are filled."""
     low, high = np.zeros_like(scale), np.zeros_like(scale)
     for member in range(len(members)):
@@ -67,7 +75,16 @@ def _fit(members, importance, top, sym, reaches, scale, zero):
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
-def fit_groups(weight, importance, tops, reaches, scales, zeros, size, sym):
+def fit_groups(
+    weight: Floats,
+    importance: Floats,
+    tops: Floats,
+    reaches: Floats,
+    scales: Floats,
+    zeros: Floats,
+    size: int,
+    sym: bool,
+) -> None:
     """Grids of the contiguous groups of ``weight`` [N, K] into ``scales`` and ``zeros`` [G, N]."""
     rows, columns = weight.shape
     for tile in numba.prange((rows + LANES - 1) // LANES):
@@ -87,9 +104,11 @@ def fit_groups(weight, importance, tops, reaches, scales, zeros, size, sym):
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
 def round_columns(
-    original, work, upper, order, groups, sizes, scales, zeros,
-    tops, syms, searches, reaches, importance, codes, errors, squares, spread, first, last,
-):  # fmt: skip
+    original: Floats, work: Floats, upper: Floats, order: Integers, groups: Integers, sizes: Integers,
+    scales: Floats, zeros: Floats, tops: Floats, syms: Flags, searches: Flags, reaches: Floats, importance: Floats,
+    codes: NDArray[np.uint8], errors: Floats, squares: NDArray[np.float64], spread: NDArray[np.float64],
+    first: int, last: int,
+) -> None:  # fmt: skip
     variants, rows, _ = work.shape
     length = last - first
     tiles = (rows + LANES - 1) // LANES
@@ -151,7 +170,7 @@ def round_columns(
 
 
 @numba.njit(cache=True, error_model="numpy")
-def invert_factor(block):
+def invert_factor(block: Floats) -> bool:
     """Replace a symmetric ``block`` [K, K] by inverse(L), where block = L L^T; False if it is not positive definite."""
     size = len(block)
     upper = np.empty((size, size), block.dtype)  # L^T: whose rows lie side by side for the vector units

@@ -19,7 +19,7 @@ TILE = 16
 Product = Callable[..., torch.Tensor]
 
 
-class EvenProducts(TorchDispatchMode):
+class EvenProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While this mode is on, products in float32 on a CPU are independent of the number of threads, in every module.
 
     It sees the operations below ``nn.Linear``, ``einsum`` and the like, so that no architecture needs code of its own.

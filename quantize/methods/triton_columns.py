@@ -30,20 +30,20 @@ MAGIC = tl.constexpr(1.5 * 2.0**23)  # float32 near it are whole numbers: adding
 INFINITY = tl.constexpr(float("inf"))
 
 
-@triton.jit
-def _code(value, scale, zero, top):
+@triton.jit  # type: ignore[untyped-decorator]
+def _code(value: tl.tensor, scale: tl.tensor, zero: tl.tensor, top: tl.tensor) -> tl.tensor:
     # clamped before it is rounded, as MAGIC wants small numbers: the bounds are whole, so the code is the same
     return tl.minimum(tl.maximum(tl.div_rn(value, scale), -zero), top - zero) + MAGIC - MAGIC + zero
 
 
-@triton.jit
-def _half(value):
+@triton.jit  # type: ignore[untyped-decorator]
+def _half(value: tl.tensor) -> tl.tensor:
     value = tl.where(value > 0, value, 1.0)
     return tl.minimum(tl.maximum(value, TINY), MOST).to(tl.float16).to(tl.float32)
 
 
-@triton.jit
-def _between(low, high, top, sym):
+@triton.jit  # type: ignore[untyped-decorator]
+def _between(low: tl.tensor, high: tl.tensor, top: tl.tensor, sym: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     whole = _half(tl.div_rn(2 * tl.maximum(-low, high), top))
     span = _half(tl.div_rn(high - low, top))
     zero = _code(-low, span, 0.0, top)
@@ -52,8 +52,11 @@ def _between(low, high, top, sym):
     return scale, tl.where(sym, (top + 1) * 0.5, tl.maximum(zero, 1.0))
 
 
-@triton.jit
-def _fit(rows, inside, importance, size, top, sym, mse, reaches):
+@triton.jit  # type: ignore[untyped-decorator]
+def _fit(
+    rows: tl.tensor, inside: tl.tensor, importance: tl.tensor, size: tl.tensor,
+    top: tl.tensor, sym: tl.tensor, mse: tl.tensor, reaches: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Grids of the groups whose ``size`` members begin at the pointers ``rows`` [ROWS]; the lanes ``inside`` exist."""
     low = tl.zeros(inside.shape, tl.float32)
     high = tl.zeros(inside.shape, tl.float32)
@@ -78,8 +81,12 @@ def _fit(rows, inside, importance, size, top, sym, mse, reaches):
     return tl.sum(tl.where(chosen, trial, 0.0), axis=0), tl.sum(tl.where(chosen, origin, 0.0), axis=0)
 
 
-@triton.jit
-def _fit_groups(weight, importance, reaches, scales, zeros, rows, columns, size, top, sym, mse, ROWS: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _fit_groups(
+    weight: tl.tensor, importance: tl.tensor, reaches: tl.tensor, scales: tl.tensor, zeros: tl.tensor,
+    rows: tl.tensor, columns: tl.tensor, size: tl.tensor, top: tl.tensor, sym: tl.tensor, mse: tl.tensor,
+    ROWS: tl.constexpr,
+) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
     inside = row < rows
@@ -90,11 +97,14 @@ def _fit_groups(weight, importance, reaches, scales, zeros, rows, columns, size,
     tl.store(zeros + group * rows + row, zero, inside)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _round_columns(
-    original, work, upper, order, groups, settings, scales, zeros, reaches, importance, codes, errors, squares, spread,
-    rows, columns, most, first, length, ROWS: tl.constexpr, LENGTH: tl.constexpr,
-):  # fmt: skip
+    original: tl.tensor, work: tl.tensor, upper: tl.tensor, order: tl.tensor, groups: tl.tensor,
+    settings: tl.tensor, scales: tl.tensor, zeros: tl.tensor, reaches: tl.tensor, importance: tl.tensor,
+    codes: tl.tensor, errors: tl.tensor, squares: tl.tensor, spread: tl.tensor,
+    rows: tl.tensor, columns: tl.tensor, most: tl.tensor, first: tl.tensor, length: tl.tensor,
+    ROWS: tl.constexpr, LENGTH: tl.constexpr,
+) -> None:  # fmt: skip
     variant = tl.program_id(1)
     size, levels = tl.load(settings + 4 * variant), tl.load(settings + 4 * variant + 1)
     sym, mse = tl.load(settings + 4 * variant + 2) != 0, tl.load(settings + 4 * variant + 3) != 0

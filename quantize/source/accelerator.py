@@ -40,7 +40,7 @@ def settled(threads: int | None = None) -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(EvenProducts())
+        stack.enter_context(EvenProducts())  # type: ignore[no-untyped-call]
         torch.set_num_threads(threads)
         yield
 

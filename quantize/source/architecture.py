@@ -37,7 +37,7 @@ def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) ->
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,

@@ -80,7 +80,7 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     hidden = io.StringIO()  # the reader's own progress bars; the user was told what happens
     where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
@@ -103,7 +103,7 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise SourceError(f"{path}: transformers cannot read this GGUF file: {reason}") from None
     finally:
-        logging.enable_progress_bar()
+        logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     state = model.state_dict()
     if getattr(model.config, "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)

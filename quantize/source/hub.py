@@ -37,7 +37,7 @@ def open_hub(model: Model, *, weights: bool, small_files: bool = False, reporter
         SourceError: unknown or private repo, no such revision, no network, no safetensors weights.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     if not sys.stderr.isatty():
         disable_progress_bars()

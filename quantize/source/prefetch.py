@@ -28,7 +28,7 @@ class Prefetch:
     def __init__(self, read: Callable[[str], torch.Tensor], device: torch.device) -> None:
         self._read, self._device = read, device
         self._pool = ThreadPoolExecutor(1, "prefetch")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._stop = Event()
         self._key: int | None = None
         self._coming: Future[tuple[Tensors, torch.cuda.Event | None]] | None = None

@@ -204,7 +204,8 @@ class StreamedModel:
         """One block's output for its input, both [batch, length, width]; ``embed`` has run for this batch size."""
         arguments, keywords = self._calls[hidden.shape[0]][index]
         output = block(hidden, *arguments, **keywords)
-        return output[0] if isinstance(output, tuple) else output
+        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
     @torch.inference_mode()
     def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -214,7 +215,8 @@ class StreamedModel:
             return hidden
 
         with self._replaced(inject):
-            return self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
+            logits: torch.Tensor = self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
+        return logits
 
     def _probe(self, input_ids: torch.Tensor) -> bool:
         """Whether this architecture's blocks return a tuple: block 0 is asked, the rest is cut off."""
@@ -239,7 +241,7 @@ class StreamedModel:
 
         def record(index: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
             keywords = dict(keywords)
-            hidden = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
+            hidden: torch.Tensor = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
             if not calls:
                 entered.append(hidden)
             calls.append((tuple(arguments[1:]), keywords))
