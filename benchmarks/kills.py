@@ -174,7 +174,7 @@ def _serve(recipe: str) -> None:
     import transformers.conversion_mapping
     import transformers.models.llama.modeling_llama
 
-    import quantize.building.branches
+    import quantize.building.resumable_pass
     import quantize.publishing.card  # noqa: F401
 
     transformers.AutoTokenizer, transformers.AutoModelForCausalLM  # noqa: B018  looked up on first use

@@ -25,13 +25,13 @@ from quantize.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from quantize.building import BuildResult
-    from quantize.building.rebuild import Compared
     from quantize.linting import Report
     from quantize.measuring import Measured
     from quantize.planning.plan import Plan
     from quantize.publishing.compare import BranchChange
     from quantize.publishing.git import WrittenBranch
     from quantize.publishing.prune import Orphan
+    from quantize.rebuilding.rebuild import Compared
     from quantize.verifying import Verdict
 
 __all__ = [
@@ -99,7 +99,7 @@ def rebuild(target: Path | str, options: RebuildOptions | None = None, reporter:
     Raises:
         ManifestError: the manifests are not of one release, or lack something. QuantizeError: as a build.
     """
-    from quantize.building.rebuild import rebuild as repeat
+    from quantize.rebuilding.rebuild import rebuild as repeat
 
     return repeat(Path(target), options, reporter)
 

@@ -71,7 +71,7 @@ if __name__ == "__main__":
     import transformers.conversion_mapping
     import transformers.models.llama.modeling_llama
 
-    import quantize.building.branches
+    import quantize.building.resumable_pass
     import quantize.gguf.check
     import quantize.methods.kernel
     import quantize.publishing.card  # noqa: F401

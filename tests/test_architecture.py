@@ -15,7 +15,9 @@ import quantize
 PACKAGE = Path(quantize.__file__).parent
 FLOORS = (
     "cli",
+    "rebuilding",
     "building",
+    "branches",
     "executors",
     "verifying",
     "measuring",

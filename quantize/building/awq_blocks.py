@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from quantize.building.branch import Branch, half_bias
+from quantize.branches.branch import Branch, half_bias
 from quantize.building.build import Build
 from quantize.calibration.folding import Fold, find_folds
 from quantize.calibration.statistics import InputStatistics

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from quantize.branches.branch import Branch
 from quantize.building.awq_blocks import AwqBlocks, kind_of
-from quantize.building.branch import Branch
 from quantize.building.build import Build
 from quantize.building.gptq_blocks import GptqBlocks
 from quantize.calibration.parts import cut

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from quantize.branches.completion import Made
+from quantize.branches.engine_tensors import rewrite
 from quantize.building.build import Build
-from quantize.building.completion import Made
-from quantize.building.engine_tensors import rewrite
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.engines.process import run_worker
 from quantize.errors import EngineError, EngineRunError

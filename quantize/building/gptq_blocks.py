@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantize.building.branch import Branch, half_bias
+from quantize.branches.branch import Branch, half_bias
 from quantize.building.build import Build
 from quantize.calibration.statistics import InputStatistics
 from quantize.errors import SolveError

@@ -101,7 +101,7 @@ def _build(build: Build, result: BuildResult) -> None:
 
 def _build_branches(build: Build, result: BuildResult) -> Diagonals | None:
     """Solve the branches that are not fresh and put them into place; returns what the pass gives the GGUF levels."""
-    from quantize.building.branches import Pass
+    from quantize.building.resumable_pass import Pass
 
     one = Pass(build)
     _check_disk(build.plan, build.plan.native_work, one.unfinished)
@@ -138,7 +138,7 @@ def _keep_or_remove(build: Build, unfinished: Unfinished, error: BaseException) 
 
 
 def _build_by_engines(build: Build, result: BuildResult) -> None:
-    from quantize.building.completion import NotOnDisk, complete
+    from quantize.branches.completion import NotOnDisk, complete
     from quantize.building.engine_branches import make_branches
 
     todo = build.plan.foreign_work

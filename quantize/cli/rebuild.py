@@ -32,7 +32,7 @@ def rebuild(
     MANIFEST is a quantize-manifest.json, or a folder: all manifests below it are built from one calibration pass.
     """
     quiet_libraries()
-    from quantize.building.rebuild import rebuild as repeat
+    from quantize.rebuilding.rebuild import rebuild as repeat
 
     found = repeat(manifest, options, reporter())
     if as_json:

@@ -283,7 +283,7 @@ def manifests(material: Material, folder: Path, dice: random.Random) -> Inputs:
         words = dice.choice(commands)
 
         def action(words: tuple[object, ...] = words) -> None:
-            with patch("quantize.building.rebuild.build_recipe", _no_build):
+            with patch("quantize.rebuilding.rebuild.build_recipe", _no_build):
                 command(*words)
 
         yield f"{words[0]} {text[:200]!r}", action

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.building.recorded import lacking
 from quantize.building.run import build_recipe
 from quantize.dist.manifest import MANIFEST_NAME, described_files, read_manifest
 from quantize.engines import NATIVE
@@ -19,6 +18,7 @@ from quantize.files.inside import stray
 from quantize.options import BuildOptions, RebuildOptions
 from quantize.planning.circumstances import difference
 from quantize.planning.keys import differences
+from quantize.rebuilding.recorded import lacking
 from quantize.recipe import load_recipe
 from quantize.reporter import SILENT, Reporter
 

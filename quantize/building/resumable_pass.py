@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from quantize.building.branch import Branch
+from quantize.branches.branch import Branch
+from quantize.branches.completion import Made, NotOnDisk, complete, versions
 from quantize.building.build import Build, Diagonals
 from quantize.building.calibration_pass import CalibrationPass, PassState
-from quantize.building.completion import Made, NotOnDisk, complete, versions
 from quantize.calibration.forward import choose_device, choose_dtype
 from quantize.calibration.store import StatisticsStore
 from quantize.calibration.tokens import load_tokenizer, sample_tokens

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quantize.building.branch import half_bias
+from quantize.branches.branch import half_bias
 from quantize.dist.ledger import LedgerEntry
 from quantize.errors import EngineRunError, SourceChanged, SourceError
 from quantize.formats import compressed, gptq

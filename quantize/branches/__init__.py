@@ -1,0 +1,1 @@
+"""One branch in the making: its shards, its ledger, everything beside its weights."""

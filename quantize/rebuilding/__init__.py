@@ -1,0 +1,1 @@
+"""A release built again from its manifests, and compared with them."""
