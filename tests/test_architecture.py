@@ -77,3 +77,41 @@ def test_no_file_outgrows_one_reading() -> None:
 def test_light_parts_import_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of the package that a module imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "quantize":
+            submodules = {alias.name for alias in node.names if is_module(f"{node.module}.{alias.name}")}
+            found.update(f"{node.module}.{name}" for name in submodules)
+            if len(submodules) < len(node.names):
+                found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names if alias.name.split(".")[0] == "quantize")
+    return found
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    names = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    left = {
+        name: {other for other in imported_modules(path) if other in names} - {name} for name, path in names.items()
+    }
+    left["quantize"] = set()  # lends the API's names on demand
+    while free := {
+        name
+        for name, others in left.items()
+        if not others & left.keys() or not any(name in others for others in left.values())
+    }:
+        left = {name: others for name, others in left.items() if name not in free}
+    circles = {name: sorted(others & left.keys()) for name, others in left.items()}
+    assert circles == {}, circles

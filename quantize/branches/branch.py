@@ -14,7 +14,7 @@ from quantize.errors import SolveError, SourceError
 from quantize.formats.safetensors_writer import ShardWriter
 from quantize.methods.gptq import Solution
 from quantize.methods.sums import total
-from quantize.planning.plan import PlannedVariant
+from quantize.planning.items import PlannedVariant
 from quantize.recipe.methods import ExpertTokens
 from quantize.source.routing import expert_of
 

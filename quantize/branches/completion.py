@@ -15,7 +15,8 @@ from quantize.files.atomic import write_atomically
 from quantize.files.digest import key_of
 from quantize.files.versions import versions_of
 from quantize.formats.safetensors_digests import fingerprint
-from quantize.planning.plan import Plan, PlannedVariant
+from quantize.planning.items import PlannedVariant
+from quantize.planning.plan import Plan
 from quantize.publishing.card import render_card
 from quantize.publishing.config import as_json, loader_config, release_config
 from quantize.source.unchanged import copy_unchanged

@@ -11,8 +11,9 @@ from quantize.dist.layout import Dist, publish
 from quantize.dist.ledger import oddities
 from quantize.dist.origins import remember_origins
 from quantize.options import BuildOptions
+from quantize.planning.items import PlannedVariant
 from quantize.planning.ownership import origin_of
-from quantize.planning.plan import Plan, PlannedVariant
+from quantize.planning.plan import Plan
 from quantize.reporter import Reporter
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from quantize.gguf.quantize import failure, request
 from quantize.gguf.split import split_file
 from quantize.gguf.stacks import targets_of
 from quantize.gguf.toolchain import VERSION
-from quantize.planning.levels import LevelPlan, PlannedLevel
+from quantize.planning.items import PlannedLevel
+from quantize.planning.levels import LevelPlan
 from quantize.publishing.card import licence_files
 from quantize.reporter import Advance
 from quantize.source.unchanged import copy_unchanged

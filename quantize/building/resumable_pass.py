@@ -17,8 +17,8 @@ from quantize.executors.memory import return_large_buffers
 from quantize.files.cache import cache_folder
 from quantize.files.digest import key_of
 from quantize.methods.columns import kernel_of
+from quantize.planning.items import PlannedVariant
 from quantize.planning.keys import STATISTICS_VERSION
-from quantize.planning.plan import PlannedVariant
 from quantize.recipe.methods import GptqVariant
 from quantize.source.accelerator import compute_of
 from quantize.source.processor import decides_bytes

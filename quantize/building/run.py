@@ -20,8 +20,9 @@ from quantize.files.cache import cache_error, require_cache
 from quantize.files.child import without_secrets
 from quantize.options import BuildOptions
 from quantize.planning.engines import require_engines
+from quantize.planning.items import PlannedVariant
 from quantize.planning.memory import check_limits
-from quantize.planning.plan import Plan, PlannedVariant
+from quantize.planning.plan import Plan
 from quantize.planning.planner import plan_recipe
 from quantize.publishing.card import refresh_cards
 from quantize.recipe import LoadedRecipe

@@ -22,8 +22,8 @@ from quantize.errors import ANSWER_IS_NO
 from quantize.options import PlanOptions
 
 if TYPE_CHECKING:
-    from quantize.planning.levels import PlannedLevel
-    from quantize.planning.plan import Plan, PlannedVariant
+    from quantize.planning.items import PlannedLevel, PlannedVariant
+    from quantize.planning.plan import Plan
 
 LEVEL_HEADING = ["file", "size", "fallbacks", "state", "why"]
 HEADINGS = {

@@ -18,8 +18,8 @@ from quantize.files.digest import key_of
 from quantize.measuring.text import held_out
 from quantize.options import MeasureOptions
 from quantize.planning.estimate import measuring_seconds
-from quantize.planning.levels import PlannedLevel
-from quantize.planning.plan import Plan, PlannedVariant
+from quantize.planning.items import PlannedLevel, PlannedVariant
+from quantize.planning.plan import Plan
 from quantize.planning.planner import plan_recipe
 from quantize.publishing.card import refresh_cards
 from quantize.recipe import LoadedRecipe

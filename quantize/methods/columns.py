@@ -11,15 +11,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from quantize.methods.compiled import compiled
 from quantize.methods.grid import REACHES, Grid
-
-Kernel = Literal["numba", "triton", "torch"]
+from quantize.methods.solve_state import Columns, Kernel
 
 
 def kernel_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernel:
@@ -67,89 +64,57 @@ def fit_groups(
     return torch.stack([scale for scale, _ in fitted]), torch.stack([zero for _, zero in fitted])
 
 
-@dataclass
-class Columns:
-    """The state of a solve of V variants over N rows and K columns in solve order.
+def round_columns(state: Columns, first: int, last: int) -> torch.Tensor:
+    """Round columns ``first`` to ``last`` of a solve; its ``work`` changes inside that run only.
 
-    Attributes:
-        original: the weight, [N, K]. work: its copy for each variant, [V, N, K], taking the errors.
-        upper: U, [K, K]. importance: 1 / U[j, j]^2, what an error at each column costs, [K].
-        order: natural place of each column, [K] int64.
-        groups: group of each column, [V, K] int64.
-        sizes: group size of the variants whose grids are fitted on the way, 0 where they are fixed, [V] int64.
-        scales, zeros: [V, G, N] in the weight's dtype.
-        grids: the grid of each variant.
-        codes: [V, N, K] uint8, in natural order.
-        squares: sum of squared errors e^2, [V, N] float64. spread: sum of (w - q)^2, [V, N] float64.
-        kernel: who runs the inner loop.
-        settings: what the GPU kernel has to know of the variants, put there once a solve.
+    Returns:
+        The errors (w - q) / U[j, j], [V, N, last - first].
     """
+    errors = torch.empty(*state.work.shape[:2], last - first, device=state.work.device, dtype=state.work.dtype)
+    if state.kernel == "numba":
+        _round_numba(state, errors, first, last)
+    elif state.kernel == "triton":
+        from quantize.methods.triton_columns import round_columns as on_gpu  # triton may not be there
 
-    original: torch.Tensor
-    work: torch.Tensor
-    upper: torch.Tensor
-    importance: torch.Tensor
-    order: torch.Tensor
-    groups: torch.Tensor
-    sizes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
-    grids: list[Grid]
-    codes: torch.Tensor
-    squares: torch.Tensor
-    spread: torch.Tensor
-    kernel: Kernel
-    settings: tuple[torch.Tensor, torch.Tensor] | None = None
+        on_gpu(state, errors, first, last)
+    else:
+        _round_torch(state, errors, first, last)
+    return errors
 
-    def round(self, first: int, last: int) -> torch.Tensor:
-        """Round columns ``first`` to ``last``; ``work`` changes inside that run only.
 
-        Returns:
-            The errors (w - q) / U[j, j], [V, N, last - first].
-        """
-        errors = torch.empty(*self.work.shape[:2], last - first, device=self.work.device, dtype=self.work.dtype)
-        if self.kernel == "numba":
-            self._round_numba(errors, first, last)
-        elif self.kernel == "triton":
-            from quantize.methods.triton_columns import round_columns  # triton may not be there
+def _round_numba(state: Columns, errors: torch.Tensor, first: int, last: int) -> None:
+    tops = torch.tensor([grid.top for grid in state.grids], dtype=state.work.dtype)
+    syms, searches = (torch.tensor([getattr(grid, name) for grid in state.grids]) for name in ("sym", "mse"))
+    reaches = torch.tensor(REACHES, dtype=state.work.dtype)
+    tensors = (
+        state.original, state.work, state.upper, state.order, state.groups, state.sizes, state.scales, state.zeros,
+        tops, syms, searches, reaches, state.importance, state.codes, errors, state.squares, state.spread,
+    )  # fmt: skip
+    with compiled() as kernels:
+        kernels.round_columns(*(tensor.numpy() for tensor in tensors), first, last)
 
-            round_columns(self, errors, first, last)
-        else:
-            self._round_torch(errors, first, last)
-        return errors
 
-    def _round_numba(self, errors: torch.Tensor, first: int, last: int) -> None:
-        tops = torch.tensor([grid.top for grid in self.grids], dtype=self.work.dtype)
-        syms, searches = (torch.tensor([getattr(grid, name) for grid in self.grids]) for name in ("sym", "mse"))
-        reaches = torch.tensor(REACHES, dtype=self.work.dtype)
-        tensors = (
-            self.original, self.work, self.upper, self.order, self.groups, self.sizes, self.scales, self.zeros,
-            tops, syms, searches, reaches, self.importance, self.codes, errors, self.squares, self.spread,
-        )  # fmt: skip
-        with compiled() as kernels:
-            kernels.round_columns(*(tensor.numpy() for tensor in tensors), first, last)
-
-    def _round_torch(self, errors: torch.Tensor, first: int, last: int) -> None:
-        tops = torch.tensor([grid.top for grid in self.grids], device=self.work.device, dtype=self.work.dtype)
-        sizes = self.sizes.tolist()
-        for column in range(first, last):
-            for index, size in enumerate(sizes):
-                if size and column % size == 0:
-                    # beyond the run, earlier columns' errors have not arrived yet: a group never leaves its run
-                    fitted = self.grids[index].fit(
-                        self.work[index, :, column : column + size], self.importance[column : column + size]
-                    )
-                    group = self.groups[index, column]
-                    self.scales[index, group], self.zeros[index, group] = fitted
-            index3 = self.groups[:, column, None, None].expand(-1, 1, self.scales.shape[2])
-            scale = torch.gather(self.scales, 1, index3)[:, 0]
-            zero = torch.gather(self.zeros, 1, index3)[:, 0]
-            weight = self.work[:, :, column]
-            code = torch.minimum((torch.round(weight / scale) + zero).clamp_(min=0), tops[:, None])
-            value = scale * (code - zero)
-            error = (weight - value) / self.upper[column, column]
-            self.codes[:, :, self.order[column]] = code.to(torch.uint8)
-            errors[:, :, column - first] = error
-            self.squares += error.double().square()
-            self.spread += (self.original[:, column] - value).double().square()
-            self.work[:, :, column + 1 : last] -= error[:, :, None] * self.upper[column, column + 1 : last]
+def _round_torch(state: Columns, errors: torch.Tensor, first: int, last: int) -> None:
+    tops = torch.tensor([grid.top for grid in state.grids], device=state.work.device, dtype=state.work.dtype)
+    sizes = state.sizes.tolist()
+    for column in range(first, last):
+        for index, size in enumerate(sizes):
+            if size and column % size == 0:
+                # beyond the run, earlier columns' errors have not arrived yet: a group never leaves its run
+                fitted = state.grids[index].fit(
+                    state.work[index, :, column : column + size], state.importance[column : column + size]
+                )
+                group = state.groups[index, column]
+                state.scales[index, group], state.zeros[index, group] = fitted
+        index3 = state.groups[:, column, None, None].expand(-1, 1, state.scales.shape[2])
+        scale = torch.gather(state.scales, 1, index3)[:, 0]
+        zero = torch.gather(state.zeros, 1, index3)[:, 0]
+        weight = state.work[:, :, column]
+        code = torch.minimum((torch.round(weight / scale) + zero).clamp_(min=0), tops[:, None])
+        value = scale * (code - zero)
+        error = (weight - value) / state.upper[column, column]
+        state.codes[:, :, state.order[column]] = code.to(torch.uint8)
+        errors[:, :, column - first] = error
+        state.squares += error.double().square()
+        state.spread += (state.original[:, column] - value).double().square()
+        state.work[:, :, column + 1 : last] -= error[:, :, None] * state.upper[column, column + 1 : last]

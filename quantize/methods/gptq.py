@@ -18,9 +18,10 @@ from typing import Literal
 import torch
 
 from quantize.errors import SolveError
-from quantize.methods.columns import Columns, Kernel, fit_groups, kernel_of
+from quantize.methods.columns import fit_groups, kernel_of, round_columns
 from quantize.methods.factor import Factor, activation_order, factorize, group_aware_order
 from quantize.methods.grid import Grid
+from quantize.methods.solve_state import Columns, Kernel
 from quantize.methods.sums import mean
 
 OUTER = 128  # columns between updates of the whole rest of W
@@ -195,7 +196,7 @@ def _solve_rows(
     flat = state.work.view(-1, columns)
     for first in range(0, columns, run):
         last = min(first + run, columns)
-        errors = state.round(first, last)
+        errors = round_columns(state, first, last)
         if last < columns:
             flat[:, last:].addmm_(errors.view(len(flat), -1), factor.upper[first:last, last:], alpha=-1)
     found = []

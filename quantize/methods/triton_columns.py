@@ -9,16 +9,14 @@ an approximation for float32), ties to even. A search adds up its errors column 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from quantize.methods.grid import HALF_MAX, HALF_TINY, REACHES, Grid
-
-if TYPE_CHECKING:
-    from quantize.methods.columns import Columns
+from quantize.methods.solve_state import Columns
 
 ROWS = 32
 OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from quantize.engines import NATIVE, Engine, find_engine
 from quantize.engines.engine import Layout
@@ -12,8 +12,18 @@ from quantize.errors import EngineError
 from quantize.files.cache import cache_folder
 from quantize.recipe.methods import GptqVariant, Method, Variant
 
-if TYPE_CHECKING:
-    from quantize.planning.plan import PlannedVariant
+
+class Branch(Protocol):
+    """Of a planned branch what is asked here."""
+
+    @property
+    def method(self) -> Method: ...
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def variant(self) -> Variant: ...
 
 
 def engine_of(variant: Variant) -> Engine | None:
@@ -39,7 +49,7 @@ def identity_of(variant: Variant) -> dict[str, str] | None:
     return environment_of(engine).identity if engine else None
 
 
-def obstacles(items: Iterable[PlannedVariant]) -> dict[str, str]:
+def obstacles(items: Iterable[Branch]) -> dict[str, str]:
     """For each branch that its engine cannot make here as things are, by label: why, in one sentence."""
     found = {}
     for item in items:
@@ -50,7 +60,7 @@ def obstacles(items: Iterable[PlannedVariant]) -> dict[str, str]:
     return found
 
 
-def require_engines(items: Iterable[PlannedVariant]) -> None:
+def require_engines(items: Iterable[Branch]) -> None:
     """Raises :class:`EngineError` for the first branch that its engine cannot make here."""
     for label, reason in obstacles(items).items():
         raise EngineError(f"{label}: {reason}")

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from quantize.calibration.corpus import title
 from quantize.dist.manifest import is_complete, read_manifest
@@ -23,6 +23,7 @@ from quantize.files.digest import key_of, sha256_of_file
 from quantize.gguf.convert import Conversion, Header, outtype_of
 from quantize.gguf.quantize import ANY, Outcome, predict, request
 from quantize.gguf.toolchain import VERSION, missing_library
+from quantize.planning.items import PlannedLevel, State
 from quantize.planning.keys import STATISTICS_VERSION, differences
 from quantize.recipe.methods import Gguf
 from quantize.recipe.schema import Recipe
@@ -32,52 +33,6 @@ from quantize.source.resolved import Source, safe_name
 LEVELS_VERSION = 1
 """Raised when llama.cpp is asked for the same level in another way: finished levels are then stale."""
 BRANCH = "main"
-State = Literal["missing", "stale", "fresh", "taken"]
-
-
-@dataclass(frozen=True)
-class PlannedLevel:
-    """One GGUF file to build.
-
-    Attributes:
-        repo, level: where it belongs and what it is.
-        folder: ``dist/<repo name>/main``; ``file`` is its name there.
-        outcome: types, fallbacks, exact size; None where llama.cpp could not be asked, which ``why`` then says.
-        key_inputs: what its bytes depend on.
-        state: ``missing``, ``stale``, ``fresh`` or ``taken`` (its place holds the release of another model); ``why``
-            says why in one line.
-    """
-
-    repo: str
-    level: str
-    folder: Path
-    file: str
-    outcome: Outcome | None
-    key_inputs: Mapping[str, Any]
-    state: State
-    why: str
-
-    @property
-    def method(self) -> str:
-        return "gguf"
-
-    @property
-    def branch(self) -> str:
-        """What ``--only`` matches."""
-        return self.level
-
-    @property
-    def label(self) -> str:
-        return f"gguf/{self.level}"
-
-    @property
-    def wants_imatrix(self) -> bool:
-        """Whether it is made with an importance matrix."""
-        return self.key_inputs["imatrix"] is not None
-
-    @property
-    def nbytes(self) -> int:
-        return self.outcome.nbytes if self.outcome else 0
 
 
 @dataclass(frozen=True)

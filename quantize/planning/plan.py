@@ -11,67 +11,20 @@ from typing import Any
 from quantize.calibration.corpus import title
 from quantize.calibration.tokens import calibration_identity
 from quantize.dist.manifest import read_manifest
-from quantize.engines import Engine
 from quantize.errors import PlanError
 from quantize.planning.circumstances import circumstances_here, circumstances_of, made_otherwise
-from quantize.planning.engines import engine_of, identity_of, layout_of, obstacles
+from quantize.planning.engines import identity_of, obstacles
 from quantize.planning.estimate import Estimate, estimate
+from quantize.planning.items import Item, PlannedLevel, PlannedVariant
 from quantize.planning.keys import key_inputs
-from quantize.planning.levels import LevelPlan, PlannedLevel, State
+from quantize.planning.levels import LevelPlan
 from quantize.planning.memory import Memory, MemoryModel
 from quantize.planning.modules import ModuleTable
 from quantize.planning.ownership import described
-from quantize.planning.sizes import Layout
 from quantize.recipe import LoadedRecipe
 from quantize.recipe.methods import Method, Variant
 from quantize.recipe.schema import Recipe
 from quantize.source.resolved import Source
-
-
-@dataclass(frozen=True)
-class PlannedVariant:
-    """One branch to build.
-
-    Attributes:
-        method: the method, whose repo ``repo`` it belongs to.
-        variant: its parameters.
-        layout: its tensors, shard by shard; ``layout.nbytes`` is exact.
-        folder: where it will lie, ``dist/<repo name>/<branch>``.
-        state: ``missing``, ``stale``, ``fresh`` or ``taken`` (its place holds the release of another model); ``why``
-            says why in one line.
-    """
-
-    method: Method
-    repo: str
-    variant: Variant
-    layout: Layout
-    folder: Path
-    state: State
-    why: str
-
-    @property
-    def branch(self) -> str:
-        assert self.variant.branch
-        return self.variant.branch
-
-    @property
-    def label(self) -> str:
-        """What commands and reports call it: ``gptq/main``. Every method's repo has a ``main``."""
-        return f"{self.method}/{self.branch}"
-
-    @property
-    def nbytes(self) -> int:
-        return self.layout.nbytes
-
-    @property
-    def format(self) -> str:
-        """The checkpoint format that it is published in: ``gptq``, ``awq`` or ``compressed-tensors``."""
-        return layout_of(self.variant)
-
-    @property
-    def engine(self) -> Engine | None:
-        """What makes it; None for our own solvers."""
-        return engine_of(self.variant)
 
 
 @dataclass(frozen=True)
@@ -175,15 +128,11 @@ class Plan:
     def calibration(self) -> dict[str, Any]:
         return calibration_identity(self.recipe.calibration)
 
-    def finished(self, item: PlannedVariant | PlannedLevel) -> dict[str, Any]:
+    def finished(self, item: Item) -> dict[str, Any]:
         """What the manifest on disk says of an item; empty where there is none, or it is another model's."""
         if item.state == "taken":
             return {}
-        data = read_manifest(item.folder) or {}
-        if isinstance(item, PlannedVariant):
-            return data
-        entry: dict[str, Any] = (data.get("levels") or {}).get(item.level) or {}
-        return entry
+        return item.recorded(read_manifest(item.folder) or {})
 
     @cached_property
     def circumstances(self) -> dict[str, Any]:

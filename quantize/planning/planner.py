@@ -14,11 +14,12 @@ from quantize.dist.manifest import is_complete, read_manifest
 from quantize.errors import PlanError
 from quantize.files.digest import key_of
 from quantize.options import PlanOptions, Selection
+from quantize.planning.items import PlannedLevel, PlannedVariant, State
 from quantize.planning.keys import differences
-from quantize.planning.levels import PlannedLevel, State, plan_levels
+from quantize.planning.levels import plan_levels
 from quantize.planning.modules import find_linears
 from quantize.planning.ownership import other_owner
-from quantize.planning.plan import Plan, PlannedVariant, variant_key_inputs
+from quantize.planning.plan import Plan, variant_key_inputs
 from quantize.planning.propagation import with_propagation
 from quantize.planning.sizes import check_variant, variant_layout
 from quantize.recipe import LoadedRecipe

@@ -15,7 +15,8 @@ from quantize.engines import NATIVE
 from quantize.errors import RecipeError
 from quantize.formats.tensors import DTYPE_BYTES
 from quantize.planning.engines import layout_of
-from quantize.planning.plan import Plan, PlannedVariant
+from quantize.planning.items import PlannedVariant
+from quantize.planning.plan import Plan
 from quantize.publishing.finished import LICENCE_FILES
 from quantize.publishing.picture import FILE, FORMER_FILES, draw
 from quantize.publishing.prompt import Prompt, find_prompt, prompt_as_python

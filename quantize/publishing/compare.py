@@ -18,7 +18,7 @@ from typing import Any, Literal
 from quantize.dist.manifest import MANIFEST_NAME, MOST_BYTES
 from quantize.dist.manifest_schema import problem
 from quantize.hub.client import Hub, RemoteFile
-from quantize.planning.levels import PlannedLevel
+from quantize.planning.items import PlannedLevel
 from quantize.planning.plan import Plan
 from quantize.publishing.finished import CARD, CARD_FILES, LocalFile, accounted, checked_files, files_of
 from quantize.publishing.signature import is_blank, is_unedited

@@ -9,8 +9,8 @@ from quantize import __version__
 from quantize.files.atomic import as_json
 from quantize.formats import awq, compressed, gptq
 from quantize.planning.engines import environment_of
+from quantize.planning.items import PlannedVariant
 from quantize.planning.modules import ModuleTable
-from quantize.planning.plan import PlannedVariant
 from quantize.recipe.methods import GptqVariant
 from quantize.recipe.schema import Recipe
 

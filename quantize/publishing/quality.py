@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantize.planning.plan import Plan, PlannedVariant
+from quantize.planning.plan import Plan
 
 NAMES = {"gptq": "GPTQ", "awq": "AWQ", "gguf": "GGUF"}
 
@@ -44,7 +44,7 @@ def measured(plan: Plan) -> list[Point]:
         found = plan.finished(item)
         quality = found.get("quality")
         if quality and item.nbytes:  # without llama.cpp a level's size is not known
-            name = item.branch if isinstance(item, PlannedVariant) else item.level
+            name = item.branch
             points.append(Point(item.label, item.method, name, item.nbytes, quality))
     keys = [point.quality["key"] for point in points]
     common = max(keys, key=keys.count, default=None)

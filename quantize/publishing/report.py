@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantize import __version__
-from quantize.planning.plan import Plan, PlannedVariant
+from quantize.planning.items import PlannedVariant
+from quantize.planning.plan import Plan
 from quantize.publishing.picture import draw
 from quantize.publishing.quality import NAMES, Point, measured, pareto_front, summary
 
@@ -52,7 +53,7 @@ def _rows(plan: Plan, points: Sequence[Point]) -> list[dict[str, Any]]:
         quality: Mapping[str, Any] = by_label[item.label].quality if item.label in by_label else {}
         rows.append({
             "method": NAMES[item.method],
-            "name": item.branch if isinstance(item, PlannedVariant) else item.level,
+            "name": item.branch,
             "state": item.state,
             "nbytes": item.nbytes,
             "size": f"{item.nbytes / 1e9:.2f} GB",

@@ -1,0 +1,48 @@
+"""The state of a GPTQ solve, as data: every kernel reads and writes the same tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from quantize.methods.grid import Grid
+
+Kernel = Literal["numba", "triton", "torch"]
+"""Who runs the inner loop."""
+
+
+@dataclass
+class Columns:
+    """The state of a solve of V variants over N rows and K columns in solve order.
+
+    Attributes:
+        original: the weight, [N, K]. work: its copy for each variant, [V, N, K], taking the errors.
+        upper: U, [K, K]. importance: 1 / U[j, j]^2, what an error at each column costs, [K].
+        order: natural place of each column, [K] int64.
+        groups: group of each column, [V, K] int64.
+        sizes: group size of the variants whose grids are fitted on the way, 0 where they are fixed, [V] int64.
+        scales, zeros: [V, G, N] in the weight's dtype.
+        grids: the grid of each variant.
+        codes: [V, N, K] uint8, in natural order.
+        squares: sum of squared errors e^2, [V, N] float64. spread: sum of (w - q)^2, [V, N] float64.
+        kernel: who runs the inner loop.
+        settings: what the GPU kernel has to know of the variants, put there once a solve.
+    """
+
+    original: torch.Tensor
+    work: torch.Tensor
+    upper: torch.Tensor
+    importance: torch.Tensor
+    order: torch.Tensor
+    groups: torch.Tensor
+    sizes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    grids: list[Grid]
+    codes: torch.Tensor
+    squares: torch.Tensor
+    spread: torch.Tensor
+    kernel: Kernel
+    settings: tuple[torch.Tensor, torch.Tensor] | None = None
