@@ -119,10 +119,11 @@ class Task:
         """
         from quantize.engines import find_engine
         from quantize.planning.engines import environment_of
+        from quantize.reporter import SILENT
 
         environment = environment_of(find_engine(engine))
         if environment.mark is None:
-            environment.adopt(Path(sys.executable), print)
+            environment.adopt(Path(sys.executable), SILENT)
         theirs = [{**one, "engine": engine} for one in awq or []]
         built = self.build(folder, variants, device=device, awq=theirs, **({"engine": engine} if variants else {}))
         return Run(built.stages[engine], built.process.peak_bytes, ""), built

@@ -33,6 +33,7 @@ from quantize.formats import compressed
 from quantize.formats.packing import pack
 from quantize.formats.reader import BranchReader
 from quantize.planning.engines import environment_of
+from quantize.reporter import SILENT
 
 FAKE = Path(__file__).with_name("fake_engine.py")
 BODY = """\
@@ -67,7 +68,7 @@ def empty(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fake(cache: Path) -> Environment:
     """The fake engine, at home in the tests' own Python."""
     environment = environment_of(engines.find_engine("fake"))
-    environment.adopt(Path(sys.executable), lambda line: None)
+    environment.adopt(Path(sys.executable), SILENT)
     return environment
 
 
@@ -248,7 +249,7 @@ def test_an_interrupted_installation_is_not_taken_for_a_finished_one(
     rubbish.touch()
     monkeypatch.setattr(Environment, "_pip", lambda self, notify, log: self._python_of_test())
     monkeypatch.setattr(Environment, "_python_of_test", lambda self: None, raising=False)
-    environment.install(lambda line: None)
+    environment.install(SILENT)
     assert not rubbish.exists()
     assert (environment.folder / MARK).is_file()
 
