@@ -244,6 +244,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(invoke: Command, tin
     assert result.stderr.startswith("calibrating once on 128 tokens for 1 branch ")
     assert sorted(path.relative_to(dist).as_posix() for path in dist.glob("*/*")) == [
         ".quantize/lock",
+        ".quantize/origins.json",
         "tiny-llama-GPTQ/main",
     ]
 

@@ -5,14 +5,13 @@ A virtual environment cannot be moved, so it is made where it stays; a file that
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import subprocess
 import venv
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from quantize.engines.engine import Engine
 from quantize.engines.process import SHOWN, run_worker
 from quantize.errors import EngineError, EngineRunError
 from quantize.files.child import computing_environment
+from quantize.files.lock import LockHeld, LocksUnsupported, exclusive_lock
 
 MARK = "environment.json"
 GPU_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
@@ -176,18 +176,18 @@ class Environment:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the only installation of this engine."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / f"{self.engine.name}.lock").open("a+")
-        except OSError as error:
-            raise EngineRunError(f"{self.root}: cannot be written: {error.strerror}") from None
-        with lock:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                self.root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive_lock(self.root / f"{self.engine.name}.lock"))
+            except LockHeld:
                 raise EngineRunError(
                     f"{self.engine.title} is being installed by another process; wait for it"
                 ) from None
+            except LocksUnsupported as error:
+                raise EngineRunError(f"{self.root}: cannot be locked on its filesystem: {error}") from None
+            except OSError as error:
+                raise EngineRunError(f"{self.root}: cannot be written: {error.strerror}") from None
             yield
 
 
