@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import venv
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from quantize.engines.engine import Engine
-from quantize.engines.process import SHOWN, run_worker
+from quantize.engines.installers import CannotInstall, Pip, Uv, find_installer, reason
+from quantize.engines.process import run_worker
 from quantize.errors import EngineError, EngineRunError
-from quantize.files.child import computing_environment
 from quantize.files.lock import LockHeld, LocksUnsupported, exclusive_lock
 
 MARK = "environment.json"
@@ -98,7 +96,7 @@ class Environment:
         """Make the environment, unless it is there.
 
         Raises:
-            EngineError: pip cannot have the packages, or the disk is full; nothing half-made is taken for finished.
+            EngineError: the packages cannot be had, or the disk is full; nothing half-made is taken for finished.
         """
         with self._locked():
             self.__dict__.pop("mark", None)
@@ -107,16 +105,20 @@ class Environment:
                 return
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            log = self.folder / "install.log"
-            notify(f"{self.engine.title}: making an environment in {self.folder}")
+            log, installer = self.folder / "install.log", find_installer()
+            notify(f"{self.engine.title}: making an environment with {installer.name} in {self.folder}")
             try:
-                venv.create(self.folder / "python", symlinks=True)
-                self._pip(notify, log)
-            except (OSError, subprocess.CalledProcessError) as error:
+                python = installer.create(Path(os.path.abspath(self.folder / "python")), log)
+                self._fill(installer, python, notify, log)
+            except CannotInstall as error:
+                raise EngineRunError(
+                    f"{self.engine.title}: its environment cannot be made: {error}; see {log}. "
+                    f"`{self.how} --python PATH` takes a Python that has the engine"
+                ) from None
+            except OSError as error:
                 raise EngineRunError(
                     f"{self.engine.title}: its environment cannot be made ({error}); see {log}"
                 ) from None
-            python = self.folder / "python" / "bin" / "python"
             self._write_mark({"python": str(python), "version": self.engine.version, "own": None})
             notify(f"{self.engine.title} is installed: {python}")
 
@@ -148,22 +150,19 @@ class Environment:
         with (self.folder / "check.log").open("w", encoding="utf-8") as log:
             return run_worker(self.engine, python, {"action": "check"}, log)
 
-    def _pip(self, notify: Callable[[str], None], log: Path) -> None:
-        constraints = self.folder / "constraints.txt"
+    def _fill(self, installer: Pip | Uv, python: Path, notify: Callable[[str], None], log: Path) -> None:
+        constraints = Path(os.path.abspath(self.folder / "constraints.txt"))
         constraints.write_text("\n".join(self.engine.constraints.split()) + "\n", encoding="utf-8")
-        python = str(self.folder / "python" / "bin" / "python")
-        # -P: a stranger's checkout may be the current folder, and hold a pip.py
-        pip = [python, "-P", "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off"]
-        if _logged([python, "-P", "-m", "ensurepip", "--upgrade", "--default-pip"], log):
-            raise EngineError(f"{self.engine.title}: Python's ensurepip cannot install pip; see {log}")
         steps = [["--constraint", str(constraints), *self.engine.requirements]]
         if self.engine.without_dependencies:
             steps.append(["--no-deps", *self.engine.without_dependencies])
         for step in steps:
             named = [word for word in step if "==" in word]
             notify(f"{self.engine.title}: installing {', '.join(named)}")
-            if _logged([*pip, *step], log):
-                raise EngineRunError(f"{self.engine.title}: pip cannot install it: {_pip_reason(log)}; see {log}")
+            if not installer.install(python, step, log):
+                raise EngineRunError(
+                    f"{self.engine.title}: {installer.name} cannot install it: {reason(log)}; see {log}"
+                )
 
     def _write_mark(self, data: dict[str, Any]) -> None:
         temporary = self.folder / f".{MARK}"
@@ -189,21 +188,3 @@ class Environment:
             except OSError as error:
                 raise EngineRunError(f"{self.root}: cannot be written: {error.strerror}") from None
             yield
-
-
-def _logged(command: list[str], log: Path) -> int:
-    """Run an installer, which needs the network and the user's settings for it, and no tokens; its exit code."""
-    environment = {**computing_environment(network=True), "HOME": str(Path.home())}  # pip keeps its cache there
-    with log.open("a", encoding="utf-8") as file:
-        return subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
-        ).returncode
-
-
-def _pip_reason(log: Path) -> str:
-    """pip's own last error, or that there was no network."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    if any(word in text for word in ("NewConnectionError", "Temporary failure in name resolution", "Network is unr")):
-        return "the package index cannot be reached"
-    errors = [line.removeprefix("ERROR: ") for line in text.splitlines() if line.startswith("ERROR: ")]
-    return errors[0][:SHOWN] if errors else "it gave no reason"
