@@ -12,10 +12,10 @@ from benchmarks.document import machine, replace_section, table
 from benchmarks.ours import Built, Task, Variant, stages_table
 from benchmarks.peers import WINDOWS, figures, measure
 from quantize.formats.reader import BranchReader
+from quantize.formats.tensor_file import TensorFile
 from quantize.measuring.quality import Weights
 from quantize.methods.gptq import GptqParameters, round_to_nearest
 from quantize.source.checkpoint import read_checkpoint
-from quantize.source.tensor_file import TensorFile
 
 GROUP_SIZE = 64
 OURS: dict[str, dict[str, Any]] = {

@@ -247,6 +247,7 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(invoke: Command, tin
     assert {"event": "progress", "title": "blocks", "done": 3, "total": 3, "unit": "block"} in events
     assert sorted(path.relative_to(dist).as_posix() for path in dist.glob("*/*")) == [
         ".quantize/lock",
+        ".quantize/origins.json",
         "tiny-llama-GPTQ/main",
     ]
 

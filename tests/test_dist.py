@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import fcntl
 import json
 import os
@@ -156,7 +157,7 @@ def test_only_the_work_folder_is_ever_cleared(invoke: Command, littered: Path, t
     assert invoke("build", tiny_recipe, "--dist", littered).returncode == 0
     assert invoke("card", tiny_recipe, "--dist", littered).returncode == 0
     assert {name for name in OWN if (littered / name).read_text() == "the user's own"} == OWN
-    assert [path.name for path in (littered / ".quantize").iterdir()] == ["lock"]
+    assert sorted(path.name for path in (littered / ".quantize").iterdir()) == ["lock", "origins.json"]
     assert (littered / NAME / "old" / "config.json").is_file(), "a branch that was being replaced is back"
 
 
@@ -363,15 +364,61 @@ def test_a_dist_of_an_older_version_is_read_gently(
     first, second = twins
     dist = tmp_path / "dist"
     assert invoke("build", first, "--dist", dist, "--device", "cpu").returncode == 0
-    (dist / ".quantize" / "lock").write_text("")
+    (dist / ".quantize" / "origins.json").unlink()
     assert states(invoke, second, dist) == {"stale"}  # nothing tells it from the same model, trained further
     other = write_model(tmp_path / "place2" / "model", "qwen2")
     for path in other.iterdir():  # nor one file in common
         if path.suffix in {".json", ".jinja", ".md"} or path.name == "LICENSE":
             path.write_bytes(path.read_bytes() + b"\n")
     assert states(invoke, first, dist, "--set", f"model.source={other}") == {"taken"}
-    (dist / ".quantize" / "lock").write_text("{" * 5000)
+    for name in ("origins.json", "lock"):
+        (dist / ".quantize" / name).write_text("{" * 5000)
     assert states(invoke, first, dist) == {"fresh"}
+
+
+def test_what_an_older_version_remembered_in_the_lock_file_holds(
+    invoke: Command, twins: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, second = twins
+    work = tmp_path / "dist" / ".quantize"
+    assert invoke("build", first, "--dist", tmp_path / "dist", "--device", "cpu").returncode == 0
+    (work / "origins.json").replace(work / "lock")
+    assert states(invoke, second, tmp_path / "dist") == {"taken"}
+    with locked(tmp_path / "dist") as held:
+        remember_origins(held, {"another": "hub:a/b"})
+    assert len(json.loads((work / "origins.json").read_text())["origins"]) == 2
+    assert states(invoke, second, tmp_path / "dist") == {"taken"}
+
+
+def test_a_lock_that_is_a_link_is_not_followed(both: Path, tmp_path: Path) -> None:
+    lock = both / ".quantize" / "lock"
+    lock.unlink()
+    lock.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BuildError, match="cannot be written"), locked(both):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_lock_is_refused_while_it_is_held_and_free_after_an_error(both: Path) -> None:
+    def fail() -> None:
+        with locked(both):
+            with pytest.raises(BuildError, match="another build is running in it"), locked(both):
+                pass
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    with locked(both):
+        pass
+
+
+def test_a_filesystem_without_locks_is_one_sentence(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(BuildError, match="cannot be locked on its filesystem: Function not implemented"), locked(both):
+        pass
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["remembered", "older version"])
@@ -383,7 +430,7 @@ def test_a_model_of_the_hub_is_not_a_local_one_of_its_name(both: Path, tiny_reci
             "name": "alice/tiny-llama", "commit": "a" * 40, "files": dict.fromkeys(data["source"]["files"], "0" * 64),
         }  # fmt: skip
         path.write_text(json.dumps(data))
-    (both / ".quantize" / "lock").write_text("")
+    (both / ".quantize" / "origins.json").unlink()
     if known:
         with locked(both) as held:
             remember_origins(held, {NAME: "hub:alice/tiny-llama"})

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from tiny import write_model, write_recipe
 
 import quantize
 from quantize import engines
-from quantize.engines import Engine, known_engines
+from quantize.engines import Engine, installers, known_engines
 from quantize.engines.environment import MARK, Environment
+from quantize.engines.installers import Pip, find_installer
 from quantize.engines.process import WORKER
 from quantize.errors import EngineError
 from quantize.files.child import MAIN
@@ -233,11 +234,12 @@ def line_of(text: str, name: str) -> str:
 def test_an_interrupted_installation_is_not_taken_for_a_finished_one(
     empty: Path, monkeypatch: pytest.MonkeyPatch, invoke: Command
 ) -> None:
-    def interrupted(self: Environment, notify: Any, log: Path) -> None:
+    def interrupted(self: Pip, python: Path, wanted: list[str], log: Path) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("quantize.engines.environment.venv.create", lambda folder, **options: folder.mkdir())
-    monkeypatch.setattr(Environment, "_pip", interrupted)
+    monkeypatch.setattr("quantize.engines.environment.find_installer", Pip)
+    monkeypatch.setattr(Pip, "create", lambda self, folder, log: Path(sys.executable))
+    monkeypatch.setattr(Pip, "install", interrupted)
     assert invoke("engines", "install", "fake").returncode == 130
     environment = environment_of(engines.find_engine("fake"))
     assert environment.folder.is_dir()
@@ -247,8 +249,7 @@ def test_an_interrupted_installation_is_not_taken_for_a_finished_one(
 
     rubbish = environment.folder / "half"
     rubbish.touch()
-    monkeypatch.setattr(Environment, "_pip", lambda self, notify, log: self._python_of_test())
-    monkeypatch.setattr(Environment, "_python_of_test", lambda self: None, raising=False)
+    monkeypatch.setattr(Pip, "install", lambda self, python, wanted, log: True)
     environment.install(SILENT)
     assert not rubbish.exists()
     assert (environment.folder / MARK).is_file()
@@ -259,9 +260,119 @@ def test_a_machine_without_network_gets_one_sentence(empty: Path, offline: Path,
     environment = environment_of(engines.find_engine("fake"))
     environment.folder.mkdir(parents=True)
     (environment.folder / "install.log").write_text(log)
-    from quantize.engines.environment import _pip_reason
+    from quantize.engines.installers import reason
 
-    assert _pip_reason(environment.folder / "install.log") == "the package index cannot be reached"
+    assert reason(environment.folder / "install.log") == "the package index cannot be reached"
+
+
+UV = """\
+#!{python}
+import os, pathlib, sys
+words = sys.argv[1:]
+with open({calls!r}, "a") as log:
+    print(os.getcwd(), *words, file=log)
+if words[0] == "venv":
+    bin = pathlib.Path(words[-1]) / "bin"
+    bin.mkdir(parents=True)
+    (bin / "python").symlink_to({python!r})
+else:
+    print({says!r}, file=sys.stderr)
+    sys.exit(bool({says!r}))
+"""
+
+
+@pytest.fixture
+def uv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Puts a uv that installs nothing on the PATH, or one that fails with what it is to say; the file of its calls.
+    Nothing tells pip where packages come from."""
+
+    def put(says: str = "") -> Path:
+        folder = tmp_path / "programs"
+        folder.mkdir()
+        text = UV.format(python=sys.executable, calls=str(folder / "calls"), says=says)
+        (folder / "uv").write_text(text)
+        (folder / "uv").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+        return folder / "calls"
+
+    for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    return put
+
+
+def test_uv_makes_the_environment_where_it_is_there(
+    empty: Path, uv: Callable[[str], Path], tmp_path: Path, invoke: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = uv("")
+    monkeypatch.chdir(tmp_path)  # whose uv.toml, if it has one, says nothing here
+    monkeypatch.setenv("QUANTIZE_CACHE", "cache")
+    result = invoke("engines", "install", "fake")
+    assert result.returncode == 0, result.stderr
+    environment = environment_of(engines.find_engine("fake"))
+    assert environment.python == (environment.folder / "python" / "bin" / "python").absolute()
+    constraints = (environment.folder / "constraints.txt").absolute()
+    assert constraints.read_text() == "quantize-fake-tool==1.0\n"
+    folder = environment.folder.absolute() / "python"
+    python = folder / "bin" / "python"
+    assert calls.read_text().splitlines() == [
+        f"/ venv --no-project --python {sys.executable} {folder}",
+        f"/ pip install --python {python} --constraint {constraints} quantize-fake-tool==1.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("says", "reason"),
+    [
+        (
+            "  × No solution found when resolving dependencies:\n  ╰─▶ Because fake-tool was not found, it is so.\n",
+            "No solution found when resolving dependencies: Because fake-tool was not found, it is so.",
+        ),
+        ("error: Failed to fetch: `x`\n  Caused by: dns error: no such name\n", "the package index cannot be reached"),
+        ("error: disk full\n", "disk full"),
+    ],
+)
+def test_uv_that_fails_is_one_sentence(
+    says: str, reason: str, empty: Path, uv: Callable[[str], Path], invoke: Command
+) -> None:
+    uv(says)
+    refused = invoke("engines", "install", "fake")
+    assert refused.returncode == 1
+    assert f"error: fake 1.0: uv cannot install it: {reason}; see " in refused.stderr
+    assert refused.stderr.count("error:") == 1
+    assert environment_of(engines.find_engine("fake")).mark is None
+
+
+@pytest.mark.parametrize("told", ["variable", "file", "file of another thing", "both"])
+def test_what_tells_pip_alone_where_packages_are_is_not_passed_over(
+    told: str, uv: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uv("")
+    lines = {"file": "[global]\nindex-url = https://example.org/simple\n", "file of another thing": "timeout = 5\n"}
+    (tmp_path / "pip.conf").write_text(lines.get(told, ""))
+    if told in lines:
+        monkeypatch.setattr(installers, "_pip_files", lambda: [tmp_path / "absent", tmp_path / "pip.conf"])
+    else:
+        monkeypatch.setenv("PIP_INDEX_URL", "https://example.org/simple")
+    if told == "both":
+        monkeypatch.setenv("UV_DEFAULT_INDEX", "https://example.org/simple")
+    assert find_installer().name == ("pip" if told in {"variable", "file"} else "uv")
+
+
+def test_a_python_that_brings_no_pip_is_told_what_to_do(
+    empty: Path, offline: Path, invoke: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create(folder: Path, **options: Any) -> None:
+        (folder / "bin").mkdir(parents=True)
+        (folder / "bin" / "python").write_text("#!/bin/sh\necho No module named ensurepip\nexit 1\n")
+        (folder / "bin" / "python").chmod(0o755)
+
+    monkeypatch.setattr("quantize.engines.installers.venv.create", create)
+    refused = invoke("engines", "install", "fake")
+    assert refused.returncode == 1
+    for words in ("install uv", "python3-venv", "quantize engines install fake --python PATH"):
+        assert words in refused.stderr
+    assert refused.stderr.count("error:") == 1
 
 
 def test_other_pins_are_another_environment(empty: Path) -> None:
@@ -405,7 +516,7 @@ def test_two_builds_give_the_same_bytes_and_a_third_does_nothing(
         quantize.load_recipe(recipe), quantize.BuildOptions(dist=tmp_path, only=("theirs",), device="cpu")
     )
     assert (third.built, third.fresh) == ([], ["gptq/theirs"])
-    assert sorted(path.name for path in (tmp_path / ".quantize").iterdir()) == ["lock"]
+    assert sorted(path.name for path in (tmp_path / ".quantize").iterdir()) == ["lock", "origins.json"]
 
 
 def digest(path: Path) -> str:

@@ -4,6 +4,7 @@ that cannot be used; defects."""
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import signal
 import subprocess
@@ -279,3 +280,25 @@ def test_a_cache_of_nobody_is_no_folder_of_that_name(
     monkeypatch.setenv("QUANTIZE_CACHE", "~nobody-of-this-name/cache")
     assert_refused(invoke("status", tiny_recipe, "--dist", dist), "QUANTIZE_CACHE", code=1)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("~")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system keeps caches elsewhere")
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, "home/.cache/quantize"),
+        ({"XDG_CACHE_HOME": "{}/caches"}, "caches/quantize"),
+        ({"XDG_CACHE_HOME": "{}/caches", "QUANTIZE_CACHE": "{}/own"}, "own"),
+        ({"QUANTIZE_CACHE": "~/own"}, "home/own"),
+    ],
+)
+def test_where_the_cache_lies(
+    variables: dict[str, str], place: str, invoke: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XDG_CACHE_HOME", "QUANTIZE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.format(tmp_path))
+    found = json.loads(invoke("gc", "--older-than", "1", "--dry-run", "--json").stdout)
+    assert found["cache"] == str(tmp_path / place)

@@ -19,12 +19,12 @@ from quantize.errors import EngineRunError, SourceChanged, SourceError
 from quantize.formats import compressed, gptq
 from quantize.formats.reader import PARTS, decode
 from quantize.formats.safetensors_writer import TORCH_DTYPES, ShardWriter
+from quantize.formats.tensor_file import TensorFile
 from quantize.planning.items import PlannedVariant
 from quantize.planning.modules import LinearSpec
 from quantize.planning.plan import Plan
 from quantize.source.checkpoint import read_header
 from quantize.source.source_tensors import SourceTensors
-from quantize.source.tensor_file import TensorFile
 from quantize.verifying.tensors import MOST_ERROR, without_scales
 
 Tensors = dict[str, torch.Tensor]

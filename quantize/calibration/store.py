@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
+from quantize.calibration.saved_tensors import save_whole
 from quantize.calibration.statistics import InputStatistics, panels
 from quantize.errors import CalibrationError
 from quantize.files.atomic import write_atomically
 from quantize.files.sealed import seal, unseal
 from quantize.files.space import touch
+from quantize.formats.tensor_file import TensorFile
 from quantize.source.streamed import Linear
-from quantize.source.tensor_file import TensorFile, save_whole
 
 ENTERED = "entered"
 

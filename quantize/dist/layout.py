@@ -7,11 +7,10 @@ is unfinished or temporary lies below ``dist/.quantize/``, and only there is any
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ from typing import Any
 from quantize.errors import BuildError, ReleaseError
 from quantize.files.atomic import copy_file, replacing, sync_folder, write_atomically
 from quantize.files.digest import sha256_of_file
+from quantize.files.lock import LockHeld, LocksUnsupported, exclusive_lock
 
 WORK_FOLDER = ".quantize"
 """Inside dist: the lock and everything unfinished. Nothing else unfinished is ever visible in dist."""
 
-LOCK, UNFINISHED = "lock", "unfinished"
-"""Inside the work folder: what stays there. Builds that can be gone on with lie in ``unfinished``; ``origins.json`` is
+LOCK, ORIGINS, UNFINISHED = "lock", "origins.json", "unfinished"
+"""Inside the work folder: what stays there. Builds that can be resumed lie in ``unfinished``; ``origins.json`` is
 described in ``origins.py``."""
 
 
@@ -86,18 +86,19 @@ def locked(dist: Path, *, create: bool = True) -> Iterator[Dist]:
         held.work.mkdir(parents=True, exist_ok=True)
         if held.work.is_symlink():
             raise BuildError(f"{held.work}: is a link, but what lies in it gets removed; put a folder in its place")
-        handle = os.open(held.work / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         raise BuildError(f"{dist}: cannot be written: {error.strerror}") from None
-    with os.fdopen(handle, "r+") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(exclusive_lock(held.work / LOCK))
+        except LockHeld:
             raise BuildError(
                 f"{dist}: another build is running in it; wait for it, or build with another --dist"
             ) from None
+        except LocksUnsupported as error:
+            raise BuildError(f"{dist}: cannot be locked on its filesystem: {error}") from None
         except OSError as error:
-            raise BuildError(f"{dist}: cannot be locked on its filesystem: {error.strerror}") from None
+            raise BuildError(f"{dist}: cannot be written: {error.strerror}") from None
         _restore(dist, held.work)
         try:
             yield held
@@ -177,7 +178,7 @@ def _restore(dist: Path, work: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.rename(old, target)
     for leftover in work.iterdir():
-        if leftover.name in {LOCK, UNFINISHED}:
+        if leftover.name in {LOCK, ORIGINS, UNFINISHED}:
             continue
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)

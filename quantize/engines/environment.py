@@ -5,23 +5,21 @@ A virtual environment cannot be moved, so it is made where it stays; a file that
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-import subprocess
-import venv
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from quantize.engines.engine import Engine
-from quantize.engines.process import SHOWN, run_worker
+from quantize.engines.installers import CannotInstall, Pip, Uv, find_installer, reason
+from quantize.engines.process import run_worker
 from quantize.errors import EngineError, EngineRunError
-from quantize.files.child import computing_environment
+from quantize.files.lock import LockHeld, LocksUnsupported, exclusive_lock
 from quantize.reporter import Reporter
 
 MARK = "environment.json"
@@ -99,7 +97,7 @@ class Environment:
         """Make the environment, unless it is there.
 
         Raises:
-            EngineError: pip cannot have the packages, or the disk is full; nothing half-made is taken for finished.
+            EngineError: the packages cannot be had, or the disk is full; nothing half-made is taken for finished.
         """
         with self._locked():
             self.__dict__.pop("mark", None)
@@ -108,16 +106,20 @@ class Environment:
                 return
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            log = self.folder / "install.log"
-            reporter.say(f"{self.engine.title}: making an environment in {self.folder}")
+            log, installer = self.folder / "install.log", find_installer()
+            reporter.say(f"{self.engine.title}: making an environment with {installer.name} in {self.folder}")
             try:
-                venv.create(self.folder / "python", symlinks=True)
-                self._pip(reporter, log)
-            except (OSError, subprocess.CalledProcessError) as error:
+                python = installer.create(Path(os.path.abspath(self.folder / "python")), log)
+                self._fill(installer, python, reporter, log)
+            except CannotInstall as error:
+                raise EngineRunError(
+                    f"{self.engine.title}: its environment cannot be made: {error}; see {log}. "
+                    f"`{self.how} --python PATH` takes a Python that has the engine"
+                ) from None
+            except OSError as error:
                 raise EngineRunError(
                     f"{self.engine.title}: its environment cannot be made ({error}); see {log}"
                 ) from None
-            python = self.folder / "python" / "bin" / "python"
             self._write_mark({"python": str(python), "version": self.engine.version, "own": None})
             reporter.say(f"{self.engine.title} is installed: {python}")
 
@@ -149,22 +151,19 @@ class Environment:
         with (self.folder / "check.log").open("w", encoding="utf-8") as log:
             return run_worker(self.engine, python, {"action": "check"}, log)
 
-    def _pip(self, reporter: Reporter, log: Path) -> None:
-        constraints = self.folder / "constraints.txt"
+    def _fill(self, installer: Pip | Uv, python: Path, reporter: Reporter, log: Path) -> None:
+        constraints = Path(os.path.abspath(self.folder / "constraints.txt"))
         constraints.write_text("\n".join(self.engine.constraints.split()) + "\n", encoding="utf-8")
-        python = str(self.folder / "python" / "bin" / "python")
-        # -P: a stranger's checkout may be the current folder, and hold a pip.py
-        pip = [python, "-P", "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off"]
-        if _logged([python, "-P", "-m", "ensurepip", "--upgrade", "--default-pip"], log):
-            raise EngineError(f"{self.engine.title}: Python's ensurepip cannot install pip; see {log}")
         steps = [["--constraint", str(constraints), *self.engine.requirements]]
         if self.engine.without_dependencies:
             steps.append(["--no-deps", *self.engine.without_dependencies])
         for step in steps:
             named = [word for word in step if "==" in word]
             reporter.say(f"{self.engine.title}: installing {', '.join(named)}")
-            if _logged([*pip, *step], log):
-                raise EngineRunError(f"{self.engine.title}: pip cannot install it: {_pip_reason(log)}; see {log}")
+            if not installer.install(python, step, log):
+                raise EngineRunError(
+                    f"{self.engine.title}: {installer.name} cannot install it: {reason(log)}; see {log}"
+                )
 
     def _write_mark(self, data: dict[str, Any]) -> None:
         temporary = self.folder / f".{MARK}"
@@ -177,34 +176,16 @@ class Environment:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the only installation of this engine."""
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / f"{self.engine.name}.lock").open("a+")
-        except OSError as error:
-            raise EngineRunError(f"{self.root}: cannot be written: {error.strerror}") from None
-        with lock:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                self.root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive_lock(self.root / f"{self.engine.name}.lock"))
+            except LockHeld:
                 raise EngineRunError(
                     f"{self.engine.title} is being installed by another process; wait for it"
                 ) from None
+            except LocksUnsupported as error:
+                raise EngineRunError(f"{self.root}: cannot be locked on its filesystem: {error}") from None
+            except OSError as error:
+                raise EngineRunError(f"{self.root}: cannot be written: {error.strerror}") from None
             yield
-
-
-def _logged(command: list[str], log: Path) -> int:
-    """Run an installer, which needs the network and the user's settings for it, and no tokens; its exit code."""
-    environment = {**computing_environment(network=True), "HOME": str(Path.home())}  # pip keeps its cache there
-    with log.open("a", encoding="utf-8") as file:
-        return subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment
-        ).returncode
-
-
-def _pip_reason(log: Path) -> str:
-    """pip's own last error, or that there was no network."""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    if any(word in text for word in ("NewConnectionError", "Temporary failure in name resolution", "Network is unr")):
-        return "the package index cannot be reached"
-    errors = [line.removeprefix("ERROR: ") for line in text.splitlines() if line.startswith("ERROR: ")]
-    return errors[0][:SHOWN] if errors else "it gave no reason"

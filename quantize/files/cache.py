@@ -14,7 +14,9 @@ _NATIVE_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def cache_folder() -> Path:
-    """``$QUANTIZE_CACHE``, or ``quantize`` below the user's cache directory.
+    """``$QUANTIZE_CACHE``, or ``quantize`` where the system keeps the user's caches.
+
+    On Linux that is ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     Raises:
         CacheError: the user whose folder it is has none.
@@ -25,12 +27,15 @@ def cache_folder() -> Path:
         if found.startswith("~"):
             raise CacheError(f"QUANTIZE_CACHE={explicit}: there is no such user, and so no such folder")
         return Path(found)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "quantize"
+    from platformdirs import user_cache_path
+
     try:
-        return Path.home() / ".cache" / "quantize"
+        folder = user_cache_path("quantize", appauthor=False)
     except RuntimeError:
-        raise CacheError("this user has no home folder for the cache; set QUANTIZE_CACHE to a folder") from None
+        folder = None
+    if folder is None or not folder.is_absolute():  # ~ where no home is known
+        raise CacheError("this user has no home folder for the cache; set QUANTIZE_CACHE to a folder")
+    return folder
 
 
 def require_cache() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from quantize.formats import awq, compressed, gptq
 from quantize.formats.names import is_file_name
+from quantize.formats.tensor_file import TensorFile
 from quantize.formats.tensors import INDEX_NAME, SINGLE_NAME
 
 PARTS = {
@@ -38,6 +38,8 @@ def decode(
 class BranchReader:
     """Tensors of a branch's folder, one at a time; its linears dequantized.
 
+    The header of each shard is read once, when the first of its tensors is asked for. No file stays open.
+
     Raises:
         OSError, KeyError, ValueError: the folder is no branch of a format in :data:`PARTS`.
     """
@@ -61,6 +63,7 @@ class BranchReader:
         ):
             raise ValueError(f"{index}: its weight_map names something that is no file beside it")
         self._shard_of: dict[str, str] = shards
+        self._files: dict[str, TensorFile] = {}
 
     @cached_property
     def activation_scales(self) -> dict[str, torch.Tensor]:
@@ -79,17 +82,31 @@ class BranchReader:
     def _stored(self) -> frozenset[str]:
         if self._shard_of:
             return frozenset(self._shard_of)
-        with safe_open(self.folder / SINGLE_NAME, framework="pt") as file:
-            return frozenset(file.keys())
+        return frozenset(self._file(SINGLE_NAME).names)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor as stored."""
+        """A tensor as stored.
+
+        Raises:
+            OSError: its file cannot be read. ValueError: that holds no such tensor, or is damaged.
+        """
+        file = self._file(self._shard_of.get(name, SINGLE_NAME))
+        if name not in file:
+            raise ValueError(f"{file.path}: holds no tensor {name}")
         try:
-            with safe_open(self.folder / self._shard_of.get(name, SINGLE_NAME), framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
-                return tensor
-        except SafetensorError as error:
-            raise ValueError(str(error)) from None
+            return file.read(name)
+        except KeyError as error:
+            raise ValueError(f"{file.path}: its tensor {name} has the unknown type {error}") from None
+        except ValueError as error:
+            raise ValueError(f"{file.path}: {error}") from None
+
+    def _file(self, shard: str) -> TensorFile:
+        if shard not in self._files:
+            try:
+                self._files[shard] = TensorFile(self.folder / shard)
+            except ValueError as error:
+                raise ValueError(f"{self.folder / shard}: {error}") from None
+        return self._files[shard]
 
     def weight(self, module: str) -> torch.Tensor:
         """The weight [out_features, in_features] float32 that a loader computes for a quantized linear."""

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from quantize.calibration.saved_tensors import save_whole
 from quantize.files.cache import cache_folder
 from quantize.files.space import touch
-from quantize.source.tensor_file import TensorFile, save_whole
+from quantize.formats.tensor_file import TensorFile
 
 INTERIM_SECONDS = 60.0
 

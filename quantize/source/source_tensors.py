@@ -6,9 +6,9 @@ import torch
 
 from quantize.errors import SourceError
 from quantize.files.digest import identity_of
+from quantize.formats.tensor_file import NotAsWritten, TensorFile
 from quantize.source.fingerprints import note_tensor
 from quantize.source.resolved import Source
-from quantize.source.tensor_file import NotAsWritten, TensorFile
 from quantize.source.unchanged import changed
 
 

@@ -18,13 +18,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from quantize.errors import SourceError
+from quantize.formats.tensor_file import DTYPES
 from quantize.source.architecture import empty_model, match_names, running
 from quantize.source.experts import Expert, split_experts
 from quantize.source.prefetch import Prefetch
 from quantize.source.resolved import Source
 from quantize.source.routing import find_routers
 from quantize.source.source_tensors import SourceTensors
-from quantize.source.tensor_file import DTYPES
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -9,9 +9,9 @@ import torch
 from quantize.dist.manifest import read_manifest
 from quantize.errors import SourceError
 from quantize.formats.reader import BranchReader
+from quantize.formats.tensor_file import TensorFile
 from quantize.source.checkpoint import read_header
 from quantize.source.resolved import Source
-from quantize.source.tensor_file import TensorFile
 from quantize.verifying.checks import Check
 
 MOST_ERROR = {2: 0.9, 3: 0.5, 4: 0.3, 8: 0.05}

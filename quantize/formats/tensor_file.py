@@ -8,18 +8,13 @@ Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON heade
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from quantize.files.cache import as_os_error
 from quantize.formats.safetensors_digests import digest_of
 from quantize.formats.safetensors_header import file_header
-from quantize.formats.tensors import TensorSpec
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -41,32 +36,8 @@ class NotAsWritten(ValueError):
         super().__init__(f"{name} is not what it was when its hash was taken")
 
 
-def save_whole(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file whole, or not at all: under a temporary name, flushed, renamed.
-
-    The digest of every tensor goes with it, for :meth:`TensorFile.guarded`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    digests = {
-        name: digest_of(TensorSpec(NAMES[tensor.dtype], tuple(tensor.shape)), _bytes(tensor))
-        for name, tensor in plain.items()
-    }
-    try:
-        try:
-            save_file(plain, temporary, {DIGESTS: json.dumps(digests)})
-        except SafetensorError as error:  # a full disk, say
-            raise as_os_error(error, path) or error from None
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, as bytes."""
     data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
     return data
 
@@ -86,7 +57,7 @@ class TensorFile:
 
     @classmethod
     def guarded(cls, path: Path) -> TensorFile:
-        """A file of :func:`save_whole`, held against the digests that it carries.
+        """A file with digests, held against the digests that it carries.
 
         Raises:
             OSError, ValueError: not there, no such file, or without digests.
@@ -117,7 +88,7 @@ class TensorFile:
         spec, (first, last) = self._header.tensors[name], self._header.places[name]
         dtype, shape = DTYPES[spec.dtype], spec.shape
         tensor = torch.empty(shape, dtype=dtype)
-        data = view = _bytes(tensor)
+        data = view = tensor_bytes(tensor)
         with self.path.open("rb", buffering=0) as file:
             file.seek(first)
             if len(view) != last - first:

@@ -1,0 +1,41 @@
+"""Tensors written to a file of the cache, whole or not at all, with the digest of each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from quantize.files.cache import as_os_error
+from quantize.formats.safetensors_digests import digest_of
+from quantize.formats.tensor_file import DIGESTS, NAMES, tensor_bytes
+from quantize.formats.tensors import TensorSpec
+
+
+def save_whole(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file whole, or not at all: under a temporary name, flushed, renamed.
+
+    The digest of every tensor goes with it, for :meth:`quantize.formats.tensor_file.TensorFile.guarded`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    digests = {
+        name: digest_of(TensorSpec(NAMES[tensor.dtype], tuple(tensor.shape)), tensor_bytes(tensor))
+        for name, tensor in plain.items()
+    }
+    try:
+        try:
+            save_file(plain, temporary, {DIGESTS: json.dumps(digests)})
+        except SafetensorError as error:  # a full disk, say
+            raise as_os_error(error, path) or error from None
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
