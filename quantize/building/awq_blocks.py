@@ -16,6 +16,7 @@ from quantize.errors import SolveError
 from quantize.executors.local import energy_of
 from quantize.formats import awq as awq_format
 from quantize.methods.awq import AwqParameters, Scales, divided, quantize_scaled, search_scales
+from quantize.methods.products import no_products
 from quantize.planning.modules import SCALED_ACTIVATIONS
 from quantize.source.streamed import StreamedModel
 
@@ -171,7 +172,7 @@ class AwqBlocks:
         first = 0
         for linear, name, part in zip(group.linears, names, parts, strict=True):
             rows = slice(first, first + len(part))
-            with self.reporter.stage("pack"):
+            with self.reporter.stage("pack"), no_products():
                 tensors = awq_format.encode(solution.codes[rows], solution.scales[:, rows], solution.zeros[:, rows])
             with self.reporter.stage("write"):
                 if f"{name}.bias" in self.model.source.checkpoint.tensors:

@@ -15,6 +15,7 @@ from quantize.errors import SolveError
 from quantize.executors.api import Future, Job
 from quantize.formats import gptq as gptq_format
 from quantize.methods.gptq import GptqParameters, Solution
+from quantize.methods.products import no_products
 from quantize.source.streamed import StreamedModel
 
 
@@ -87,7 +88,7 @@ class GptqBlocks:
         return solved.solutions
 
     def _write_linear(self, branch: Branch, name: str, solution: Solution, rows: slice) -> None:
-        with self.reporter.stage("pack"):
+        with self.reporter.stage("pack"), no_products():
             tensors = gptq_format.encode(
                 solution.codes[rows],
                 solution.scales[:, rows],

@@ -8,12 +8,13 @@ threads. In float32, results whose sides are multiples of :data:`TILE` came out 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 TILE = 16
 Product = Callable[..., torch.Tensor]
@@ -50,6 +51,14 @@ class EvenProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 result = torch.add(result, args[0], alpha=beta)
         into = kwargs.get("out", args[0] if func in _IN_PLACE else None)
         return result.contiguous() if into is None else into.copy_(result)
+
+
+@contextmanager
+def no_products() -> Iterator[None]:
+    """For code that multiplies no matrices and runs many small operations, such as packing: the mode, which costs each
+    operation some 20 us, is off inside."""
+    with _disable_current_modes():
+        yield
 
 
 _aten = torch.ops.aten
