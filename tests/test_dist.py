@@ -210,12 +210,12 @@ def test_verify_notes_in_a_dist_only_and_under_its_lock(
     branch = both / NAME / "eight"
     elsewhere = Path(shutil.copytree(branch, tmp_path / "somebody" / "repo" / "eight"))
     before = tree(tmp_path / "somebody")
-    assert "lies in no dist" in verified(invoke, elsewhere, monkeypatch).stderr
+    assert "is not in a dist" in verified(invoke, elsewhere, monkeypatch).stderr
     assert tree(tmp_path / "somebody") == before
     with lock_of_another(both):
         assert "another build is running" in verified(invoke, branch, monkeypatch).stderr
     assert "loads_in" not in json.loads((branch / MANIFEST_NAME).read_text())
-    assert verified(invoke, branch, monkeypatch).stderr.count("not noted") == 0
+    assert verified(invoke, branch, monkeypatch).stderr.count("not recorded") == 0
     assert json.loads((branch / MANIFEST_NAME).read_text())["loads_in"] == {"ours 1.0": "ok"}
     assert verified(invoke, both / NAME, monkeypatch).returncode == 0
     assert not list((both / NAME).rglob("*.tmp"))

@@ -123,14 +123,17 @@ def test_what_runs_in_an_engines_environment_imports_nothing_of_ours() -> None:
     [
         ("{engine: gptqmodl}", "gptq.variants[0].engine: must be one of native, "),
         ("{engine: gptqmodl}", "did you mean 'gptqmodel'?"),
-        ("{engine: autoawq}", "gptq.variants[0].engine: autoawq 0.2.9 makes no GPTQ here, only AWQ"),
+        ("{engine: autoawq}", "gptq.variants[0].engine: autoawq 0.2.9 does not support GPTQ here, only AWQ"),
         (
             "{engine: auto-round, desc_act: true}",
-            "gptq.variants[0].desc_act: auto-round 0.16.1 takes only false, ",
+            "gptq.variants[0].desc_act: auto-round 0.16.1 supports only false, ",
         ),
-        ("{engine: llm-compressor, bits: 3}", "gptq.variants[0].bits: llm-compressor 0.14.0.1 takes only 4, 8, not 3"),
+        (
+            "{engine: llm-compressor, bits: 3}",
+            "gptq.variants[0].bits: llm-compressor 0.14.0.1 supports only 4, 8, not 3",
+        ),
         ("{engine: gptqmodel, propagate: source}", "it always calibrates on its own quantized activations"),
-        ("{engine: fake, bits: 4}", "gptq.variants[0].bits: fake 1.0 takes only 8, not 4 (it is a fake)"),
+        ("{engine: fake, bits: 4}", "gptq.variants[0].bits: fake 1.0 supports only 8, not 4 (it is a fake)"),
     ],
 )
 def test_what_an_engine_cannot_do_is_an_error_at_its_place(
@@ -145,9 +148,9 @@ def test_what_an_engine_cannot_do_is_an_error_at_its_place(
 
 def test_settings_of_the_section_are_held_against_the_engine_too(theirs: Path, tmp_path: Path, invoke: Command) -> None:
     refused = invoke("validate", theirs, "--set", "gptq.mse=true")
-    assert "gptq.mse: fake 1.0 takes only false, not true" in refused.stderr
+    assert "gptq.mse: fake 1.0 supports only false, not true" in refused.stderr
     refused = invoke("validate", theirs, "--set", "gptq.fail_on=[dead_columns]")
-    assert "gptq.fail_on: fake 1.0 does not tell what to fail on" in refused.stderr
+    assert "gptq.fail_on: fake 1.0 does not report what to fail on" in refused.stderr
 
 
 def test_what_the_recipe_leaves_open_is_as_the_engine_has_it(cache: Path, tiny_llama: Path, tmp_path: Path) -> None:
@@ -222,7 +225,7 @@ def test_an_environment_is_made_once_and_kept(
 
     made = module[0].stat().st_mtime_ns
     assert not (tmp_path / "marker").exists()
-    assert "is installed already" in invoke("engines", "install", "fake").stderr
+    assert "is already installed" in invoke("engines", "install", "fake").stderr
     assert module[0].stat().st_mtime_ns == made
     assert " installed" in line_of(invoke("engines", "list").stdout, "fake")
 

@@ -351,8 +351,8 @@ def test_a_level_above_the_size_is_split_and_loads(small: Path, tmp_path: Path, 
         ("{levels: [Q4_K_X]}", "did you mean 'Q4_K_"),
         ("{levels: [IQ2_XS], imatrix: false}", "IQ2_XS cannot be made without an importance matrix"),
         ("{levels: []}", "must not be empty"),
-        ("{levels: [Q8_0], tensor_types: {'(': q8_0}}", "is no regular expression"),
-        ("{levels: [Q8_0], tensor_types: {ffn_up: q9}}", "is no type of a GGUF tensor"),
+        ("{levels: [Q8_0], tensor_types: {'(': q8_0}}", "is not a regular expression"),
+        ("{levels: [Q8_0], tensor_types: {ffn_up: q9}}", "is not a type of GGUF tensors"),
     ],
 )
 def test_bad_sections_are_one_sentence(
@@ -374,12 +374,12 @@ def refused(invoke: Command, path: Path, dist: Path, message: str, code: int = 2
 
 def test_a_tokenizer_that_llama_cpp_does_not_know(tmp_path: Path, invoke: Command) -> None:
     path = write(tmp_path / "r.yaml", write_model(tmp_path / "m"), "gguf: {levels: [Q8_0]}")
-    refused(invoke, path, tmp_path / "dist", "its tokenizer is not one that llama.cpp recognises")
+    refused(invoke, path, tmp_path / "dist", "llama.cpp does not recognise its tokenizer")
 
 
 def test_a_model_that_cannot_be_a_gguf_is_still_built_as_gptq(tmp_path: Path, invoke: Command) -> None:
     path = write(tmp_path / "r.yaml", write_model(tmp_path / "m"), "gptq: {variants: [{}]}\ngguf: {levels: [Q8_0]}")
-    assert "llama.cpp recognises" in invoke("plan", path, "--dist", tmp_path / "dist").stdout
+    assert "llama.cpp does not recognise" in invoke("plan", path, "--dist", tmp_path / "dist").stdout
     assert invoke("build", path, "--dist", tmp_path / "dist", "--only", "gptq/*", "--device", "cpu").returncode == 0
 
 
@@ -399,7 +399,7 @@ def test_a_corrupt_importance_matrix(small: Path, tmp_path: Path, invoke: Comman
 
 def test_a_conversion_that_answers_otherwise(small: Path, tmp_path: Path, invoke: Command) -> None:
     path = write(tmp_path / "r.yaml", small, "gguf: {levels: [Q8_0], logits_tolerance: 1.0e-30}")
-    refused(invoke, path, tmp_path / "dist", "does not answer as its source does", code=1)
+    refused(invoke, path, tmp_path / "dist", "logits differ from the source's", code=1)
 
 
 def test_too_little_disk_for_the_intermediate_file(
@@ -444,7 +444,7 @@ def test_a_llama_cpp_dir_that_is_none(
 ) -> None:
     monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path))
     path = write(tmp_path / "r.yaml", small, "gguf: {levels: [Q8_0]}")
-    refused(invoke, path, tmp_path / "dist", "is no llama.cpp source tree")
+    refused(invoke, path, tmp_path / "dist", "is not a llama.cpp source tree")
 
 
 def test_tokens_are_llama_cpps(built: Built, small: Path) -> None:

@@ -129,5 +129,5 @@ def test_a_folder_that_is_something_else_is_left_alone(
     (tmp_path / "out" / f"{NAME}.git").mkdir(parents=True)
     (tmp_path / "out" / f"{NAME}.git" / "mine.txt").write_text("mine")
     result = invoke("git", tiny_recipe, "--dist", both, "--out", tmp_path / "out")
-    assert (result.returncode, "is no bare git repo" in result.stderr) == (2, True)
+    assert (result.returncode, "is not a bare git repo" in result.stderr) == (2, True)
     assert [path.name for path in (tmp_path / "out" / f"{NAME}.git").iterdir()] == ["mine.txt"]

@@ -57,11 +57,11 @@ RECIPES = {
     "endless extends": ("extends: /dev/zero", "no recipe file '/dev/zero'"),
     "regex that repeats": (
         "gguf: {levels: Q4_0, tensor_types: {'a{9999999999999}': Q4_0}}",
-        "is no regular expression",
+        "is not a regular expression",
     ),
     "owner that the hub refuses": ("release: {owner: a-}", "must be a hub name"),
-    "repo that the hub refuses": ("release: {repo: 'a/x--{METHOD}'}", "is no hub repo name"),
-    "repo like a git folder": ("release: {repo: 'a/{METHOD}.git'}", "is no hub repo name"),
+    "repo that the hub refuses": ("release: {repo: 'a/x--{METHOD}'}", "is not a hub repo name"),
+    "repo like a git folder": ("release: {repo: 'a/{METHOD}.git'}", "is not a hub repo name"),
     "many variants": ("awq: {variants: [" + "{}," * 300 + "]}", "a release has at most 256"),
 }
 
@@ -228,7 +228,7 @@ def test_a_config_of_another_kind_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_file_that_no_release_can_hold_is_named(tmp_path: Path) -> None:
     for name in ("LICENSE", "a\nb"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(SourceError, match="has a name that no release can hold"):
+    with pytest.raises(SourceError, match="its name is not valid in a release"):
         checkpoint.non_weight_files(tmp_path)
 
 
@@ -284,7 +284,7 @@ def test_a_false_gguf_is_refused_everywhere(name: str, tmp_path: Path, invoke: C
     path.write_bytes(GGUFS[name])
     with pytest.raises(ValueError, match=r"\w"):
         open_gguf(path)
-    with pytest.raises(GgufError, match="is no GGUF importance matrix"):
+    with pytest.raises(GgufError, match="is not a GGUF importance matrix"):
         read_importance(path)
     found = invoke("lint", tmp_path)
     assert found.returncode == 3
@@ -491,10 +491,10 @@ def test_an_unsound_manifest_counts_as_none(name: str, invoke: Command, tiny_rec
         assert "\x1b" not in shown.stdout
     assert_refused(invoke("git", tiny_recipe, "--dist", dist, "--out", dist.parent / "git"), "gptq/main: stale")
     linted = invoke("lint", branch)
-    assert f"{MANIFEST_NAME}: cannot be gone by" in linted.stdout
+    assert f"{MANIFEST_NAME}: is not a valid manifest" in linted.stdout
     checked = invoke("verify", branch, "--no-load")
     assert checked.returncode == 3
-    assert f"{MANIFEST_NAME} cannot be gone by" in checked.stdout
+    assert f"{MANIFEST_NAME} is not a valid manifest" in checked.stdout
     assert canary.read_text() == "untouched"
 
 
@@ -661,7 +661,7 @@ def test_a_link_out_of_a_branch_is_not_given_away(dist: Path) -> None:
     assert "config.json" in files_of(branch)
     (dist / "secret").write_text("not yours")
     (branch / "NOTICE").symlink_to(dist / "secret")
-    with pytest.raises(ReleaseError, match="NOTICE: is a link out of its branch"):
+    with pytest.raises(ReleaseError, match="NOTICE: is a link to outside its branch"):
         files_of(branch)
 
 

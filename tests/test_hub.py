@@ -252,9 +252,9 @@ def test_what_lies_in_the_cache_works_offline(quantize: Command, hub: Hub, tmp_p
     for how in (offline, {"HF_ENDPOINT": "http://127.0.0.1:1"}):
         result = quantize("plan", "--check", *pinned, **how)  # the same hashes, and so the same keys
         assert result.returncode == 0, result.stderr
-        assert f"commit {COMMIT[:12]} as it lies in the HF cache" in result.stderr
+        assert f"commit {COMMIT[:12]} from the HF cache" in result.stderr
     other = quantize("plan", "--set", "model.revision=other", **offline)
-    assert_refused(other, REPO, "does not lie in the HF cache", code=1)
+    assert_refused(other, REPO, "is not in the HF cache", code=1)
     cache = tmp_path / "hf" / "hub"
     shutil.rmtree(next(cache.glob("models--*/trees")))
     assert quantize("plan", "--check", *pinned, **offline).returncode == 0  # by the names of the blobs
@@ -307,11 +307,11 @@ def replaced(name: str, data: bytes) -> Callable[[dict[str, bytes]], None]:
 
 BAD_REPOS: dict[str, tuple[Callable[[dict[str, bytes]], None], list[str]]] = {
     "missing-shard": (without_shard, [f"{REPO}: its index names the shard {SHARD}"]),
-    "only-pickle": (only_pickle, [f"{REPO}: holds its weights only as pickle"]),
+    "only-pickle": (only_pickle, [f"{REPO}: has its weights only as pickle"]),
     "no-config": (lambda files: files.__delitem__("config.json"), [f"{REPO}: the repo has no config.json"]),
     "config-not-json": (replaced("config.json", b"{"), ["config.json: is not readable JSON"]),
-    "index-not-json": (replaced(INDEX, b"["), [INDEX, "is no safetensors index"]),
-    "index-a-list": (replaced(INDEX, b"[]"), [INDEX, "is no safetensors index"]),
+    "index-not-json": (replaced(INDEX, b"["), [INDEX, "is not a safetensors index"]),
+    "index-a-list": (replaced(INDEX, b"[]"), [INDEX, "is not a safetensors index"]),
     "strange-dtype": (strange_dtype, [REPO, "has dtype 'F99', which is not supported"]),
     "header-garbage": (replaced(SHARD, b"\xff" * 200_000), [REPO, SHARD]),
     "header-not-json": (replaced(SHARD, (64).to_bytes(8, "little") + b"x" * 200_000), [REPO, SHARD]),

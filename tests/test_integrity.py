@@ -336,7 +336,7 @@ def test_damaged_statistics_are_noticed(source: Source, tmp_path: Path, monkeypa
         flip(folder / name)
         shutil.rmtree(source.dist)
         refused = run_in_process("build", source.recipe, "--dist", source.dist, "--only", "awq/main", *CPU)
-        assert_refused(refused, "00001", "kept statistics", "quantize gc")
+        assert_refused(refused, "00001", "saved statistics", "quantize gc")
         (folder / name).write_bytes(good)
 
 

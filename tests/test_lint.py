@@ -206,7 +206,7 @@ def test_what_the_source_has_must_come_along(invoke: Command, branch: Path, tmp_
     [
         ("no/such/folder", "no such directory"),
         ("../there-is-no-such-folder", "no such directory"),
-        ("{empty}", "holds neither a model"),
+        ("{empty}", "contains neither a model"),
     ],
 )
 def test_a_target_that_is_none(target: str, message: str, invoke: Command, tmp_path: Path) -> None:

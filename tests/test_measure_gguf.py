@@ -53,7 +53,7 @@ def test_tensors_come_back_as_the_checkpoint_has_them(
     assert plan.gguf
     conversion = plan.gguf.conversion
     tensors = load_file(source / "model.safetensors")
-    became = conversion.header().became
+    became = conversion.header().converted
     readers = open_levels({"full": [conversion.make()]}, conversion.path, became, tensors.__getitem__)
     seen = 0
     for name, wanted in tensors.items():
@@ -131,7 +131,7 @@ def test_figures_of_levels_are_llama_cpps(recipe: Path, tmp_path: Path, invoke: 
     assert verified.returncode == 0, verified.stdout
     checks = json.loads(verified.stdout)[0]["checks"]
     assert [check["outcome"] for check in checks] == ["ok"] * 4  # hashes and three levels
-    assert all("what the weights say" in check["detail"] for check in checks[1:])
+    assert all("what the weights give" in check["detail"] for check in checks[1:])
     assert invoke("card", recipe, "--dist", dist).returncode == 0
     card = (folder / "README.md").read_text()
     assert card.count("| llama-cpp-python 0.3.36 |") == 3

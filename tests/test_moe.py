@@ -389,7 +389,7 @@ def test_experts_stacked_in_one_tensor_are_refused(mixture: Path, tmp_path: Path
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     done = invoke("plan", write_recipe(tmp_path / "r.yaml", folder, ONE))
     assert done.returncode == 2
-    assert f"{owner}.down_proj is [6, 128, 64]: experts stacked in one tensor are not read" in done.stderr
+    assert f"{owner}.down_proj is [6, 128, 64]: experts stacked in one tensor are not supported" in done.stderr
 
 
 # -- loaders. transformers stacks the experts before optimum or gptqmodel replaces linears, and then finds none; so it

@@ -70,7 +70,7 @@ def test_experts_go_into_a_gguf_and_come_back(
         assert np.array_equal(means[list(SILENT)], np.ones((2, 256)))
 
     tensors = load_file(source / "model.safetensors")
-    became = plan.gguf.conversion.header().became
+    became = plan.gguf.conversion.header().converted
     files = {level.level: [folder / level.file] for level in plan.gguf.levels}
     readers = open_levels(files, plan.gguf.conversion.path, became, tensors.__getitem__)
     experts = [linear.name for linear in plan.table.linears if ".experts." in linear.name]

@@ -76,7 +76,7 @@ def test_an_error_in_the_background_is_that_of_its_block(tmp_path: Path) -> None
             with model.block(index):
                 passed.append(index)
 
-    with pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+    with pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.up_proj\.weight contains NaN"):
         walk()
     assert passed == [0]
     assert all(parameter.is_meta for parameter in model.blocks.parameters())

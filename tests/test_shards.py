@@ -35,8 +35,8 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole(recipe: Path, tmp_path
     plan = quantize.plan(loaded, quantize.PlanOptions(dist=tmp_path / "dist"))
     ids = sample_tokens(loaded.recipe.calibration, load_tokenizer(plan.source)).ids
     model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"))
-    whole = Part.at_start(model, ids, 2, [None, None])
-    parts = [Part.at_start(model, piece, 2, [None, None]) for piece in cut(ids, 2)]
+    whole = Part.start(model, ids, 2, [None, None])
+    parts = [Part.start(model, piece, 2, [None, None]) for piece in cut(ids, 2)]
     weights = {"self_attn.q_proj": torch.zeros(128, 128)}
     for index in range(len(model)):
         with model.block(index) as block:
@@ -63,8 +63,8 @@ def test_an_expert_that_one_part_does_not_reach_keeps_the_statistics_of_the_othe
     source = resolve(Model(source=str(write_model(tmp_path / "mixture", "olmoe"))), weights=True)
     model = StreamedModel(source, find_linears(source.checkpoint).prefix, torch.float32, torch.device("cpu"))
     ids = np.random.default_rng(3).integers(3, 380, (2, 2))  # four tokens, two of six experts for each
-    whole = Part.at_start(model, ids, 1, [None])
-    parts = [Part.at_start(model, piece, 1, [None]) for piece in cut(ids, 2)]
+    whole = Part.start(model, ids, 1, [None])
+    parts = [Part.start(model, piece, 1, [None]) for piece in cut(ids, 2)]
     onesided = 0
     for index in range(len(model)):
         with model.block(index) as block:

@@ -142,7 +142,7 @@ def test_a_group_size_that_does_not_divide_names_those_that_do() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_inputs_that_are_no_multiple_of_32_are_refused_for_gptq(bits: int) -> None:
     said = refusal(GptqVariant(bits=bits, group_size=-1), linear(64, 64), linear(80, 64, block=1))  # type: ignore[arg-type]
-    assert "model.layers.1.mlp.up_proj has 80 inputs, which is no multiple of 32" in said
+    assert "model.layers.1.mlp.up_proj has 80 inputs, which is not a multiple of 32" in said
     check_variant(table(linear(80, 64)), AwqVariant(group_size=-1))  # packed along the outputs
 
 

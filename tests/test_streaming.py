@@ -193,7 +193,7 @@ def test_a_damaged_weight_is_named(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+    with pytest.raises(SourceError, match=r"model\.layers\.1\.mlp\.up_proj\.weight contains NaN"):
         roll(streamed(folder), token_ids(), batch=2)
 
 

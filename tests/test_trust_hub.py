@@ -83,7 +83,7 @@ def test_a_flipped_byte_is_never_published(
     uploaded, commits = hub.uploaded, len(hub.commits())
     weights = both / NAME / "main" / "model.safetensors"
     flip(weights)
-    refused(here("push", both, "--only", "main"), str(weights), "is not what was built", "quantize build")
+    refused(here("push", both, "--only", "main"), str(weights), "it is not what was built", "quantize build")
     refused(here("push", both, "--dry-run"), str(weights))
     assert (hub.uploaded, len(hub.commits())) == (uploaded, commits)
 
@@ -97,7 +97,7 @@ def test_a_flipped_byte_stops_git_and_card(
     card = both / NAME / "eight" / "README.md"
     card.write_text("mine\n")
     options = ["--out", tmp_path / "out"] if command == "git" else []
-    refused(invoke(command, tiny_recipe, "--dist", both, *options), str(weights), "is not what was built")
+    refused(invoke(command, tiny_recipe, "--dist", both, *options), str(weights), "it is not what was built")
     assert card.read_text() == "mine\n"
     assert not list(tmp_path.glob("out/**/refs/heads/main"))
 
@@ -355,7 +355,7 @@ def test_an_object_that_the_store_lost_is_sent_again_and_then_said(
         return True
 
     hub.lasting.append(("/verify/", lose))
-    refused(here("push", both), "storage did not keep what was uploaded")
+    refused(here("push", both), "storage did not store the upload")
 
 
 def test_reads_are_tried_again(hub: HubServer, here: Here, both: Path, invoke: Here) -> None:

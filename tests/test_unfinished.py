@@ -116,12 +116,12 @@ def test_spilled_states_and_a_small_budget_give_the_same_bytes(invoke: Command, 
     drifting = ("--set", "gptq.propagate=quantized")
     assert invoke("build", recipe, "--dist", plain, "--device", "cpu", *drifting).returncode == 0
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(workers, "Place", lambda folder, name, spilled: REAL_PLACE(folder, name, True))
+        patched.setattr(workers, "StateFiles", lambda folder, name, spilled: REAL_STATE_FILES(folder, name, True))
         assert invoke("build", recipe, "--dist", tight, "--device", "cpu", *drifting).returncode == 0
     assert contents(plain) == contents(tight)
 
 
-REAL_PLACE = workers.Place
+REAL_STATE_FILES = workers.StateFiles
 
 
 def test_a_budget_that_cannot_be_kept_is_refused_before_any_work(invoke: Command, recipe: Path, tmp_path: Path) -> None:

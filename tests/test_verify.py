@@ -48,7 +48,7 @@ def change(folder: Path, part: str, values: Any) -> None:
 def test_a_finished_branch_is_what_it_says(invoke: Command, branch: Path, tiny_llama: Path) -> None:
     found = checks(invoke, branch, "--source", tiny_llama, "--no-load")
     assert found["hashes"][0] == found["tensors"][0] == "ok"
-    assert found["tensors"][1].startswith("21 linears are those of the source, the farthest is model.layers.")
+    assert found["tensors"][1].startswith("21 linears match the source, the largest relative error is ")
 
 
 def test_without_a_source_or_manifest_nothing_is_claimed(invoke: Command, branch: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_changed_byte_is_found(invoke: Command, branch: Path) -> None:
     ("part", "values", "message"),
     [
         (".scales", lambda scales: scales * np.float16(4), "is off by"),
-        (".scales", lambda scales: np.full_like(scales, np.nan), "holds NaN or infinity"),
+        (".scales", lambda scales: np.full_like(scales, np.nan), "contains NaN or infinity"),
         ("model.norm.weight", None, "model.norm.weight is missing"),
         ("model.norm.weight", lambda norm: norm * np.float16(1.5), "model.norm.weight is off by"),
         ("embed_tokens.weight", lambda table: table[:-1], "has shape [383, 128], the source [384, 128]"),
@@ -124,7 +124,7 @@ def test_consumers_say_what_the_weights_say(
 
     monkeypatch.setattr("quantize.verifying.forward.logits_of", other)
     outcome, detail = checks(invoke, folder)["transformers"]
-    assert (outcome, "is not what the weights say" in detail) == ("failed", True)
+    assert (outcome, "is not what the weights give" in detail) == ("failed", True)
 
 
 def test_what_loaded_is_in_the_card(invoke: Command, both: Path, tiny_recipe: Path) -> None:

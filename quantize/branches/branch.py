@@ -58,7 +58,7 @@ class Branch:
     def take_unnoted(self) -> tuple[list[LedgerEntry], dict[str, str]]:
         """Rows of the ledger, and digests of written tensors by name, that are new since this was asked last."""
         rows, self._noted_rows = self.ledger[self._noted_rows :], len(self.ledger)
-        return rows, self.writer.take_unnoted()
+        return rows, self.writer.take_new_digests()
 
     def record(
         self,

@@ -103,7 +103,7 @@ def _described(folder: Path, item: PlannedVariant, digests: Mapping[str, str]) -
             read = fingerprint(path)
         except ValueError as error:
             raise NotOnDisk(f"{shard}: {error}") from None
-        if odd := read.other_than({name: digests[name] for name in tensors}):
+        if odd := read.mismatch({name: digests[name] for name in tensors}):
             raise NotOnDisk(f"{odd} in {shard} is not what was written")
         found[shard] = {"bytes": path.stat().st_size, "sha256": read.sha256}
     return describe_files(folder, found)

@@ -1,1 +1,1 @@
-"""Corpora, token windows, and the streamed forward pass that gathers statistics."""
+"""Corpora, token windows, and the streamed forward pass that collects statistics."""

@@ -1,4 +1,4 @@
-"""Calibration texts: where they come from, and what identifies them. Imports no torch."""
+"""Calibration texts: reading and identifying them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ DOCUMENTED = (
     "urllib/request", "uuid", "weakref", "zipfile",
 )  # fmt: skip
 SHORTEST_DOCSTRING = 200  # characters; shorter ones are signatures rather than text
-PIECE = 100_000  # characters that are read and tokenized together
+PIECE = 100_000  # characters read and tokenized at a time
 
 
 def title(corpus: Corpus) -> str:
-    """What tables call it."""
+    """The corpus's name in tables."""
     return corpus.preset or corpus.hub or Path(str(corpus.file)).name
 
 
 def url(corpus: Corpus) -> str | None:
-    """A link for the card."""
+    """The corpus's web address for the model card, if it has one."""
     if corpus.preset:
         return PRESETS[corpus.preset].url
     return f"https://huggingface.co/datasets/{corpus.hub}" if corpus.hub else None
 
 
 def identity(corpus: Corpus) -> dict[str, Any]:
-    """What determines the text, for keys: content hashes where the text is local, names where it is remote.
+    """What determines the text, for keys: content hashes of local texts, names of remote ones.
 
     Raises:
-        CalibrationError: a file that does not exist, or cannot be read.
+        CalibrationError: a file does not exist or cannot be read.
     """
     if corpus.file is not None:
         try:
@@ -65,14 +65,14 @@ def identity(corpus: Corpus) -> dict[str, Any]:
 
 
 _identified: dict[Path, tuple[str, str]] = {}
-"""Local texts as they went into keys: by what they are taken for the same, and their SHA-256."""
+"""File identity and SHA-256 of each local text, as they went into keys."""
 
 
 def check_unchanged(corpus: Corpus) -> None:
-    """Hold a local text that was read against its :func:`identity`, which the keys of what is made from it speak of.
+    """Check, after reading a local text, that it is still the one that :func:`identity` put into the keys.
 
     Raises:
-        CalibrationError: it is another text than it was then.
+        CalibrationError: the text has changed.
     """
     path = None if corpus.file is None else Path(os.path.expanduser(corpus.file))
     if path is None or path not in _identified:
@@ -83,11 +83,10 @@ def check_unchanged(corpus: Corpus) -> None:
 
 
 def read_pieces(corpus: Corpus) -> Iterator[str]:
-    """The text in pieces of about ``PIECE`` characters, read as they are asked for; a piece ends with a line or record
-    where it can.
+    """Read the text lazily in pieces of about ``PIECE`` characters, split after lines or records where possible.
 
     Raises:
-        CalibrationError: not found, not reachable, or without the column.
+        CalibrationError: the text is not found, not reachable, not readable, or lacks the column.
     """
     if corpus.file is not None:
         path = _file(corpus.file)
@@ -103,7 +102,7 @@ def _cut(file: IO[str]) -> Iterator[str]:
 
 
 def _joined(records: Iterable[str]) -> Iterator[str]:
-    """Records put together to pieces, a blank line between them."""
+    """Join records into pieces, separated by blank lines."""
     waiting: list[str] = []
     length = 0
     for record in records:
@@ -123,14 +122,14 @@ def _pydoc() -> str:
 
 
 def _docstrings() -> str:
-    """What the library's modules say of themselves and of their classes and functions, in the order of their files."""
+    """The docstrings of standard library modules, their classes and functions, in file order."""
     import ast
     import inspect
     from sysconfig import get_path
 
     library, texts = Path(get_path("stdlib")), []
     for name in DOCUMENTED:
-        # some became packages in later versions, some left
+        # later versions turned some modules into packages and removed others
         file = next((path for path in (library / f"{name}.py", library / name / "__init__.py") if path.is_file()), None)
         if file is None:
             continue
@@ -143,13 +142,13 @@ def _docstrings() -> str:
 
 
 CARRIED = {"pydoc": _pydoc, "docstrings": _docstrings}
-"""Texts that CPython itself carries."""
+"""Texts shipped with CPython."""
 
 
 def _file(name: str) -> Path:
     path = Path(os.path.expanduser(name))
     if not os.path.isfile(path):
-        raise CalibrationError(f"{name}: no such calibration file")
+        raise CalibrationError(f"{name}: the calibration file does not exist")
     return path
 
 
@@ -175,7 +174,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _first_bad_byte(path: Path) -> int:
-    """Where a file stops being UTF-8, which the error of a buffered reader says of its buffer alone."""
+    """Offset of the first byte that is not UTF-8; a buffered reader's error gives it within its buffer only."""
     position, rest = 0, b""
     with path.open("rb") as file:
         while chunk := file.read(PIECE):
@@ -184,7 +183,7 @@ def _first_bad_byte(path: Path) -> int:
                 data.decode()
                 rest = b""
             except UnicodeDecodeError as error:
-                if len(data) - error.start > 4:  # longer than a character that the next chunk completes
+                if len(data) - error.start > 4:  # too many bytes for a character split between chunks
                     return position + error.start
                 rest = data[error.start :]
             position += len(data) - len(rest)
@@ -200,9 +199,9 @@ def _record(line: str, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise CalibrationError(f"{where}: has no text in the column '{column}'; set `column:` to the right one")
     try:
-        value.encode()  # JSON can spell half of a character, which no tokenizer takes
+        value.encode()  # JSON can contain lone surrogates, which no tokenizer accepts
     except UnicodeEncodeError as error:
-        raise CalibrationError(f"{where}: holds half of a character (a lone surrogate): {error.reason}") from None
+        raise CalibrationError(f"{where}: contains half of a character (a lone surrogate): {error.reason}") from None
     return value
 
 
@@ -214,7 +213,7 @@ def _hub_parts(corpus: Corpus) -> tuple[str, str | None, str, str, str | None]:
 
 
 def _read_hub(corpus: Corpus) -> Iterator[str]:
-    """Records of a hub dataset as they stream in: of a large one only what is asked for is downloaded."""
+    """Stream the records of a hub dataset; only what is consumed is downloaded."""
     from datasets import load_dataset
 
     name, config, split, column, revision = _hub_parts(corpus)
@@ -229,7 +228,7 @@ def _read_hub(corpus: Corpus) -> Iterator[str]:
             yield str(record[column])
     except (CalibrationError, GeneratorExit):
         raise
-    except Exception as error:  # the library raises whatever its readers raise
+    except Exception as error:  # the library passes on any error of its readers
         if is_memory_shortage(error):
             raise
         reason = " ".join(str(error).split())[:300]

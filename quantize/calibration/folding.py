@@ -1,14 +1,14 @@
-"""Which operation before a linear can take the inverse of its input's scale: found by trying, on the real block.
+"""Find by experiment, on the real block, which preceding operation can absorb an AWQ input scale.
 
-A norm whose output is the input scales it away in its weight. So does a linear whose outputs reach the input
-channel by channel: v_proj through the attention into o_proj, up_proj through the product with the gate into
-down_proj, fc1 through a ReLU into fc2. No architecture needs a table of its own: whatever keeps the block's output
-as it was when scaled by random numbers is right, whatever changes it is not.
+A norm that produces the input can absorb the inverse scale in its weight. So can a linear whose outputs reach the
+input channel by channel: v_proj through attention into o_proj, up_proj through the product with the gate into
+down_proj, fc1 through a ReLU into fc2. No architecture needs a table: scaling by random numbers preserves the block's
+output if the fold is right, and changes it if not.
 
-Experts are tried one by one, outside their block, as the tokens of a trial may reach none of them. Their up_proj takes
-the scale of their down_proj. The norm before them takes none: it feeds the router too, which stays in full width, and
-other experts, whose tokens and scales differ. In a trial of another linear the router's choices are kept, as rounding
-could turn one of them.
+Experts are tried one by one, outside their block, because the trial's tokens may reach none of them. An expert's
+up_proj absorbs the scale of its down_proj. The norm before experts absorbs none: it also feeds the router, which is
+not quantized, and other experts with other tokens and scales. Trials of other linears keep the router's choices
+fixed, because rounding alone could change one.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from quantize.source.experts import pinned_routing
 from quantize.source.streamed import Linear, StreamedModel
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
-"""Of the block's change to its input; a wrong fold changes it by a third or more."""
+"""Relative to the norm of the block's change to its input; a wrong fold differs by a third or more."""
 TRIAL_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Fold:
-    """The operation before an input.
+    """The preceding operation that absorbs an input's scale.
 
     Attributes:
-        producer: its module's name inside the block.
-        rows: which of its outputs feeds each input channel, [K] int64.
-        norm: a norm; otherwise a linear, or an activation.
-        plus_one: a norm that multiplies by 1 + weight (Gemma).
-        activation: an activation whose output loaders divide by a tensor of its own.
+        producer: name of its module inside the block.
+        rows: index of the output that feeds each input channel, [K] int64.
+        norm: whether it is a norm; otherwise it is a linear or an activation.
+        plus_one: whether the norm multiplies by 1 + weight (Gemma).
+        activation: whether it is an activation, whose output loaders divide by a separate tensor.
     """
 
     producer: str
@@ -57,11 +57,11 @@ def find_folds(
     hidden: torch.Tensor,
     activation: str | None = None,
 ) -> dict[str, Fold | None]:
-    """For the first linear of each group, by its name in the block: its fold, or None where nothing takes a scale.
+    """Find the fold of each group's first linear, by name in the block; None if nothing can absorb a scale.
 
     Args:
-        block: loaded, and the same after as before. hidden: what enters it, [batch, length, width].
-        activation: name of the module whose output loaders divide by scales of its own, where they do.
+        block: loaded; its weights are restored afterwards. hidden: its input, [batch, length, width].
+        activation: name of the module whose output loaders divide by separate scales, if the architecture has one.
     """
     with torch.inference_mode(), pinned_routing(block):
         seen: dict[str, torch.Tensor] = {}
@@ -90,7 +90,7 @@ def find_folds(
 
 
 def _expert_fold(model: StreamedModel, block: nn.Module, group: InputStatistics) -> Fold | None:
-    """What of its own takes the scale of an expert's input; tried on random rows."""
+    """The linear of the same expert that absorbs an input's scale, tried on random rows."""
     expert = group.linears[0].expert
     assert expert is not None
     if group.linears[0].module is not expert.outer:
@@ -113,10 +113,10 @@ def _modules_before(
     groups: Sequence[InputStatistics],
     hidden: torch.Tensor,
     activation: str | None,
-    kept: dict[str, torch.Tensor],
+    outputs: dict[str, torch.Tensor],
 ) -> dict[str, str]:
-    """For each group's leader, the norm or activation that puts out the very tensor which it reads."""
-    made: dict[tuple[Any, ...], str] = {}
+    """The norm or activation that produces the input tensor of each group's first linear, by that linear's name."""
+    produced: dict[tuple[Any, ...], str] = {}
     found: dict[str, str] = {}
 
     def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -125,15 +125,15 @@ def _modules_before(
     def after(name: str) -> Any:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             if isinstance(output, torch.Tensor):
-                kept[name] = output  # so that no later tensor can lie at its address
-                made[identity(output)] = name
+                outputs[name] = output  # keeps it alive, so that no later tensor gets its address
+                produced[identity(output)] = name
 
         return hook
 
     def entering(leader: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             inputs = arguments[0] if arguments else next(iter(keywords.values()))
-            if (norm := made.get(identity(inputs))) is not None:
+            if (norm := produced.get(identity(inputs))) is not None:
                 found[leader] = norm
 
         return hook
@@ -165,7 +165,7 @@ def _outputs(norm: nn.Module) -> int:
 
 
 def _linear_folds(model: StreamedModel, block: nn.Module, group: InputStatistics) -> Iterator[Fold]:
-    """Every run of outputs of another linear that could feed the group's K inputs one by one, or head by head."""
+    """Candidate folds: runs of outputs of other linears that could feed the K inputs one to one, or head by head."""
     columns = group.linears[0].weight.shape[1]
     own = {linear.local for linear in group.linears}
     config = model.model.config.get_text_config()
@@ -173,14 +173,14 @@ def _linear_folds(model: StreamedModel, block: nn.Module, group: InputStatistics
     fewer = 1 if getattr(config, "multi_query", False) else int(getattr(config, "num_key_value_heads", 0) or heads)
     straight = torch.arange(columns)
     for linear in model.linears(block):
-        if linear.local in own or linear.expert is not None:  # the outputs of experts are summed: no one alone feeds
+        if linear.local in own or linear.expert is not None:  # experts' outputs are summed
             continue
         outputs = linear.weight.shape[0]
         if outputs >= columns:  # all of them, or the last of a fused projection
             yield Fold(linear.local, straight + outputs - columns, norm=False)
         if heads and fewer < heads and columns % heads == 0:
             wide = columns // heads
-            if outputs >= fewer * wide:  # grouped-query attention: several heads read one
+            if outputs >= fewer * wide:  # grouped-query attention: several heads share one
                 shared = (straight // wide // (heads // fewer)) * wide + straight % wide
                 yield Fold(linear.local, shared + outputs - fewer * wide, norm=False)
 
@@ -193,10 +193,10 @@ def _holds(
     expected: torch.Tensor,
     change: float,
 ) -> bool:
-    """Whether an output stays when the producer divides by random scales and the linears multiply.
+    """Whether the output is preserved when the producer divides by random scales and the linears multiply by them.
 
     Args:
-        run: computes the output. expected: what it was. change: the norm that a difference is held against.
+        run: computes the output. expected: the output before. change: the norm that the tolerance is relative to.
     """
     producer = block.get_submodule(fold.producer)
     outputs = _outputs(producer) if fold.norm else Linear(fold.producer, producer).weight.shape[0]
@@ -206,8 +206,8 @@ def _holds(
     drawn[untouched] = 1
     scale = drawn.to(device=expected.device, dtype=torch.float32)
     touched = [producer, *(linear.module for linear in group.linears)]
-    kept = [parameter for module in touched for parameter in module.parameters(recurse=False)]
-    saved = [parameter.clone() for parameter in kept]
+    parameters = [parameter for module in touched for parameter in module.parameters(recurse=False)]
+    saved = [parameter.clone() for parameter in parameters]
     try:
         _divide(producer, fold, scale)
         columns = scale[fold.rows.to(scale.device)]
@@ -215,7 +215,7 @@ def _holds(
             linear.set_weight(linear.weight.float() * columns)
         result = run()
     finally:
-        for parameter, values in zip(kept, saved, strict=True):
+        for parameter, values in zip(parameters, saved, strict=True):
             parameter.copy_(values)
     return bool((result - expected).float().norm() <= TOLERANCE[expected.dtype] * change)
 

@@ -1,4 +1,4 @@
-"""The one streamed pass: every block is run once over all windows, and its inputs' statistics gathered."""
+"""The streamed pass: run every block once over all windows, and collect the statistics of its inputs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from quantize.source.streamed import StreamedModel
 
 
 class Activations:
-    """Hidden states of all windows as they roll from block to block, [samples, length, width].
+    """Hidden states of all windows, carried from block to block, [samples, length, width].
 
     Args:
         model: the streamed model. ids: int64 [samples, length]. batch: windows run at a time.
-        place: where they lie on disk; None keeps them in memory alone.
-        states: those of an interrupted pass, to go on with.
+        place: the states' files; None holds them in memory only.
+        states: states of an interrupted pass to resume.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Activations:
         model: StreamedModel,
         ids: NDArray[np.int64],
         batch: int,
-        place: Place | None = None,
+        place: StateFiles | None = None,
         states: States | None = None,
     ) -> None:
         self.model, self.batch = model, batch
@@ -41,18 +41,18 @@ class Activations:
         if states is not None:
             self.states = states
             for count in {min(batch, len(ids)), len(ids) % batch} - {0}:
-                model.embed(self.ids[:count])  # only to learn how this many windows are run
+                model.embed(self.ids[:count])  # records the block calls for this batch size
             return
         for window in self.windows():
-            entered = model.embed(self.ids[window])
+            hidden = model.embed(self.ids[window])
             if window.start == 0:
-                self.states = States((*ids.shape, entered.shape[-1]), entered.dtype, place)
-            self.states.write(window, entered)
+                self.states = States((*ids.shape, hidden.shape[-1]), hidden.dtype, place)
+            self.states.write(window, hidden)
         self.states.turn()
 
     @property
     def hidden(self) -> torch.Tensor:
-        """All states, where they are in memory."""
+        """All states; only available if they are in memory."""
         return self.states.whole
 
     @hidden.setter
@@ -60,53 +60,53 @@ class Activations:
         self.states.whole = states
 
     def of(self, states: States) -> Activations:
-        """Other states of the same windows."""
+        """Activations of the same windows with other ``states``."""
         other = copy.copy(self)
         other.states = states
         return other
 
     def copy(self, name: str = "copy") -> Activations:
-        """The same windows in the same state, to be rolled on separately; on disk under another name."""
+        """An independent copy; if the states have files, the copy's files get another ``name``."""
         return self.of(self.states.copy(name))
 
     def windows(self) -> Iterator[slice]:
-        """The batches that are run together."""
+        """The batches of windows, as slices."""
         for start in range(0, len(self.ids), self.batch):
             yield slice(start, start + self.batch)
 
     def first(self) -> torch.Tensor:
-        """A copy of the first batch as it is now."""
+        """A copy of the first batch's current states."""
         return self.states.read(slice(0, self.batch)).to(self.model.device, copy=True)
 
     def run(self, index: int, block: nn.Module, window: slice) -> torch.Tensor:
-        """The block's output for a batch, which stays as it is."""
+        """The block's output for a batch; the states are not changed."""
         return self.model.run(index, block, self.states.read(window).to(self.model.device))
 
     def put(self, window: slice, output: torch.Tensor) -> None:
-        """Note a block's output for a batch."""
-        low, high = torch.aminmax(output)  # NaN and infinity show in them, and stay in a sum
+        """Store a block's output for a batch."""
+        low, high = torch.aminmax(output)  # they carry NaN and infinity, which persist in a sum
         self._extent = self._extent.to(output.device) + (high.double() - low.double())
         self.states.write(window, output)
 
     def advance(self, index: int, block: nn.Module) -> None:
-        """Run block ``index`` over all windows and put each output in its input's place.
+        """Replace the states by the outputs of block ``index``.
 
         Raises:
-            CalibrationError: the block puts out NaN or infinity.
+            CalibrationError: an output is NaN or infinite.
         """
         for window in self.windows():
             self.put(window, self.run(index, block, window))
         self.turn(index)
 
     def turn(self, index: int) -> None:
-        """Block ``index`` is through: its outputs are what comes next.
+        """Make the outputs of block ``index``, now complete, the current states.
 
         Raises:
-            CalibrationError: they hold NaN or infinity.
+            CalibrationError: an output is NaN or infinite.
         """
         if not bool(torch.isfinite(self._extent)):
             raise CalibrationError(
-                f"{self.model.block_prefix}{index}: its output holds NaN or infinity; "
+                f"{self.model.block_prefix}{index}: its output contains NaN or infinity; "
                 "the weights are damaged, or the compute dtype is too narrow (calibration.compute_dtype: float32)"
             )
         self._extent = torch.zeros((), dtype=torch.float64)
@@ -121,19 +121,20 @@ def block_statistics(
     gather: bool = True,
     reporter: Reporter = SILENT,
 ) -> tuple[list[InputStatistics], list[list[InputStatistics]]]:
-    """Run all windows through a block and gather the statistics of its distinct inputs.
+    """Run all windows through a block and collect the statistics of its distinct inputs.
 
-    ``source`` moves on to the block's outputs. The ``streams``, activations of quantized models over the same
-    windows, stay as they are: their statistics come from the same weights, with the drift from the source's inputs.
+    ``source`` advances to the block's outputs. The ``streams``, activations of quantized models over the same
+    windows, do not: their statistics are taken with the block's present weights, including the drift from the
+    source's inputs.
 
     Args:
-        gather: gather the source's own statistics, not only the streams'.
+        gather: collect the source's own statistics too, not only those of the streams.
 
     Returns:
-        The source's statistics (empty ones without ``gather``), and those of each stream.
+        The source's statistics (empty without ``gather``), and those of each stream.
 
     Raises:
-        CalibrationError: a linear that no token reached (an expert's may be), or a bad output.
+        CalibrationError: no token reached a linear outside experts, or an output is NaN or infinite.
     """
     linears = source.model.linears(block)
     watch = Collector(linears, reporter, gather=gather, record=bool(streams))
@@ -155,10 +156,10 @@ def block_statistics(
 
 
 def choose_device(asked: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` as a device.
+    """The device for ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        CalibrationError: cuda asked for and not there.
+        CalibrationError: cuda was requested but is not available.
     """
     if asked == "cuda" and not torch.cuda.is_available():
         raise CalibrationError("--device cuda: torch sees no CUDA device here; use --device cpu")

@@ -1,7 +1,7 @@
-"""Calibration windows in parts, which need not be run in one process: statistics are sums, so those of parts add up.
+"""Calibration windows in parts that may run in different processes: statistics are sums, so the parts' add up.
 
-Sums in floating point depend on their order. The parts are added in their own order wherever they were run, so the
-number of parts alone decides the last bits.
+Floating-point sums depend on their order. Parts are always added in order, wherever they ran, so the last bits depend
+only on the number of parts.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def cut(ids: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:
 
 
 class Part:
-    """Some of the windows on their way through the blocks.
+    """A part of the windows, with their activations.
 
     Attributes:
-        streams: the source's activations, and those of each branch that carries its own.
+        streams: the source's activations, then those of each branch with activations of its own.
     """
 
     def __init__(self, streams: Sequence[Activations]) -> None:
@@ -60,7 +60,7 @@ class Part:
         """Run the source through a block; see :func:`block_statistics`.
 
         Args:
-            gather: gather the source's own statistics, not only the other streams'.
+            gather: collect the source's own statistics too, not only those of the other streams.
 
         Returns:
             The statistics of each stream.
@@ -70,33 +70,32 @@ class Part:
         return [shared, *own]
 
     def advance(self, index: int, block: nn.Module, stream: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Send a stream through the block as it is with other weights, [N, K] by the linear's name in the block."""
+        """Run a stream through the block with other ``weights``, [N, K] by the linear's name in the block."""
         activations = self.streams[stream]
         with torch.inference_mode():
-            worn = [linear for linear in activations.model.linears(block) if linear.local in weights]
-            kept = [linear.weight.clone() for linear in worn]
-            for linear in worn:
+            replaced = [linear for linear in activations.model.linears(block) if linear.local in weights]
+            saved = [linear.weight.clone() for linear in replaced]
+            for linear in replaced:
                 linear.set_weight(weights[linear.local])
             activations.advance(index, block)
-            for linear, weight in zip(worn, kept, strict=True):
+            for linear, weight in zip(replaced, saved, strict=True):
                 linear.set_weight(weight)
 
 
 @torch.inference_mode()
 def add_part(total: Sequence[InputStatistics], part: Sequence[InputStatistics]) -> None:
-    """Add the statistics of a further part of the windows to those of the parts before it.
+    """Add a part's statistics to the ``total`` of the preceding parts, in place.
 
     Raises:
-        CalibrationError: the linears share their inputs otherwise than in the parts before.
+        CalibrationError: the linears share their inputs differently than in the preceding parts.
     """
     members = [[[linear.local for linear in group.linears] for group in groups] for groups in (total, part)]
     if members[0] != members[1]:
         raise CalibrationError(
-            f"{members[0][0][0]}: linears share their inputs in one shard otherwise than in another; "
-            "build with --shards 1"
+            f"{members[0][0][0]}: linears share their inputs differently in different shards; build with --shards 1"
         )
     for one, other in zip(total, part, strict=True):
-        if not other.tokens:  # an expert that no token of this part reached, so its H stands for nothing
+        if not other.tokens:  # an expert that no token of this part reached; its H is a placeholder
             continue
         if not one.tokens:
             one.hessian, one.drift, one.tokens = other.hessian, other.drift, other.tokens
@@ -109,7 +108,7 @@ def add_part(total: Sequence[InputStatistics], part: Sequence[InputStatistics]) 
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor as plain bytes, which every process reads the same way: uint8 [nbytes], its dtype and shape."""
+    """A tensor as plain bytes for another process: uint8 [nbytes], dtype and shape."""
 
     data: NDArray[np.uint8]
     dtype: torch.dtype
@@ -117,13 +116,13 @@ class Packed:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Packed:
-        """The bytes of a tensor of any device."""
+        """Pack a tensor from any device."""
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         return cls(flat.view(torch.uint8).numpy(), tensor.dtype, tuple(tensor.shape))
 
     def tensor(self) -> torch.Tensor:
-        """A tensor of one's own."""
-        # in torch's own memory: products may differ in their last bits where rows are aligned otherwise
+        """Unpack into a new tensor."""
+        # in memory allocated by torch: with other row alignment, products may differ in their last bits
         tensor = torch.empty(self.shape, dtype=self.dtype)
         tensor.view(-1).view(torch.uint8).numpy()[:] = self.data
         return tensor
@@ -131,7 +130,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class PackedStatistics:
-    """Statistics of one input on their way from another process: H's panels up to the diagonal, and the drift."""
+    """Statistics of one input for transfer between processes: H's panels up to the diagonal, and the drift."""
 
     linears: tuple[str, ...]
     size: int
@@ -152,7 +151,7 @@ class PackedStatistics:
         )
 
     def statistics(self, linears: Sequence[Linear]) -> InputStatistics:
-        """The same statistics for a block's ``linears``, in memory."""
+        """Unpack, for a block's ``linears``."""
         by_name = {linear.local: linear for linear in linears}
         hessian = torch.empty(self.size, self.size)
         for (first, last), panel in zip(panels(self.size), self.panels, strict=True):

@@ -1,6 +1,6 @@
-"""Hidden states of all windows: in memory, in files where memory is short, or in both, to go on from.
+"""Hidden states of all windows: in memory, in files if memory is short, or in both so that a build can be resumed.
 
-Plain reads and writes instead of a memory map: the pages of a shared map count as the process's own memory.
+Plain reads and writes instead of a memory map, because the pages of a shared map count as memory of the process.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the states of a stream lie on disk: two files, taken in turn, so that one is always whole.
+class StateFiles:
+    """The files of a stream's states: two, written alternately, so that one is always complete.
 
     Attributes:
-        spilled: they lie there only; otherwise in memory too, and the files are what an interrupted build goes on from.
+        spilled: the states are only in the files; otherwise also in memory, and the files serve to resume a build.
     """
 
     folder: Path
@@ -29,33 +29,33 @@ class Place:
     spilled: bool = False
 
     def file(self, block: int) -> Path:
-        """The file of the states that enter ``block``."""
+        """The file of the input states of ``block``."""
         return self.folder / f"{self.name}.{block % 2}"
 
 
 class States:
-    """Hidden states, [samples, length, width], as they roll from block to block.
+    """Hidden states, [samples, length, width], carried from block to block.
 
-    What is written becomes what is read at :meth:`turn`. States in memory are written in place, so a window is
-    written only after its last reading.
+    A double buffer: writes become readable after :meth:`turn`. States in memory are overwritten in place, so each
+    window must be read for the last time before it is written.
 
     Args:
-        shape, dtype: of the states. place: where they lie on disk; None keeps them in memory alone.
-        block: go on with the states that enter this block, which lie at ``place``; None starts empty.
-        digest: what these states' SHA-256 has to be.
+        shape, dtype: of the states. place: the states' files; None holds them in memory only.
+        block: resume with the input states of this block from ``place``; None starts empty.
+        digest: the expected SHA-256 of these states.
 
     Attributes:
-        digest: SHA-256 of the states as they were written to the disk; None where they were not.
+        digest: SHA-256 of the states as written to disk; None if they were not written.
 
     Raises:
-        OSError: the files cannot be written, or read again, or hold other states than those of ``digest``.
+        OSError: the files cannot be written or read, or do not match ``digest``.
     """
 
     def __init__(
         self,
         shape: tuple[int, ...],
         dtype: torch.dtype,
-        place: Place | None = None,
+        place: StateFiles | None = None,
         block: int | None = None,
         digest: str | None = None,
     ) -> None:
@@ -67,15 +67,15 @@ class States:
         if place and block is not None:
             path = place.file(block)
             if path.stat().st_size < shape[0] * self._window_bytes:
-                raise OSError(0, "it ends too early", str(path))
+                raise OSError(0, "it is truncated", str(path))
             if self._held is not None:
                 _read(path, 0, self._held)
             if digest is not None and digest != self._digest_of_file(path):
-                raise OSError(0, "it does not hold what was written", str(path))
+                raise OSError(0, "its content differs from what was written", str(path))
 
     @property
     def whole(self) -> torch.Tensor:
-        """All of them, where they are in memory."""
+        """All states; only available if they are in memory."""
         assert self._held is not None, "spilled states are never whole in memory"
         return self._held
 
@@ -84,7 +84,7 @@ class States:
         self._held = states
 
     def read(self, windows: slice) -> torch.Tensor:
-        """The states of ``windows``; a view where they are in memory."""
+        """The states of ``windows``; a view if they are in memory."""
         if self._held is not None:
             return self._held[windows]
         assert self.place
@@ -94,20 +94,20 @@ class States:
         return states
 
     def write(self, windows: slice, states: torch.Tensor) -> None:
-        """Note what the block makes of ``windows``."""
+        """Store a block's output for ``windows``."""
         if self._held is not None:
             self._held[windows] = states
             return
         assert self.place
         offset, states = windows.indices(self.shape[0])[0] * self._window_bytes, states.to("cpu", self.dtype)
-        if offset == self._hashed:  # windows come in their order, so the file need not be read for its hash
+        if offset == self._hashed:  # in order so far, so the file need not be re-read for its hash
             self._hash.update(_bytes(states))
             self._hashed += states.numel() * states.itemsize
         with _opened(self.place.file(self.block + 1), os.O_WRONLY | os.O_CREAT) as file:
             _write(file, offset, states)
 
     def turn(self, flush: bool = True) -> None:
-        """Every window is written: read them from now on, and with ``flush`` see to it that they are on the disk."""
+        """Make the written windows, all of them, readable; with ``flush`` also write them to disk and sync."""
         self.block += 1
         self.digest = None
         if self.place and flush:
@@ -126,7 +126,7 @@ class States:
         self._hash, self._hashed = hashlib.sha256(), 0
 
     def copy(self, name: str) -> States:
-        """The same states, to be rolled on separately under another name."""
+        """An independent copy, whose files have another ``name``."""
         place = replace(self.place, name=name) if self.place else None
         other = States(self.shape, self.dtype, place)
         other.block = self.block - 1
@@ -137,7 +137,7 @@ class States:
         return other
 
     def _digest_of_file(self, path: Path) -> str:
-        """Of the states in a file; of those in memory, where they were read from it."""
+        """SHA-256 of the states in a file, taken from memory if they were read from it."""
         if self._held is not None:
             return _sha256(self._held)
         with path.open("rb") as file:
@@ -182,5 +182,5 @@ def _read(path: Path, offset: int, states: torch.Tensor) -> None:
         while view:
             count = os.preadv(file, [view], offset)
             if not count:
-                raise OSError(0, "it ends too early", str(path))
+                raise OSError(0, "it is truncated", str(path))
             view, offset = view[count:], offset + count

@@ -1,4 +1,4 @@
-"""Statistics of linear inputs, gathered while a block runs: H = X^T X and the token count.
+"""Statistics of linear inputs, collected while a block runs: H = X^T X and the token count.
 
 H serves every GPTQ permutation (Frantar et al. 2022, https://arxiv.org/abs/2210.17323), scores AWQ
 candidates, and its diagonal is llama.cpp's importance matrix.
@@ -18,19 +18,19 @@ from quantize.reporter import SILENT, Reporter
 from quantize.source.streamed import Linear
 
 Timed = Callable[[str], contextlib.AbstractContextManager[None]]
-"""Books the time spent inside to a stage."""
+"""Context manager that adds the time spent inside to a stage."""
 
-PANELS = 6  # more panels leave out more of the upper half, but make narrower, slower products
+PANELS = 6  # more panels skip more of the upper triangle, but make narrower, slower products
 NARROWEST = 96
 
 
 def untimed(stage: str) -> contextlib.AbstractContextManager[None]:
-    """Books nothing."""
+    """A :data:`Timed` that measures nothing."""
     return contextlib.nullcontext()
 
 
 def panels(size: int) -> list[tuple[int, int]]:
-    """Where the panels of rows begin and end that H is summed in; each reaches up to its diagonal."""
+    """First and last row of the panels in which H is summed; each panel's columns end at its last row."""
     width = max(NARROWEST, -(-size // PANELS // 32) * 32)
     return [(first, min(first + width, size)) for first in range(0, size, width)]
 
@@ -42,9 +42,9 @@ class InputStatistics:
     Attributes:
         linears: the linears that share this input (q/k/v, gate/up), in module order.
         hessian: X^T X over all tokens, float32 [in_features, in_features].
-        drift: (S - X)^T X where S is what the source model feeds these linears; None where X is S.
-        tokens: rows of X so far. None at all (an expert that the router chose for no token): H is the identity, by
-            which every method rounds to nearest.
+        drift: (S - X)^T X, where S is the source model's input of these linears; None if X is S.
+        tokens: number of rows of X. With none (an expert that got no token), H is the identity, so that every method
+            rounds to nearest.
     """
 
     linears: list[Linear]
@@ -53,9 +53,9 @@ class InputStatistics:
     tokens: int = 0
 
     def add(self, rows: torch.Tensor, source: torch.Tensor | None = None) -> None:
-        """Add the ``rows`` of X, float32 [rows, in_features], and what the source has in their place.
+        """Add ``rows`` of X, float32 [rows, in_features], and the corresponding rows of the source's S.
 
-        X^T X is symmetric, so only panels up to the diagonal are computed; :meth:`finish` mirrors them.
+        X^T X is symmetric, so only the panels up to the diagonal are computed; :meth:`finish` mirrors them.
         """
         for first, last in panels(rows.shape[-1]):
             self.hessian[first:last, :last].addmm_(rows[:, first:last].t(), rows[:, :last])
@@ -66,30 +66,30 @@ class InputStatistics:
         self.tokens += rows.shape[0]
 
     def finish(self) -> None:
-        """Mirror the lower panels, so that ``hessian`` is whole."""
+        """Mirror the lower panels to complete ``hessian``."""
         if not self.tokens:
             self.hessian.diagonal().fill_(1.0)
         for first, last in panels(self.hessian.shape[0]):
             self.hessian[:first, first:last].copy_(self.hessian[first:last, :first].t())
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self.hessian, self.drift = torch.empty(0), None
 
 
 @dataclass
 class Collector:
-    """Hooks a block's linears and gathers one :class:`InputStatistics` per distinct input.
+    """Hooks a block's linears and collects one :class:`InputStatistics` per distinct input.
 
-    Which linears share an input is seen in the first run that reaches them: they are handed the very same tensor. While
-    that run lasts, such inputs are kept, so that no two of them can lie at one address.
+    Linears share an input if they receive the same tensor object in the first run that reaches them. During that run
+    the inputs are kept alive, so that no two of them have the same address.
 
     Attributes:
-        timed: books the time that statistics take.
-        gather: add to the statistics; False only watches.
-        record: keep the rows of the last run, by the first linear that reads them, in ``rows``; and in ``tokens``, for
-            the linears of experts, which tokens of the run they are.
-        source: a recording collector that watched the source model's block on the same windows just before.
+        timed: measures the time that statistics take.
+        gather: add to the statistics; False only observes.
+        record: store the rows of the last run in ``rows``, by the first linear that reads them, and for experts'
+            linears their token indices in ``tokens``.
+        source: a recording collector that has just observed the source model's block on the same windows.
     """
 
     linears: Sequence[Linear]
@@ -105,7 +105,7 @@ class Collector:
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """While inside, one run of the block adds to the statistics."""
+        """Context in which one run of the block adds to the statistics."""
         handles = [
             linear.module.register_forward_pre_hook(self._hook(linear), with_kwargs=True) for linear in self.linears
         ]
@@ -119,7 +119,7 @@ class Collector:
             self._first.clear()
 
     def finish(self) -> None:
-        """End the statistics: groups in the order of the block's modules, also of experts that no token reached."""
+        """Complete the statistics: groups in module order, including experts that no token reached."""
         unreached: dict[tuple[int, bool], InputStatistics] = {}
         for linear in self.linears:
             if linear.expert is None or linear.local in self._group:
@@ -136,7 +136,7 @@ class Collector:
             group.finish()
 
     def unread(self) -> list[str]:
-        """Linears that no token has reached."""
+        """Names of the linears that no token has reached."""
         return [linear.local for linear in self.linears if linear.local not in self._group]
 
     def _new_group(self, linear: Linear, like: torch.Tensor) -> InputStatistics:
@@ -173,18 +173,18 @@ class Collector:
                 if linear.expert is not None:
                     self.tokens[linear.local] = linear.expert.tokens
             if self.gather:
-                self._group[linear.local].add(rows, self._meant(linear, rows) if self.source else None)
+                self._group[linear.local].add(rows, self._source_rows(linear, rows) if self.source else None)
 
-    def _meant(self, linear: Linear, rows: torch.Tensor) -> torch.Tensor:
-        """What the source has in place of ``rows``. A token that the source sends to another expert has nothing there:
-        its row stands for itself, so that it drifts by nothing."""
+    def _source_rows(self, linear: Linear, rows: torch.Tensor) -> torch.Tensor:
+        """The source's rows that correspond to ``rows``. A token that the source routes to another expert has none: its
+        own row is used, so that its drift is zero."""
         assert self.source is not None
-        theirs = self.source.rows.get(linear.local)
+        original = self.source.rows.get(linear.local)
         if linear.expert is None:
-            assert theirs is not None
-            return theirs
-        if theirs is None:
+            assert original is not None
+            return original
+        if original is None:
             return rows
         here, there = linear.expert.tokens, self.source.tokens[linear.local]
-        place = torch.searchsorted(there, here).clamp(max=len(there) - 1)  # tokens rise
-        return torch.where((there[place] == here)[:, None], theirs[place], rows)
+        place = torch.searchsorted(there, here).clamp(max=len(there) - 1)  # token indices are ascending
+        return torch.where((there[place] == here)[:, None], original[place], rows)

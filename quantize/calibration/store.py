@@ -1,7 +1,7 @@
-"""Statistics kept on disk: with them a later variant needs no forward pass, only its solve.
+"""Statistics saved on disk, so that a later variant needs only its solve and no forward pass.
 
-A block is a safetensors file and, written after it, a JSON table of its inputs. H is symmetric, so only its panels up
-to the diagonal are kept, as they were summed. Both carry hashes, which are looked at whenever they are read.
+Each block has a safetensors file and, written after it, a JSON table of its inputs. H is symmetric, so only its panels
+up to the diagonal are saved. Both files contain hashes, which are checked at every read.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from quantize.files.space import touch
 from quantize.formats.tensor_file import TensorFile
 from quantize.source.streamed import Linear
 
-ENTERED = "entered"
+SAMPLE = "entered"
 
 
 class StatisticsStore:
     """The statistics of one source on one calibration text, in one folder.
 
     Args:
-        folder: named by the key of all that the statistics depend on.
+        folder: named by the key of everything that the statistics depend on.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def has(self, index: int) -> bool:
-        """Whether block ``index`` is there."""
+        """Whether block ``index`` is saved."""
         return self._table(index).is_file()
 
     def is_complete(self, blocks: int) -> bool:
-        """Whether all blocks are there."""
+        """Whether all blocks are saved."""
         return all(map(self.has, range(blocks)))
 
-    def write(self, index: int, groups: Sequence[InputStatistics], entered: torch.Tensor | None = None) -> None:
-        """Keep a block's statistics, whole or not at all.
+    def write(self, index: int, groups: Sequence[InputStatistics], sample: torch.Tensor | None = None) -> None:
+        """Save a block's statistics atomically.
 
         Args:
-            groups: finished. entered: a batch of what entered the block, [batch, length, width], where it is the
-                first of its kind (AWQ finds out from it what takes a scale).
+            groups: finished statistics. sample: a batch of the block's input, [batch, length, width], for the first
+                block of its kind (AWQ uses it to find folds).
 
         Raises:
-            OSError: no space.
+            OSError: they cannot be written.
         """
         tensors, described = {}, []
         for number, group in enumerate(groups):
@@ -57,18 +57,18 @@ class StatisticsStore:
             for first, last in panels(size):
                 tensors[f"{number}.{first}"] = group.hessian[first:last, :last].cpu()
             described.append({"linears": [one.local for one in group.linears], "size": size, "tokens": group.tokens})
-        if entered is not None:
-            tensors[ENTERED] = entered.cpu()
+        if sample is not None:
+            tensors[SAMPLE] = sample.cpu()
         save_whole(self._file(index), tensors)
         write_atomically(self._table(index), seal(described))
 
     def read(
         self, index: int, linears: Sequence[Linear], device: torch.device
     ) -> tuple[list[InputStatistics], torch.Tensor | None]:
-        """A block's statistics for its loaded ``linears``, and what entered it where that was kept.
+        """Load a block's statistics for its ``linears``, and the sample of its input if there is one.
 
         Raises:
-            CalibrationError: the file is damaged, or of another block.
+            CalibrationError: the file is damaged, or belongs to another block.
         """
         by_name = {linear.local: linear for linear in linears}
         groups = []
@@ -83,17 +83,17 @@ class StatisticsStore:
                 group = InputStatistics(members, hessian, tokens=entry["tokens"])
                 group.finish()
                 groups.append(group)
-            entered = file.read(ENTERED).to(device) if ENTERED in file else None
+            sample = file.read(SAMPLE).to(device) if SAMPLE in file else None
         except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CalibrationError(self._damaged(index, str(error))) from None
         if by_name:
-            raise CalibrationError(self._damaged(index, f"{min(by_name)} is not in them"))
+            raise CalibrationError(self._damaged(index, f"{min(by_name)} is missing"))
         touch(self.folder)
-        return groups, entered
+        return groups, sample
 
     def _damaged(self, index: int, why: str) -> str:
         return (
-            f"{self._file(index)}: the kept statistics cannot be read ({why}); remove them with "
+            f"{self._file(index)}: the saved statistics cannot be read ({why}); remove them with "
             "'quantize gc --part statistics --older-than 0' and build again"
         )
 

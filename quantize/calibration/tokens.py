@@ -1,4 +1,4 @@
-"""From texts to token windows: seeded, so that the same recipe always sees the same tokens."""
+"""From texts to token windows: seeded, so that a recipe always gets the same tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from quantize.recipe.schema import Calibration, Corpus
 from quantize.source.resolved import Source
 from quantize.source.unchanged import guarded
 
-SAMPLER_VERSION = 2  # raise when the same recipe would give other windows
-SURPLUS = 4  # how many times the tokens of the windows are read, so that random windows hardly overlap
+SAMPLER_VERSION = 2  # raise it when a recipe's windows change
+SURPLUS = 4  # read this many times the tokens needed, so that random windows rarely overlap
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Tokens:
 
 
 def calibration_identity(calibration: Calibration) -> dict[str, Any]:
-    """What determines the tokens beside the tokenizer (which is part of the source)."""
+    """What determines the tokens, except the tokenizer (which is part of the source)."""
     return {
         "corpora": [identity(corpus) for corpus in calibration.dataset],
         "samples": calibration.samples,
@@ -47,10 +47,10 @@ def calibration_identity(calibration: Calibration) -> dict[str, Any]:
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
-    """The source's tokenizer.
+    """Load the source's tokenizer.
 
     Raises:
-        CalibrationError: the source has none that can be read. SourceChanged: its files are not what was hashed.
+        CalibrationError: it is missing or cannot be read. SourceChanged: its files changed after they were hashed.
     """
     from transformers import AutoTokenizer
 
@@ -59,7 +59,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
             return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except SourceChanged:
         raise
-    except BaseException as error:  # tokenizer readers raise anything, also from their Rust side
+    except BaseException as error:  # tokenizers can raise anything, including panics of their Rust code
         if not _is_of_the_tokenizer(error):
             raise
         reason = " ".join(str(error).split())[:200]
@@ -67,10 +67,10 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
 
 
 def sample_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
-    """Cut ``samples`` random windows out of the calibration texts, in equal parts from each.
+    """Cut ``samples`` random windows out of the calibration texts, equally many from each.
 
     Raises:
-        CalibrationError: a text that is shorter than one window, or not the one that was planned with.
+        CalibrationError: a text is shorter than one window, or changed since planning.
     """
     count, length = calibration.samples, calibration.sequence_length
     generator = np.random.Generator(np.random.PCG64(calibration.seed))
@@ -116,15 +116,15 @@ def _ids(corpus: Corpus, tokenizer: Any, most: int) -> NDArray[np.int64]:
 
 
 def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
-    """Token ids of a text, without the length warning; with the tokens that open and close a prompt if ``special``.
+    """Token ids of a text, without the length warning; ``special`` adds the tokens that open and close a prompt.
 
     Raises:
-        CalibrationError: the tokenizer fails, or gives something else than ids.
+        CalibrationError: the tokenizer fails, or its output is not token ids.
     """
     try:
         ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         found = [operator.index(token) for token in ids]
-    except BaseException as error:  # it raises anything, also from its Rust side
+    except BaseException as error:  # it can raise anything, including panics of its Rust code
         if not _is_of_the_tokenizer(error):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -133,18 +133,18 @@ def encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
         ) from None
     if found and not 0 <= min(found) <= max(found) < 2**31:
         raise CalibrationError(
-            f"the source's tokenizer gives {min(found)} to {max(found)} as ids of tokens, which no embedding has"
+            f"the source's tokenizer gives token ids from {min(found)} to {max(found)}, which no embedding has"
         )
     return found
 
 
 def _is_of_the_tokenizer(error: BaseException) -> bool:
-    """Any error but a shortage of memory; a panic of the Rust side is no ``Exception``."""
+    """Whether an error comes from the tokenizer: any but memory shortage; a Rust panic is not an ``Exception``."""
     return (isinstance(error, Exception) or is_panic(error)) and not is_memory_shortage(error)
 
 
 def _bos(tokenizer: Any) -> int | None:
-    """The BOS id, if the tokenizer puts one before a prompt."""
+    """The BOS id, if the tokenizer starts a prompt with one."""
     start = encode(tokenizer, "a", special=True)[:1]
     bos = tokenizer.bos_token_id
     return start[0] if start and start == [bos] else None

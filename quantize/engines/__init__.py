@@ -1,4 +1,4 @@
-"""Other tools behind the same recipe. Each file in ``tools/`` describes one and runs it; see docs/engines.md."""
+"""External quantization tools for recipes. Each file in ``tools/`` describes and runs one; see docs/engines.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOOLS = Path(__file__).with_name("tools")
 
 @cache
 def known_engines() -> dict[str, Engine]:
-    """Every engine by its name. Reads descriptions only: nothing of an engine itself is imported."""
+    """Every engine by name. Reads descriptions only; no engine is imported."""
     found = {}
     for module in pkgutil.iter_modules([str(TOOLS)]):
         described = importlib.import_module(f"quantize.engines.tools.{module.name}").ENGINE
@@ -26,10 +26,10 @@ def known_engines() -> dict[str, Engine]:
 
 
 def engine_names() -> list[str]:
-    """What a recipe's ``engine:`` may say."""
+    """The allowed values of a recipe's ``engine:``."""
     return [NATIVE, *known_engines()]
 
 
 def find_engine(name: str) -> Engine:
-    """The engine of a name that :func:`engine_names` lists, ``native`` excepted."""
+    """The engine with a name from :func:`engine_names`, except ``native``."""
     return known_engines()[name]

@@ -1,4 +1,4 @@
-"""What an engine's file says of it, checked when it is read."""
+"""The description in an engine's file, validated when it is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 NATIVE = "native"
-"""What a recipe calls our own solvers."""
+"""The name of our own solvers in a recipe."""
 
 Layout = Literal["gptq", "awq", "compressed-tensors"]
 
@@ -21,15 +21,15 @@ class _Strict(BaseModel):
 
 
 class Ability(_Strict):
-    """What an engine can do of one method.
+    """An engine's support of one method.
 
     Attributes:
-        layout: the checkpoint format that its results are published in.
-        values: for each parameter of the method that it does not take in full, the values that it takes. The first is
-            what it does where the recipe says nothing and its default is not among them.
-        reasons: for a parameter, why it takes no others, for the error.
-        true_sequential: whether statistics are taken again after each part of a block.
-        needs: ``cpu`` where a processor is enough, else ``cuda``.
+        layout: the checkpoint format in which its results are published.
+        values: the supported values of each parameter that is not fully supported. The first is used if the recipe does
+            not set the parameter and its default is not supported.
+        reasons: why a parameter has no other values, for the error.
+        true_sequential: whether statistics are collected again after each part of a block.
+        needs: ``cpu`` if a CPU suffices, else ``cuda``.
     """
 
     layout: Layout
@@ -40,17 +40,17 @@ class Ability(_Strict):
 
 
 class Engine(_Strict):
-    """A tool that is not ours, run in an environment of its own.
+    """An external tool, run in its own Python environment.
 
     Attributes:
-        name: what a recipe calls it. package: its distribution on the package index. version: the one that is pinned.
+        name: its name in recipes. package: its distribution on the package index. version: the pinned version.
         summary: one line on what it is and where it runs.
-        methods: by method, what it can do.
-        requirements: what is asked of pip; ``constraints`` pins what comes along.
-        without_dependencies: installed afterwards, their own word on what they need (and forbid) not heeded.
-        packages: whose versions the manifest names.
-        variables: of the user's environment, that the tool goes by and is told; ``*`` stands for anything.
-        file: where it is described and run.
+        methods: its support of each method.
+        requirements: requirements for pip; ``constraints`` pins their dependencies.
+        without_dependencies: requirements installed afterwards, ignoring their dependencies.
+        packages: packages whose versions go into the manifest.
+        variables: environment variables of the user passed to the tool; ``*`` matches anything.
+        file: the file that describes and runs it.
     """
 
     name: str
@@ -67,35 +67,35 @@ class Engine(_Strict):
 
     @property
     def title(self) -> str:
-        """Name and version, as people write it."""
+        """Name and version for readers."""
         return f"{self.name} {self.version}"
 
     @property
     def pins(self) -> str:
-        """Identity of the pinned environment: a hash of everything that is asked of pip."""
+        """Identity of the pinned environment: a hash of everything passed to pip."""
         asked = [sorted(self.requirements), sorted(self.constraints.split()), list(self.without_dependencies)]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
     def misfit(self, method: str, values: Mapping[str, Any], stated: Collection[str]) -> tuple[str, str] | None:
-        """The first stated parameter that the engine cannot take, and why; None where it can do it all.
+        """The first stated parameter that the engine does not support, and the reason; None if there is none.
 
         Args:
-            stated: the parameters that the recipe itself names.
+            stated: the parameters that the recipe sets.
         """
         ability = self.methods.get(method)  # type: ignore[call-overload]
         if ability is None:
             able = " and ".join(name.upper() for name in self.methods)
-            return "engine", f"{self.title} makes no {method.upper()} here, only {able}"
+            return "engine", f"{self.title} does not support {method.upper()} here, only {able}"
         for name, allowed in ability.values.items():
             if name in stated and values[name] not in allowed:
                 listing = ", ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in allowed)
                 why = f" ({ability.reasons[name]})" if name in ability.reasons else ""
                 given = json.dumps(values[name]) if isinstance(values[name], bool) else values[name]
-                return name, f"{self.title} takes only {listing}, not {given}{why}"
+                return name, f"{self.title} supports only {listing}, not {given}{why}"
         return None
 
     def fitted(self, method: str, values: Mapping[str, Any], stated: Collection[str]) -> dict[str, Any]:
-        """``values``, where what the recipe left open is what the engine does."""
+        """``values``, with parameters that the recipe does not set replaced by what the engine does."""
         allowed = self.methods[method].values  # type: ignore[index]
         return {
             name: allowed[name][0] if name in allowed and name not in stated and value not in allowed[name] else value

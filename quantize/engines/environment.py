@@ -1,6 +1,6 @@
-"""An engine's own Python environment: made once below a given folder with pinned requirements, and reused.
+"""An engine's Python environment: created once below a given folder with pinned requirements, and reused.
 
-A virtual environment cannot be moved, so it is made where it stays; a file that is written last says that it is whole.
+A virtual environment cannot be moved, so it is created in its final folder; a file written last marks it as complete.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ GPU_FILES = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidiactl"))
 
 
 def has_gpu() -> bool:
-    """Whether an NVIDIA driver is there; asks no library."""
+    """Whether there is an NVIDIA driver, without loading a library."""
     return any(path.exists() for path in GPU_FILES) or shutil.which("nvidia-smi") is not None
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where an engine lives.
+    """An engine's environment.
 
     Attributes:
-        root: the folder that holds all engines' environments.
+        root: the folder of all engines' environments.
     """
 
     engine: Engine
@@ -44,12 +44,12 @@ class Environment:
 
     @property
     def folder(self) -> Path:
-        """Of this version's pins: other pins are another environment."""
+        """Its folder, named by the pins: other pins give another environment."""
         return self.root / self.engine.name / self.engine.pins
 
     @cached_property
     def mark(self) -> dict[str, Any] | None:
-        """What was noted when it was finished; None where it is missing or unfinished."""
+        """The record written when it was completed; None if it is missing or incomplete."""
         try:
             data = json.loads((self.folder / MARK).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -74,19 +74,19 @@ class Environment:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What the bytes of a result depend on: the engine, and the pins or, in an environment of the user's own, the
-        packages that are in it."""
+        """What the bytes of a result depend on: the engine and its pins or, in the user's own environment, the
+        installed packages."""
         own = (self.mark or {}).get("own")
         version = str(self.mark["version"]) if own and self.mark else self.engine.version
         return {"name": self.engine.name, "version": version, "environment": str(own or self.engine.pins)}
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the disk."""
+        """Its size on disk in bytes."""
         return sum(path.lstat().st_size for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink())
 
     def obstacle(self, method: str) -> str | None:
-        """Why this machine cannot run the engine's ``method`` now, in one sentence without an end; None if it can."""
+        """Why this machine cannot run the engine's ``method`` now, as a sentence without full stop; None if it can."""
         if self.engine.methods[method].needs == "cuda" and not has_gpu():  # type: ignore[index]
             return f"{self.engine.title} needs an NVIDIA GPU with CUDA, and this machine has none"
         if self.mark is None:
@@ -131,7 +131,7 @@ class Environment:
         """
         python = Path(os.path.abspath(python.expanduser()))  # not resolved: a link tells Python its environment
         if not python.is_file():
-            raise EngineError(f"{python}: there is no such Python")
+            raise EngineError(f"{python}: this Python interpreter does not exist")
         with self._locked():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
@@ -142,7 +142,7 @@ class Environment:
             reporter.say(f"{self.engine.name} {versions[self.engine.package]} of {python} is taken")
 
     def ask(self, python: Path | None = None) -> dict[str, Any]:
-        """Import the engine in its environment; its answer holds the versions of its packages.
+        """Import the engine in its environment and return its answer, with the versions of its packages.
 
         Raises:
             EngineError: it is not installed, or cannot be imported.

@@ -1,9 +1,9 @@
-"""In a child, inside an engine's own environment. Imports nothing of quantize.
+"""Child process in an engine's own environment. Imports nothing from quantize.
 
-Keys of the arguments: ``tool``, the engine's file; ``packages``, whose versions are told; ``action``, ``check`` or
+Keys of the arguments: ``tool``, the engine's file; ``packages``, whose versions are reported; ``action``, ``check`` or
 ``run``. For ``run`` the engine's file is executed and its ``run(request)`` called, with ``source`` (a checkpoint's
-folder), ``ids`` (a ``.npy`` of token ids, int64 [samples, length]), ``out`` (an empty folder that takes the result),
-``method``, ``parameters``, ``device`` and ``threads``. What it prints is its log. What it returns is told as ``said``.
+folder), ``ids`` (a ``.npy`` of token ids, int64 [samples, length]), ``out`` (an empty folder for the result),
+``method``, ``parameters``, ``device`` and ``threads``. Its output is the log; its return value is answered as ``said``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak_bytes() -> int:
-    """Of this process alone: what getrusage tells begins with the size of the process that started it."""
+    """Peak memory of this process alone; getrusage starts with the size of the parent process."""
     try:
         with open("/proc/self/status", encoding="utf-8") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
@@ -44,7 +44,7 @@ def _peak_bytes() -> int:
 
 
 def _prepare(request: dict[str, Any]) -> None:
-    """The same random numbers and threads in every run; ``auto`` is the GPU where the engine's torch sees one."""
+    """Seed random numbers and set threads; resolve the device ``auto`` to the GPU if the engine's torch sees one."""
     random.seed(0)
     try:
         import numpy

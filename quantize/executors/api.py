@@ -55,9 +55,9 @@ class Windows:
     spilled: bool
     trust_remote_code: bool
 
-    def places(self, part: int) -> list[Place]:
+    def places(self, part: int) -> list[StateFiles]:
         """Where the states of a part lie, one for each stream."""
-        return [Place(self.kept.folder, f"states-{part}-{stream}", self.spilled) for stream in range(self.streams)]
+        return [StateFiles(self.kept.folder, f"states-{part}-{stream}", self.spilled) for stream in range(self.streams)]
 
     def states(self, part: int, block: int) -> list[States]:
         """The kept states of a part that enter ``block``, one for each stream.

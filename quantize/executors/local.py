@@ -48,9 +48,9 @@ class LocalStreams:
         done = windows.kept.state.next_block
         for number, ids in enumerate(windows.parts):
             if done:
-                yield Part.going_on(windows.model, ids, windows.batch, windows.states(number, done))
+                yield Part.resume(windows.model, ids, windows.batch, windows.states(number, done))
             else:
-                yield Part.at_start(windows.model, ids, windows.batch, windows.places(number))
+                yield Part.start(windows.model, ids, windows.batch, windows.places(number))
 
     def statistics(self, index: int, block: nn.Module, gather: bool, first: bool) -> Gathered:
         entered = self._parts[0].source.first() if first else None

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from quantize.calibration.parts import Packed, PackedStatistics, Part
-from quantize.calibration.states import Place, States
+from quantize.calibration.states import StateFiles, States
 from quantize.errors import BuildError, DamagedBuild
 from quantize.executors.api import Job
 from quantize.executors.local import named_digests, solve_job
@@ -63,7 +63,7 @@ class Begin:
     trust_remote_code: bool
     ids: NDArray[np.int64]
     batch: int
-    places: Sequence[Place | None]
+    places: Sequence[StateFiles | None]
     digests: Sequence[str | None]
     block: int
     width: int

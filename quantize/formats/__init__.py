@@ -1,1 +1,1 @@
-"""Bytes on disk: packing, configs, safetensors files. Knows no model."""
+"""Bytes on disk: packing, configs, safetensors and GGUF files. Independent of any model."""

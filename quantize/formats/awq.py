@@ -45,7 +45,7 @@ def encode(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> Te
     """The tensors of a quantized linear with K inputs, N outputs and G groups in their natural order.
 
     Args:
-        codes: [N, K] uint8. scales: [G, N]. zeros: [G, N] integers, stored as they are.
+        codes: [N, K] uint8. scales: [G, N]. zeros: [G, N] integers, stored unchanged.
 
     Returns:
         ``qweight`` int32 [K, N/8], ``qzeros`` int32 [G, N/8], ``scales`` float16 [G, N].
@@ -71,8 +71,8 @@ def quant_config(*, group_size: int, zero_point: bool, left_out: list[str] | Non
     """``quant_config.json``, in AutoAWQ's own names.
 
     Args:
-        left_out: whole names of the linears of blocks that are not quantized. Loaders also match a part of a name, so
-            that ``gate`` alone would leave out ``gate_proj``.
+        left_out: full names of the block linears that are not quantized. Loaders also match parts of names, so
+            ``gate`` alone would exclude ``gate_proj`` too.
     """
     return {
         "zero_point": zero_point,
@@ -84,7 +84,7 @@ def quant_config(*, group_size: int, zero_point: bool, left_out: list[str] | Non
 
 
 def quantization_config(*, group_size: int, zero_point: bool, left_out: list[str] | None = None) -> dict[str, Any]:
-    """``quantization_config`` of ``config.json``, as transformers, vLLM and TGI read it; arguments as above."""
+    """``quantization_config`` of ``config.json`` for transformers, vLLM and TGI; arguments of :func:`quant_config`."""
     return {
         "quant_method": "awq",
         "bits": BITS,

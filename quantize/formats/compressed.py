@@ -1,9 +1,9 @@
 """The ``pack-quantized`` format of compressed-tensors, which vLLM reads: tensors of a linear, and its config.
 
 Source: compressed-tensors 0.19, as llm-compressor writes it and vLLM and transformers read it. For N outputs, K inputs
-and G groups: ``weight_packed`` int32 [N, K*bits/32], low bits first, codes raised by 2^(bits-1); ``weight_scale``
+and G groups: ``weight_packed`` int32 [N, K*bits/32], low bits first, codes offset by 2^(bits-1); ``weight_scale``
 [N, G] in the model's dtype; ``weight_shape`` int64 [2]; with zero points ``weight_zero_point`` int32 [N*bits/32, G],
-raised as the codes are.
+with the same offset.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def decode(tensors: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
     """The weight [N, K] float32 that a loader computes.
 
     Raises:
-        ValueError: ``weight_shape`` is not what the codes fill.
+        ValueError: ``weight_shape`` differs from the shape of the codes.
     """
     codes = unpack(tensors["weight_packed"].t().contiguous(), bits).t().float()
     if tensors["weight_shape"].tolist() != list(codes.shape):
@@ -37,7 +37,7 @@ def decode(tensors: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
 
 
 def quantization_config(*, bits: int, group_size: int, symmetric: bool, static_order: bool) -> dict[str, Any]:
-    """``quantization_config`` of ``config.json``: every linear but the output head."""
+    """``quantization_config`` of ``config.json`` for a model with every linear but the output head quantized."""
     weights: dict[str, Any] = {
         "actorder": "static" if static_order else None,
         "block_structure": None,
@@ -74,9 +74,9 @@ def quantization_config(*, bits: int, group_size: int, symmetric: bool, static_o
 
 
 def bits_of(config: Mapping[str, Any]) -> int:
-    """The width that a ``quantization_config`` of this kind names.
+    """The bit width in a ``quantization_config`` of this format.
 
     Raises:
-        KeyError, TypeError: it is of another kind.
+        KeyError, TypeError: the config is of another format.
     """
     return int(config["config_groups"]["group_0"]["weights"]["num_bits"])

@@ -1,7 +1,7 @@
-"""GGUF files opened with the package ``gguf``, after their header was found sound.
+"""Open GGUF files with the package ``gguf``, after checking their header.
 
-The package reads what a header says and checks little of it: a false count keeps it busy for ever, or until the memory
-is full. Here every count and length is held against the file first.
+The package trusts the header: a false count makes it loop forever or fill the memory. Here every count and length is
+checked against the file first.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -17,7 +17,7 @@ VERSIONS = (2, 3)
 MOST_KEYS = 65_536
 MOST_TENSORS = 262_144
 MOST_ELEMENTS = 4_000_000
-"""Of all arrays together; a vocabulary of 262,144 tokens has 1.3 million. The package keeps 300 bytes for each."""
+"""Over all arrays; a vocabulary of 262,144 tokens has 1.3 million. The package needs 300 bytes of memory for each."""
 MOST_STRING = 16_000_000
 """Bytes; the longest real ones are chat templates."""
 MOST_DIMENSIONS = 4
@@ -28,26 +28,26 @@ SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12
 
 
 def open_gguf(path: Path) -> Any:
-    """A ``gguf.GGUFReader`` of a sound file.
+    """Check a file and return its ``gguf.GGUFReader``.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is no GGUF file, damaged, or cut short; the message says which.
+        OSError: it cannot be read. ValueError: it is not a GGUF file, damaged or truncated; the message says which.
     """
     check_gguf(path)
     from gguf import GGUFReader
 
     try:
         return GGUFReader(path)
-    except (LookupError, TypeError, ArithmeticError) as error:  # such as a key that is there twice
+    except (LookupError, TypeError, ArithmeticError) as error:  # for example, a duplicate key
         raise ValueError(" ".join(str(error).split())[:200]) from None
 
 
 def check_gguf(path: Path) -> None:
-    """Hold a header against its file. Raises as :func:`open_gguf`."""
+    """Check a header against its file. Raises the errors of :func:`open_gguf`."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
-            raise ValueError("it is no GGUF file")
+            raise ValueError("it is not a GGUF file")
         _Header(file, size).check()
 
 
@@ -58,23 +58,23 @@ class _Header:
     def check(self) -> None:
         version = self.number("<I")
         if version not in VERSIONS:
-            raise ValueError(f"it is GGUF of version {version}, or big-endian; versions 2 and 3 can be read")
+            raise ValueError(f"it is GGUF version {version}, or big-endian; only versions 2 and 3 can be read")
         tensors, keys = self.number("<Q"), self.number("<Q")
         if keys > MOST_KEYS or tensors > MOST_TENSORS:
-            raise ValueError(f"its header speaks of {keys:,} keys and {tensors:,} tensors")
+            raise ValueError(f"its header claims {keys:,} keys and {tensors:,} tensors")
         for _ in range(keys):
             self.key()
         end = max([self.tensor() for _ in range(tensors)], default=0)
         start = -(-self.file.tell() // self.alignment) * self.alignment
         if end and start + end > self.size:
-            raise ValueError(f"it has {self.size:,} bytes, its tensors need {start + end:,}")
+            raise ValueError(f"it has {self.size:,} bytes, but its tensors need {start + end:,}")
 
     def key(self) -> None:
         name, kind = self.text(), self.number("<I")
         if name == "general.alignment":
             value = self.number("<I") if kind == UINT32 else 0
             if value == 0 or value & (value - 1):
-                raise ValueError("its general.alignment is no power of two")
+                raise ValueError("its general.alignment is not a power of two")
             self.alignment = value
         elif kind == STRING:
             self.text()
@@ -95,7 +95,7 @@ class _Header:
             self.skip(self.length())
 
     def tensor(self) -> int:
-        """Where it ends behind the header."""
+        """Read one tensor's description; return the end of its data, in bytes after the header."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name, dimensions = self.text(), self.number("<I")
@@ -105,7 +105,7 @@ class _Header:
         kind, offset = self.number("<I"), self.number("<Q")
         block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         if 0 in shape or shape[0] % block:
-            raise ValueError(f"its tensor {name[:80]} has the shape {shape}, which its type cannot have")
+            raise ValueError(f"its tensor {name[:80]} has the shape {shape}, which its type does not allow")
         return offset + math.prod(shape) // block * nbytes
 
     def number(self, form: str) -> int:
@@ -116,7 +116,7 @@ class _Header:
     def length(self) -> int:
         length = self.number("<Q")
         if length > MOST_STRING:
-            raise ValueError(f"its header holds a text of {length:,} bytes")
+            raise ValueError(f"its header contains a string of {length:,} bytes")
         return length
 
     def text(self) -> str:
@@ -125,15 +125,15 @@ class _Header:
     def read(self, count: int) -> bytes:
         data = self.file.read(count)
         if len(data) < count:
-            raise ValueError("it ends within its header")
+            raise ValueError("it ends inside its header")
         return data
 
     def skip(self, count: int) -> None:
         if self.file.seek(count, 1) > self.size:
-            raise ValueError("it ends within its header")
+            raise ValueError("it ends inside its header")
 
     @staticmethod
     def size_of(kind: int) -> int:
         if kind not in SCALAR_BYTES:
-            raise ValueError(f"its header holds a value of the unknown type {kind}")
+            raise ValueError(f"its header contains a value of the unknown type {kind}")
         return SCALAR_BYTES[kind]

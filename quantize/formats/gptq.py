@@ -27,7 +27,7 @@ def encode(
 
     Args:
         codes: [N, K] uint8. scales: [G, N]. zeros: [G, N] integers. g_idx: [K].
-        checkpoint_format: ``gptq`` stores zeros minus one, ``gptq_v2`` stores them as they are.
+        checkpoint_format: ``gptq`` stores zeros minus one, ``gptq_v2`` stores them unchanged.
 
     Returns:
         ``qweight`` int32 [K*bits/32, N], ``qzeros`` int32 [G, N*bits/32], ``scales`` float16 [G, N],
@@ -45,14 +45,14 @@ def encode(
 
 
 def convert_zeros(qzeros: torch.Tensor, bits: int, stored: str, wanted: str) -> torch.Tensor:
-    """Packed zero points of one ``checkpoint_format`` in those of another.
+    """Convert packed zero points from the ``checkpoint_format`` ``stored`` to ``wanted``.
 
     Raises:
-        ValueError: either is unknown.
+        ValueError: either format is unknown.
     """
     for name in (stored, wanted):
         if name not in {"gptq", "gptq_v2"}:
-            raise ValueError(f"checkpoint_format is '{name}', neither gptq nor gptq_v2")
+            raise ValueError(f"checkpoint_format '{name}' is neither gptq nor gptq_v2")
     if stored == wanted:
         return qzeros
     zeros = unpack(qzeros.t().contiguous(), bits).to(torch.int32) + (1 if stored == "gptq" else -1)
@@ -85,14 +85,14 @@ def quantize_config(
 ) -> dict[str, Any]:
     """``quantize_config.json``, and the same object as ``quantization_config`` in ``config.json``.
 
-    The union of what AutoGPTQ, GPTQModel, transformers, vLLM, TGI and ExLlama read. Static act-order is no
-    act-order to a loader: its groups lie in the natural order.
+    The union of the keys that AutoGPTQ, GPTQModel, transformers, vLLM, TGI and ExLlama read. Static act-order is
+    written as no act-order, because its groups are in the natural order.
 
     Args:
-        modules: ends of the names of the quantized linears, where a block has linears that are not.
+        modules: name suffixes of the quantized linears, if some linears of a block are not quantized.
     """
     dynamic = desc_act is True
-    # optimum takes a linear whose name ends so, vLLM one whose name holds it
+    # optimum compares the end of a linear's name, vLLM looks for it anywhere in the name
     selected = {"modules_in_block_to_quantize": [modules]} if modules else {}
     return {
         "bits": bits,

@@ -1,13 +1,13 @@
-"""Names of files that come from outside."""
+"""Checks of file names that come from outside."""
 
 from __future__ import annotations
 
 MOST_NAME, MOST_PATH = 255, 1024
-"""Bytes of one name, as file systems take them, and characters of all with their folders."""
+"""Limits: bytes of one path component, as in file systems, and characters of the whole path."""
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a relative name with ``/`` stays inside its folder, can be printed, and is no longer than may be."""
+    """Whether a relative path with ``/`` stays inside its folder, is printable, and is within the length limits."""
     parts = name.split("/")
     if not name.isprintable() or "\\" in name or {"", ".", ".."} & set(parts):
         return False

@@ -27,7 +27,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if count * bits % WORD:
         raise ValueError(f"{count} codes of {bits} bits do not fill 32-bit words")
     runs = -(-count // WORD)
-    source = codes.to(torch.uint8).contiguous()  # bytes turn over four times faster than words
+    source = codes.to(torch.uint8).contiguous()  # bytes transpose four times faster than words
     if count % WORD:
         source = torch.cat([source, source.new_zeros(runs * WORD - count, columns)])
     source = source.view(runs, WORD, columns)

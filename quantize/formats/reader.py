@@ -1,4 +1,4 @@
-"""Weights of a finished branch, read back from its own bytes."""
+"""Read the weights of a finished branch from its files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = {
     "awq": ("qweight", "qzeros", "scales"),
     compressed.METHOD: ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
 }
-"""By method, what a linear's weight is stored as. The first is there for every quantized linear and for no other;
+"""By method, the tensors that store a linear's weight. The first exists for exactly the quantized linears;
 ``weight_zero_point`` only with zero points."""
 
 
@@ -36,12 +36,12 @@ def decode(
 
 
 class BranchReader:
-    """Tensors of a branch's folder, one at a time; its linears dequantized.
+    """Reads the tensors of a branch's folder one at a time, and dequantizes its linears.
 
     The header of each shard is read once, when the first of its tensors is asked for. No file stays open.
 
     Raises:
-        OSError, KeyError, ValueError: the folder is no branch of a format in :data:`PARTS`.
+        OSError, KeyError, ValueError: the folder is not a branch in a format of :data:`PARTS`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,23 +51,23 @@ class BranchReader:
             raise ValueError(f"{folder}: its config.json has no quantization_config")
         self.method = str(config.get("quant_method"))
         if self.method not in PARTS:
-            raise ValueError(f"{folder}: quant_method '{self.method}' is none of {', '.join(PARTS)}")
+            raise ValueError(f"{folder}: quant_method '{self.method}' is not one of {', '.join(PARTS)}")
         bits = compressed.bits_of(config) if self.method == compressed.METHOD else config.get("bits")
         if bits not in (2, 3, 4, 8):
-            raise ValueError(f"{folder}: quantization_config.bits is none of 2, 3, 4 and 8")
+            raise ValueError(f"{folder}: quantization_config.bits is not 2, 3, 4 or 8")
         self.bits, self.checkpoint_format = int(bits), str(config.get("checkpoint_format", "gptq"))
         index = folder / INDEX_NAME
         shards = _json(index).get("weight_map") if index.is_file() else {}
         if not isinstance(shards, dict) or not all(
             isinstance(name, str) and "/" not in name and is_file_name(name) for name in shards.values()
         ):
-            raise ValueError(f"{index}: its weight_map names something that is no file beside it")
+            raise ValueError(f"{index}: its weight_map names something other than a file in this folder")
         self._shard_of: dict[str, str] = shards
         self._files: dict[str, TensorFile] = {}
 
     @cached_property
     def activation_scales(self) -> dict[str, torch.Tensor]:
-        """AWQ: what loaders divide the outputs of modules by that hold no weight of their own, by module."""
+        """AWQ: scales that loaders divide the outputs of weightless modules (activations) by, by module."""
         names = self._stored
         found = {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
         return {module: self.tensor(f"{module}.scales") for module in sorted(found) if f"{module}.qweight" not in names}
@@ -123,5 +123,5 @@ def _json(path: Path) -> dict[str, Any]:
     except RecursionError:
         data = None
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: is no JSON object")
+        raise ValueError(f"{path}: is not a JSON object")
     return data

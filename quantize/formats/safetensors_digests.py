@@ -1,4 +1,4 @@
-"""SHA-256 of single tensors, found in the same reading as that of their file. Knows no torch."""
+"""SHA-256 of a safetensors file and of each of its tensors, in one reading. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ CHUNK = 4 << 20
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a safetensors file holds: SHA-256 of its bytes, and of each tensor by name (:func:`begin_digest`)."""
+    """SHA-256 of a safetensors file, and of each tensor by name (:func:`begin_digest`)."""
 
     sha256: str
     tensors: Mapping[str, str]
 
-    def other_than(self, digests: Mapping[str, str]) -> str | None:
-        """A tensor of the file that is not what ``digests`` says; None where all of these are."""
+    def mismatch(self, digests: Mapping[str, str]) -> str | None:
+        """The name of a tensor that differs from ``digests`` or is missing; None if all of them match."""
         return next((name for name, digest in digests.items() if self.tensors.get(name) != digest), None)
 
 
 def begin_digest(spec: TensorSpec) -> Any:
-    """The hash of a tensor before its bytes: dtype and shape count too, for the same bytes can be read otherwise."""
+    """Start the hash of a tensor with its dtype and shape, since equal bytes can be different tensors."""
     return hashlib.sha256(f"{spec.dtype}{list(spec.shape)}\0".encode())
 
 
@@ -44,10 +44,10 @@ def digest_of(spec: TensorSpec, data: memoryview) -> str:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Read a file once, and hash it and its tensors side by side.
+    """Read a file once, and hash the file and its tensors.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is no safetensors file, or ends too early.
+        OSError: it cannot be read. ValueError: it is not a safetensors file, or is truncated.
     """
     header = file_header(path)
     tensors = _Tensors(header)
@@ -65,7 +65,7 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 def _chunks(file: BinaryIO) -> Iterator[memoryview]:
-    """The file's bytes. A chunk is overwritten when the next but one is asked for."""
+    """The file's bytes. A chunk is valid until the second one after it is requested."""
     buffers, turn = [bytearray(CHUNK) for _ in range(2)], 0
     while count := file.readinto(buffers[turn]):  # type: ignore[attr-defined]
         yield memoryview(buffers[turn])[:count]
@@ -73,7 +73,7 @@ def _chunks(file: BinaryIO) -> Iterator[memoryview]:
 
 
 class _Tensors:
-    """Hashes tensors out of the bytes of their file, which come in pieces."""
+    """Hashes tensors from the bytes of their file, received in chunks."""
 
     def __init__(self, header: Header) -> None:
         self._header = header
@@ -100,5 +100,5 @@ class _Tensors:
 
     def finish(self) -> dict[str, str]:
         if self._next < len(self._names):
-            raise ValueError("it ends too early")
+            raise ValueError("it is truncated")
         return self._found

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: read by plain reads, or laid out before any tensor exists. Knows no torch.
+"""The header of a safetensors file: parsed from bytes, or laid out before any tensor exists. Imports no torch.
 
 Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON header, the data).
 """
@@ -22,10 +22,13 @@ MOST_NAME, MOST_DTYPE = 500, 16
 
 @dataclass(frozen=True)
 class Header:
-    """Tensors of a file: what they are, and between which bytes of it each lies; ``start`` is the first of them.
+    """The header of a file.
 
     Attributes:
-        metadata: what the file says beside its tensors.
+        tensors: dtype and shape of each tensor by name.
+        places: first (inclusive) and last (exclusive) byte of each tensor in the file.
+        start: first byte after the header.
+        metadata: the file's ``__metadata__``.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -35,26 +38,26 @@ class Header:
 
     @property
     def nbytes(self) -> int:
-        """Length that the file must have."""
+        """The length in bytes that the file must have."""
         return max((end for _, end in self.places.values()), default=self.start)
 
 
 def read_header(read: Callable[[int, int], bytes], file: str = "") -> Header:
-    """The header of a safetensors file.
+    """Parse and check the header of a safetensors file.
 
     Args:
-        read: bytes from a first (inclusive) to a last (exclusive) position; fewer where the file ends.
-        file: goes into the specs.
+        read: returns the bytes from a first (inclusive) to a last (exclusive) position; fewer at the end of the file.
+        file: file name for the specs.
 
     Raises:
-        ValueError: it is no safetensors file, or damaged.
+        ValueError: it is not a safetensors file, or damaged.
     """
     length = int.from_bytes(read(0, 8), "little")
     if not 2 <= length <= MOST_HEADER:
-        raise ValueError("it is no safetensors file")
+        raise ValueError("it is not a safetensors file")
     text = read(8, 8 + length)
     if len(text) < length:
-        raise ValueError("it ends too early")
+        raise ValueError("it is truncated")
     try:
         table = json.loads(text, object_pairs_hook=_unique)
         metadata = table.pop("__metadata__", None)
@@ -69,10 +72,10 @@ def read_header(read: Callable[[int, int], bytes], file: str = "") -> Header:
 
 
 def file_header(path: Path) -> Header:
-    """The header of a file on the disk.
+    """The header of a file on disk.
 
     Raises:
-        OSError: it cannot be read. ValueError: as :func:`read_header`.
+        OSError: it cannot be read. ValueError: see :func:`read_header`.
     """
     with path.open("rb") as file:
 
@@ -86,12 +89,12 @@ def file_header(path: Path) -> Header:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return table
 
 
 def _check_places(specs: Mapping[str, TensorSpec], places: Mapping[str, tuple[Any, ...]]) -> None:
-    """Whole numbers; bytes that are as many as dtype and shape need, one tensor after the other without a gap."""
+    """Check that offsets are integers, contiguous without gap or overlap, and match dtype and shape."""
     for name, spec in specs.items():
         if (
             not (name.isprintable() and isinstance(spec.dtype, str))
@@ -107,7 +110,7 @@ def _check_places(specs: Mapping[str, TensorSpec], places: Mapping[str, tuple[An
         if len(place) != 2 or place[0] != end or place[1] < end:
             raise ValueError(f"the bytes of its tensor {name[:100]} overlap others, or leave a gap")
         if spec.dtype in DTYPE_BYTES and spec.nbytes != place[1] - end:
-            raise ValueError(f"its tensor {name[:100]} has another length than its shape")
+            raise ValueError(f"the length of its tensor {name[:100]} does not match its shape")
         end = place[1]
 
 
@@ -116,7 +119,7 @@ def _is_count(value: Any) -> bool:
 
 
 def write_hollow(path: Path, tensors: Mapping[str, TensorSpec]) -> None:
-    """A file with the header of ``tensors`` and a hole in place of their data, which takes no room on the disk."""
+    """Write a sparse file: the header of ``tensors``, and a hole for their data that takes no disk space."""
     header, offsets = header_of(tensors)
     end = max((offset + tensors[name].nbytes for name, offset in offsets.items()), default=0)
     with path.open("xb") as file:
@@ -125,7 +128,7 @@ def write_hollow(path: Path, tensors: Mapping[str, TensorSpec]) -> None:
 
 
 def header_of(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """Header bytes and data offsets: wide dtypes first, so that every tensor is aligned, then by name."""
+    """The header's bytes and each tensor's data offset: wide dtypes first, so tensors are aligned, then by name."""
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     for name in sorted(tensors, key=lambda key: (-DTYPE_BYTES[tensors[key].dtype], key)):

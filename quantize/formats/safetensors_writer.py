@@ -1,7 +1,7 @@
-"""Safetensors files written tensor by tensor, in any order, at places fixed beforehand.
+"""Write safetensors files tensor by tensor, in any order, at offsets fixed beforehand.
 
-The layout is known before the first tensor exists, so the header goes first and each tensor to its own
-offset as soon as it is ready: nothing is held in memory, and no shard is written twice.
+The layout is known before the first tensor exists, so the header is written first, and each tensor at its
+offset as soon as it is ready: nothing is buffered in memory, and no shard is written twice.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class ShardWriter:
 
     Args:
         folder: an existing folder; the files must not exist yet.
-        shards: for each file name the tensors it holds.
-        written: go on with existing files, which hold these tensors already: their digests by name.
+        shards: the tensors of each file, by file name.
+        written: resume existing files that already contain these tensors: their digests by name.
 
     Raises:
-        OSError: the files exist, or where ``written`` is given, do not.
-        ValueError: they are of another layout, or a tensor is not what was written.
+        OSError: the files exist, or, with ``written``, are missing.
+        ValueError: the files have another layout, or a tensor differs from its digest.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ShardWriter:
         self._files: dict[str, int] = {}
         self._places: dict[str, tuple[str, int, TensorSpec]] = {}
         self._digests = dict(written or {})
-        self._unnoted: dict[str, str] = {}
+        self._new_digests: dict[str, str] = {}
 
     def __enter__(self) -> ShardWriter:
         for name, tensors in self.shards.items():
@@ -58,7 +58,7 @@ class ShardWriter:
             if self._new:
                 _write_all(file, header, 0)
             elif os.pread(file, len(header), 0) != header:
-                raise ValueError(f"{name} is of another layout")
+                raise ValueError(f"{name} has another layout")
             for key, offset in offsets.items():
                 self._places[key] = (name, len(header) + offset, tensors[key])
         self._check_written()
@@ -72,35 +72,35 @@ class ShardWriter:
         self._files.clear()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor to its place.
+        """Write one tensor at its offset.
 
         Raises:
-            KeyError: not in the layout. ValueError: another dtype or shape than the layout says.
+            KeyError: it is not in the layout. ValueError: its dtype or shape differs from the layout's.
         """
         shard, offset, spec = self._places[name]
         if tuple(tensor.shape) != spec.shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} where the layout has {spec}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         _write_all(self._files[shard], data.data, offset)
-        self._digests[name] = self._unnoted[name] = digest_of(spec, data.data)
+        self._digests[name] = self._new_digests[name] = digest_of(spec, data.data)
 
     @property
     def digests(self) -> Mapping[str, str]:
-        """Of what was written, by tensor; see :func:`digest_of`."""
+        """Digests of the tensors written so far, by name; see :func:`digest_of`."""
         return self._digests
 
-    def take_unnoted(self) -> dict[str, str]:
-        """Digests of what was written since this was asked last."""
-        unnoted, self._unnoted = self._unnoted, {}
-        return unnoted
+    def take_new_digests(self) -> dict[str, str]:
+        """Digests of the tensors written since the last call."""
+        new, self._new_digests = self._new_digests, {}
+        return new
 
     def sync(self) -> None:
-        """Flush what was written to the disk."""
+        """Flush the files to disk."""
         for handle in self._files.values():
             os.fsync(handle)
 
     def finish(self) -> None:
-        """Check that every tensor was written, flush to the disk, and write the index of several shards.
+        """Check that every tensor was written, flush to disk, and write the index if there are several shards.
 
         Raises:
             ValueError: a tensor is missing.
@@ -118,13 +118,13 @@ class ShardWriter:
                 os.fsync(file.fileno())
 
     def _check_written(self) -> None:
-        """Read what an interrupted build wrote, from the first byte to the last."""
+        """Check the digest of every tensor that an interrupted build wrote."""
         if odd := self._digests.keys() - self._places.keys():
-            raise ValueError(f"{min(odd)} is of another layout")
+            raise ValueError(f"{min(odd)} belongs to another layout")
         for name in sorted(self._digests, key=lambda name: self._places[name][:2]):
             shard, offset, spec = self._places[name]
             if _digest_at(self._files[shard], offset, spec) != self._digests[name]:
-                raise ValueError(f"{name} in {shard} is not what was written")
+                raise ValueError(f"{name} in {shard} differs from its recorded digest")
 
 
 def _digest_at(file: int, offset: int, spec: TensorSpec) -> str:

@@ -1,7 +1,7 @@
-"""Tensors read out of a safetensors file by plain reads.
+"""Read single tensors of a safetensors file with plain reads.
 
-The library maps whole files into memory, privately: a shard then counts against a limit on the process
-(``ulimit``, a container's accounting) though one tensor is wanted. A read takes the tensor's bytes and no more.
+The safetensors library maps whole files into memory, so that a whole shard counts against the limits of the process
+(``ulimit``, a container's accounting) even if one tensor is needed. A plain read takes that tensor's bytes only.
 Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON header, the data).
 """
 
@@ -26,14 +26,14 @@ DTYPES = {
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DIGESTS = "digests"
-"""Key of a file's metadata: the digest of each tensor, as JSON."""
+"""Metadata key for the digests of a file's tensors, as JSON."""
 
 
 class NotAsWritten(ValueError):
-    """A tensor's bytes are not those that were hashed."""
+    """A tensor's bytes differ from its digest."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"{name} is not what it was when its hash was taken")
+        super().__init__(f"{name} changed after it was hashed")
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -46,10 +46,10 @@ class TensorFile:
     """One safetensors file; its header is read once.
 
     Args:
-        digests: of each tensor, which what is read is held against; None trusts the disk.
+        digests: digest of each tensor to check at every read; None reads without checks.
 
     Raises:
-        OSError, ValueError: not there, or no such file.
+        OSError, ValueError: it cannot be read, or is not a safetensors file.
     """
 
     def __init__(self, path: Path, digests: Mapping[str, str] | None = None) -> None:
@@ -60,18 +60,18 @@ class TensorFile:
         """A file with digests, held against the digests that it carries.
 
         Raises:
-            OSError, ValueError: not there, no such file, or without digests.
+            OSError, ValueError: it cannot be read, is not a safetensors file, or has no digests.
         """
         file = cls(path)
         try:
             file._digests = dict(json.loads(file._header.metadata[DIGESTS]))
         except (KeyError, TypeError, ValueError, RecursionError):
-            raise ValueError("it carries no digests") from None
+            raise ValueError("it contains no digests") from None
         return file
 
     @property
     def names(self) -> list[str]:
-        """Of all its tensors."""
+        """Names of all its tensors."""
         return list(self._header.tensors)
 
     def __contains__(self, name: str) -> bool:
@@ -81,9 +81,9 @@ class TensorFile:
         """A tensor as stored.
 
         Raises:
-            OSError: the file cannot be read. KeyError: no such tensor, or a dtype unknown here.
-            ValueError: the file is shorter than its header says.
-            NotAsWritten: it is not what its digest says.
+            OSError: the file cannot be read. KeyError: the tensor does not exist, or its dtype is unknown.
+            ValueError: the file is truncated.
+            NotAsWritten: the tensor differs from its digest.
         """
         spec, (first, last) = self._header.tensors[name], self._header.places[name]
         dtype, shape = DTYPES[spec.dtype], spec.shape
@@ -96,7 +96,7 @@ class TensorFile:
             while view:
                 count = file.readinto(view)
                 if not count:
-                    raise ValueError("it ends too early")
+                    raise ValueError("it is truncated")
                 view = view[count:]
         if self._digests is not None and digest_of(spec, data) != self._digests.get(name):
             raise NotAsWritten(name)

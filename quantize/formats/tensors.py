@@ -1,4 +1,4 @@
-"""A tensor as safetensors describes it, and the names of the files. Imports no torch."""
+"""A tensor's description in safetensors terms, and the files' names. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SINGLE_NAME = "model.safetensors"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor without its data: safetensors dtype name (``F16``), shape, and the shard it lies in."""
+    """A tensor without its data: safetensors dtype name (``F16``), shape, and the name of its file."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -1,1 +1,1 @@
-"""GGUF: llama.cpp's converter and quantizer run as children; the importance matrix comes from our own statistics."""
+"""GGUF: llama.cpp's converter and quantizer run in child processes; the importance matrix comes from our statistics."""

@@ -1,4 +1,4 @@
-"""The full-width GGUF answers as its source does: logits of llama.cpp and transformers on a fixed text."""
+"""Check the full-width GGUF file: compare logits of llama.cpp and transformers on a fixed text."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ LENGTH = 48
 def check_conversion(
     conversion: Conversion, prefix: str, path: Path, tolerance: float, reporter: Reporter = SILENT
 ) -> dict[str, Any]:
-    """Compare the conversion with its source, once; the answer is kept beside the file.
+    """Compare the conversion with its source, once; the result is cached beside the file.
 
     Args:
-        prefix: of the source's blocks. tolerance: most that the mean KL divergence may be, in nats.
+        prefix: of the source's blocks. tolerance: largest allowed mean KL divergence, in nats.
 
     Returns:
         ``kl_divergence``, ``top1_agreement``, ``largest_difference`` of a logit, ``same_tokens``.
 
     Raises:
-        GgufError: beyond the tolerance, with the known causes; or llama.cpp cannot load the file.
+        GgufError: the divergence exceeds the tolerance, or llama.cpp cannot load the file.
     """
     source, place = conversion.source, path.with_suffix(".check.json")
     if place.is_file():
@@ -48,10 +48,10 @@ def check_conversion(
         write_atomically(place, json.dumps(found).encode())
     if not found["kl_divergence"] <= tolerance:  # NaN too
         raise GgufRunError(
-            f"{source.named}: the converted file does not answer as its source does (mean KL divergence "
+            f"{source.named}: the converted file's logits differ from the source's (mean KL divergence "
             f"{found['kl_divergence']:.3g}, allowed {tolerance:g}); known causes are rope or attention settings that "
-            "the converter drops, and a tokenizer that llama.cpp reads otherwise; compare config.json with the log of "
-            "llama.cpp, or raise gguf.logits_tolerance if you know why"
+            "the converter drops, and a tokenizer that llama.cpp reads differently; compare config.json with the log "
+            "of llama.cpp, or raise gguf.logits_tolerance if you know why"
         )
     return found
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to one full-width GGUF, by llama.cpp's own converter in a child process."""
+"""Convert a checkpoint to one full-width GGUF file, with llama.cpp's converter in a child process."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from quantize.source.checkpoint import Checkpoint
 from quantize.source.resolved import Source
 from quantize.source.unchanged import check_small_files, check_weights
 
-SLACK = 64 * 2**20  # what a header may take
+SLACK = 64 * 2**20  # bytes allowed for the header
 HEADER_SECONDS = 3600.0
-"""After which a header is given up: it reads no weights, but a tokenizer may come that never ends."""
+"""Time limit of a header run, in seconds: it reads no weights, but a bad tokenizer may never finish."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Header:
     """The header of a full-width GGUF.
 
     Attributes:
-        path: a file that has the header, and a hole (or the data) after it.
-        became: for each tensor of the checkpoint, the GGUF tensors it went into.
-        nbytes: of the header without padding. keys: of its metadata.
-        architecture: as the checkpoint's config names it.
+        path: a file with the header, followed by a hole (or the data).
+        converted: for each tensor of the checkpoint, the GGUF tensors it was converted to.
+        nbytes: size of the header without padding. keys: names of its metadata.
+        architecture: its name in the checkpoint's config.
     """
 
     path: Path
-    became: Mapping[str, list[str]]
+    converted: Mapping[str, list[str]]
     nbytes: int
     keys: frozenset[str]
     architecture: str
@@ -52,12 +52,12 @@ class Header:
 
 @dataclass(frozen=True)
 class Conversion:
-    """One full-width GGUF of a source, made or to be made.
+    """The full-width GGUF file of a source, converted on demand.
 
     Attributes:
         outtype: F16, BF16 or F32. name: ``general.name``.
-        authorship: further ``general.`` keys of the file, such as ``general.quantized_by``.
-        trust_remote_code: let the converter run code of the model's repo.
+        authorship: other ``general.`` keys of the file, such as ``general.quantized_by``.
+        trust_remote_code: let the converter run code from the model's repo.
     """
 
     source: Source
@@ -75,13 +75,13 @@ class Conversion:
             "converter": tree_identity(),
             "name": self.name,
             "authorship": dict(self.authorship),
-            # a tokenizer of the repo's own may give another vocabulary than the library's
+            # a tokenizer with code in the repo may have another vocabulary than the library's
             **({"trust_remote_code": True} if self.trust_remote_code else {}),
         }
 
     @property
     def folder(self) -> Path:
-        """Where the cache keeps it."""
+        """Its folder in the cache."""
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         return cache_folder() / "gguf" / digest[:32]
 
@@ -93,7 +93,7 @@ class Conversion:
         """The header, from the cache or from a run of the converter that reads no weights.
 
         Raises:
-            GgufError: llama.cpp is missing, or cannot convert this model; its reason is the message.
+            GgufError: llama.cpp is missing, or cannot convert this model; the message gives its reason.
         """
         path, table = self.folder / "header.gguf", self.folder / "header.json"
         if not (path.is_file() and table.is_file()):
@@ -108,7 +108,7 @@ class Conversion:
         """The file itself, from the cache or converted now.
 
         Raises:
-            GgufError: as :meth:`header`, or not enough disk.
+            GgufError: see :meth:`header`; or there is not enough disk space.
         """
         if not self.path.is_file():
             header = self.header(reporter)
@@ -149,7 +149,7 @@ class Conversion:
                 found: dict[str, Any] = run_child(task)
             except ChildFailed as error:
                 raise GgufError(f"{self.source.named}: llama.cpp cannot convert this model: {_reason(error)}") from None
-            # the converter reads the source by itself: what it read is what was hashed if it still is, afterwards
+            # the converter reads the source itself, so check afterwards that the files still match their hashes
             check_small_files(self.source)
             if mode == "full":
                 check_weights(self.source)
@@ -161,7 +161,7 @@ class Conversion:
 
 @contextmanager
 def _outline(source: Source) -> Iterator[Path]:
-    """The source's folder; where only headers were fetched, one with the small files and hollow weights."""
+    """The source's folder; if only headers were fetched, a folder with the small files and sparse weights."""
     if source.checkpoint.folder is not None or source.small_files is None:
         yield source.folder
         return
@@ -178,10 +178,10 @@ def _outline(source: Source) -> Iterator[Path]:
         yield folder
 
 
-def outtype_of(checkpoint: Checkpoint, wish: str) -> str:
-    """``auto`` is the width of the source: F16 for float16, else BF16, which keeps the range of float32."""
-    if wish != "auto":
-        return wish
+def outtype_of(checkpoint: Checkpoint, requested: str) -> str:
+    """The file's type. ``auto`` follows the source: F16 for float16, else BF16, which has the range of float32."""
+    if requested != "auto":
+        return requested
     sizes: dict[str, int] = {}
     for spec in checkpoint.tensors.values():
         sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
@@ -191,7 +191,7 @@ def outtype_of(checkpoint: Checkpoint, wish: str) -> str:
 KNOWN_REASONS = (
     (
         r"pre-tokenizer was not recognized",
-        "its tokenizer is not one that llama.cpp recognises; take the tokenizer files of the model's authors, "
+        "llama.cpp does not recognise its tokenizer; use the tokenizer files of the model's authors, "
         "or point LLAMA_CPP_DIR to a newer llama.cpp",
     ),
     (r"Model (\S+) is not supported", "its converter does not know the architecture {0}"),
@@ -200,10 +200,10 @@ KNOWN_REASONS = (
 
 
 def _reason(error: ChildFailed) -> str:
-    """The converter's own reason, in one sentence."""
+    """The reason that the converter gave, in one sentence."""
     if error.wants_remote_code:
         return (
-            f"it needs code of the model's own repo, {error.refused[-1]}, which does not run unless the recipe says "
+            f"it needs code from the model's repo, {error.refused[-1]}, which does not run unless the recipe says "
             "`model.trust_remote_code: true` (`rebuild`: --trust-remote-code); read that code first"
         )
     for pattern, sentence in KNOWN_REASONS:

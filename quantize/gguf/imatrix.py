@@ -1,8 +1,8 @@
-"""The importance matrix, as llama.cpp keeps it: sums of squares of each input channel, and token counts.
+"""The importance matrix in llama.cpp's format: sums of squares of each input channel, and token counts.
 
-Format: GGUF of ``general.type`` ``imatrix``, as llama-imatrix writes it: for each weight the tensors
-``<name>.in_sum2`` float32 [M, K] and ``<name>.counts`` float32 [M, 1], with M = 1, or as many as there are experts in
-the weight. The sums are the diagonal of H = X^T X.
+Format: GGUF of ``general.type`` ``imatrix``, as written by llama-imatrix: for each weight the tensors
+``<name>.in_sum2`` float32 [M, K] and ``<name>.counts`` float32 [M, 1], where M is the number of experts stacked in the
+weight, or 1. The sums are the diagonal of H = X^T X.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Importance:
 
 
 def write_importance(path: Path, importance: Importance) -> None:
-    """Write the file whole, or not at all."""
+    """Write the file atomically."""
     import gguf
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     writer = gguf.GGUFWriter(temporary, "")
     try:
-        writer.kv_data[0].clear()  # no architecture: it is no model
+        writer.kv_data[0].clear()  # no architecture key, as it is not a model
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", [importance.dataset])
         writer.add_uint32("imatrix.chunk_count", importance.chunks)
@@ -73,12 +73,12 @@ def read_importance(path: Path) -> Importance:
     """Read a file of llama-imatrix or of :func:`write_importance`.
 
     Raises:
-        GgufError: it is no importance matrix.
+        GgufError: it is not an importance matrix.
     """
     try:
         return _read(path)
     except (OSError, ValueError, TypeError, OverflowError) as error:
-        raise GgufError(f"{path}: is no GGUF importance matrix: {error}; make one with llama-imatrix") from None
+        raise GgufError(f"{path}: is not a GGUF importance matrix: {error}; make one with llama-imatrix") from None
 
 
 def _read(path: Path) -> Importance:
@@ -94,15 +94,17 @@ def _read(path: Path) -> Importance:
         elif what == "counts":
             found = np.array(tensor.data).reshape(-1)
             if not np.isfinite(found).all():
-                raise ValueError(f"{tensor.name} holds a count that is no number")
+                raise ValueError(f"{tensor.name} contains a count that is not a finite number")
             counts[name] = found.astype(np.int64)
     if not sums or {name: len(rows) for name, rows in sums.items()} != {name: len(c) for name, c in counts.items()}:
         raise GgufError(
-            f"{path}: is no importance matrix in GGUF (tensors .in_sum2 and .counts); make one with llama-imatrix"
+            f"{path}: is not a GGUF importance matrix (tensors .in_sum2 and .counts); make one with llama-imatrix"
         )
     bad = [name for name, values in sums.items() if (counts[name] < 0).any() or not np.isfinite(values).all()]
     if bad:
-        raise GgufError(f"{path}: {bad[0]} holds NaN, infinity or a negative count; make the importance matrix again")
+        raise GgufError(
+            f"{path}: {bad[0]} contains NaN, infinity or a negative count; make the importance matrix again"
+        )
 
     def number(key: str) -> int:
         field = reader.fields.get(key)

@@ -1,4 +1,4 @@
-"""Levels from the full-width GGUF: exact sizes by llama.cpp's own dry run, files by its own quantizer."""
+"""Quantize the full-width GGUF to levels: exact sizes from llama.cpp's dry run, files from its quantizer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from quantize.files.child import Child, ChildFailed, Task
 from quantize.gguf.convert import Header
 from quantize.recipe.levels import LEVELS
 
-BUFFER_BYTES = 64 * 2**20  # of rows kept by a running quantizer
+BUFFER_BYTES = 64 * 2**20  # of rows buffered by a running quantizer
 ALIGNMENT = 32
 ANY = "any"
-"""In place of an importance matrix: types depend on whether there is one, not on what it holds."""
+"""Stands for any importance matrix: types depend on whether there is one, not on its content."""
 
 ROW = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- \[([^\]]*)\], type = +(\w+), (.*)$")
 _FALLBACK = re.compile(r"warning: +(\S+) +- ncols")
@@ -27,12 +27,12 @@ _FALLBACK = re.compile(r"warning: +(\S+) +- ncols")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What llama.cpp makes of every tensor at a level.
+    """How llama.cpp quantizes every tensor at a level.
 
     Attributes:
         types: GGUF tensor name -> type name.
-        fallbacks: tensors whose rows do not fill the blocks of the type that the level wanted.
-        nbytes: of the whole file, exact.
+        fallbacks: tensors of another type than the level's, because their rows do not fill its blocks.
+        nbytes: exact size of the whole file.
     """
 
     types: Mapping[str, str]
@@ -51,11 +51,11 @@ def request(
     metadata: Mapping[str, Any] | None = None,
     dry_run: bool = False,
 ) -> dict[str, Any]:
-    """The child's request for a level. Its paths are absolute: the child works elsewhere.
+    """The child's request for a level. Paths are absolute, because the child has another working directory.
 
     Args:
         imatrix: a ``.npz`` of mean squares by tensor name; for a dry run :data:`ANY`.
-        metadata: strings and integers that the file adds.
+        metadata: strings and integers to add to the file.
     """
     import gguf
 
@@ -77,51 +77,51 @@ def request(
     }
 
 
-def start(wish: Mapping[str, Any]) -> Child:
-    """Start the child that fulfils a request."""
+def start(request: Mapping[str, Any]) -> Child:
+    """Start the child for a :func:`request`."""
     worker = Path(__file__).with_name("worker_quantize.py")
-    return Child(Task(worker, dict(wish), variables={"OMP_NUM_THREADS": str(wish["threads"])}))
+    return Child(Task(worker, dict(request), variables={"OMP_NUM_THREADS": str(request["threads"])}))
 
 
-def finish(child: Child, told: Callable[[str], None] | None = None) -> tuple[int, str]:
+def finish(child: Child, on_line: Callable[[str], None] | None = None) -> tuple[int, str]:
     """Wait for a quantizer.
 
     Args:
-        told: hears every line of llama.cpp's log.
+        on_line: called with every line of llama.cpp's log.
 
     Returns:
-        The exit code, negative where a signal ended it, and the end of the log.
+        The exit code, negative if a signal ended it, and the end of the log.
     """
     try:
-        child.wait(told)
+        child.wait(on_line)
     except ChildFailed as error:
         return error.code or 1, error.log
     return 0, child.log
 
 
 def failure(level: str, code: int, log: str) -> GgufError:
-    """llama.cpp's own reason why a level failed."""
+    """The error for a failed level, with llama.cpp's reason."""
     if code < 0:
         return GgufRunError(
-            f"{level}: llama.cpp's quantizer was killed by signal {-code}; nothing of this level was kept"
+            f"{level}: llama.cpp's quantizer was killed by signal {-code}; nothing of this level was saved"
         )
     reasons = re.findall(r"failed to quantize: (.*)", log)
     return GgufError(f"{level}: llama.cpp cannot make it: {reasons[-1] if reasons else 'it gave no reason'}")
 
 
 def predict(requests: Mapping[str, Mapping[str, Any]], header: Header) -> dict[str, Outcome]:
-    """Types, fallbacks and exact size of levels, by llama.cpp's dry run on the header of the full-width file.
+    """Types, fallbacks and exact sizes of levels, from llama.cpp's dry run on the header of the full-width file.
 
     Args:
-        requests: by level, made with ``dry_run``.
+        requests: by level, with ``dry_run`` set.
 
     Raises:
         GgufError: llama.cpp refuses a level.
     """
 
-    def ask(wish: Mapping[str, Any]) -> tuple[int, str]:
-        lines: list[str] = []  # every one: a model of many experts has more tensors than a child's log remembers
-        with start(wish) as child:
+    def ask(request: Mapping[str, Any]) -> tuple[int, str]:
+        lines: list[str] = []  # all of them: with many experts there are more tensors than lines in a child's log
+        with start(request) as child:
             code, _ = finish(child, lines.append)
         return code, "".join(lines)
 
@@ -154,7 +154,7 @@ def _outcome(log: str, header: Header, metadata: Mapping[str, Any]) -> Outcome:
 
 
 def _entry_bytes(key: str, value: Any) -> int:
-    """A key of GGUF metadata with a 32-bit number or a string."""
+    """Size in bytes of a GGUF metadata key with a 32-bit number or a string."""
     return 8 + len(key.encode()) + 4 + (4 if isinstance(value, int) else 8 + len(str(value).encode()[:127]))
 
 

@@ -1,4 +1,4 @@
-"""A GGUF file in parts, as llama.cpp's gguf-split lays them out: ``NAME-00001-of-00003.gguf``, metadata first."""
+"""Split a GGUF file in the layout of llama.cpp's gguf-split: ``NAME-00001-of-00003.gguf``, metadata first."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ TAKEN = frozenset({"GGUF.version", "GGUF.tensor_count", "GGUF.kv_count", "genera
 
 
 def split_file(path: Path, stem: str, most: int) -> list[Path]:
-    """Write the parts of ``path`` beside it, each with at most ``most`` bytes of tensors; a larger one stands alone.
+    """Write the parts of ``path`` beside it, each with at most ``most`` bytes of tensors or one larger tensor.
 
     Args:
-        stem: what the parts are called before their number.
+        stem: the parts' name before their number.
 
     Returns:
-        The parts in order, flushed to the disk.
+        The parts in order, flushed to disk.
     """
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 

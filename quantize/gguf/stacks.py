@@ -12,19 +12,19 @@ STACKED = {
     "ffn_up_exps": ("up_proj", "w3"),
     "ffn_down_exps": ("down_proj", "w2"),
 }
-"""llama.cpp's names of the stacks, and what checkpoints call an expert's linear that goes into each."""
+"""llama.cpp's names of the stacks, and the checkpoint names of the experts' linears in each."""
 
 
-def find_stacks(became: Mapping[str, list[str]]) -> dict[tuple[str, str], str]:
-    """For each (mixture, linear of its experts) of the checkpoint, the GGUF tensor ``[experts, N, K]`` of them.
+def find_stacks(converted: Mapping[str, list[str]]) -> dict[tuple[str, str], str]:
+    """The stacked GGUF tensor ``[experts, N, K]`` for each (mixture, linear of its experts) of the checkpoint.
 
-    The converter hands on all stacks of a block with the last of its experts' tensors.
+    The converter outputs all stacks of a block together with the last of its experts' tensors.
 
     Args:
-        became: for each tensor of the checkpoint, the GGUF tensors that came with it.
+        converted: for each tensor of the checkpoint, the GGUF tensors output with it.
     """
     found: dict[tuple[str, str], str] = {}
-    for name, targets in became.items():
+    for name, targets in converted.items():
         if expert := expert_of(name):
             for target in targets:
                 for leaf in STACKED.get(target.removesuffix(".weight").rpartition(".")[2], ()):
@@ -32,9 +32,9 @@ def find_stacks(became: Mapping[str, list[str]]) -> dict[tuple[str, str], str]:
     return found
 
 
-def targets_of(linears: Iterable[str], became: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """For each GGUF weight that linears of the checkpoint became, those linears: one, or a stack's in their order."""
-    stacks = find_stacks(became)
+def targets_of(linears: Iterable[str], converted: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """The checkpoint linears that each GGUF weight was converted from: one, or those of a stack in order."""
+    stacks = find_stacks(converted)
     found: dict[str, list[str]] = {}
     members: dict[str, dict[int, str]] = defaultdict(dict)
     for linear in linears:
@@ -43,7 +43,7 @@ def targets_of(linears: Iterable[str], became: Mapping[str, list[str]]) -> dict[
         if expert and stack:
             members[stack][expert[1]] = linear
             continue
-        for target in became.get(f"{linear}.weight", []):
+        for target in converted.get(f"{linear}.weight", []):
             if target.endswith(".weight"):
                 found[target] = [linear]
     return found | {stack: [linear for _, linear in sorted(experts.items())] for stack, experts in members.items()}

@@ -1,7 +1,7 @@
-"""llama.cpp's two parts that we run: its converter (a source tree) and its quantizer (the package llama-cpp-python).
+"""The two parts of llama.cpp used here: its converter (a source tree) and its quantizer (package llama-cpp-python).
 
-Both come from one pinned version, so that a file converted by the one is read by the other. The tree is the user's own
-(``LLAMA_CPP_DIR``), or it is taken once from the package's source distribution, whose hash is pinned, into the cache.
+Both come from one pinned version, so that the quantizer reads the converter's files. The tree is the user's checkout
+(``LLAMA_CPP_DIR``), or is extracted once into the cache from the package's source distribution, whose hash is pinned.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 HOW = (
     f'CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" pip install llama-cpp-python=={VERSION} sentencepiece '
-    "(it compiles for some minutes), or run `make setup`"
+    "(compiling takes some minutes), or run `make setup`"
 )
 _WANTED = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
 
 
 def missing_library() -> str | None:
-    """One sentence on how to get the quantizer, or None where it is installed."""
+    """One sentence on how to install the quantizer, or None if it is installed."""
     lacking = [name for name in ("llama_cpp", "sentencepiece") if not _installed(name)]
     if not lacking:
         return None
@@ -43,7 +43,7 @@ def _installed(name: str) -> bool:
 
 
 def require_library() -> None:
-    """Raises :class:`GgufError` with how to get it where the quantizer is missing."""
+    """Raise :class:`GgufError`, with how to install it, if the quantizer is missing."""
     if reason := missing_library():
         raise GgufError(reason)
 
@@ -52,14 +52,14 @@ def tree(reporter: Reporter = SILENT) -> Path:
     """The folder that holds ``convert_hf_to_gguf.py``, ``conversion/`` and ``gguf-py/``.
 
     Raises:
-        GgufError: LLAMA_CPP_DIR is no such tree, or the source distribution cannot be had.
+        GgufError: LLAMA_CPP_DIR is not such a tree, or the source distribution cannot be downloaded.
     """
     own = os.environ.get("LLAMA_CPP_DIR")
     if own:
         folder = Path(own).expanduser()
         if not (folder / "conversion").is_dir() or not (folder / "gguf-py" / "gguf").is_dir():
             raise GgufError(
-                f"LLAMA_CPP_DIR={own}: is no llama.cpp source tree with conversion/ and gguf-py/; "
+                f"LLAMA_CPP_DIR={own}: is not a llama.cpp source tree with conversion/ and gguf-py/; "
                 "point it to a recent checkout, or unset it"
             )
         return folder
@@ -71,7 +71,7 @@ def tree(reporter: Reporter = SILENT) -> Path:
 
 
 def tree_identity() -> str:
-    """What a key records of the converter: the pinned version, or a hash of the user's own."""
+    """The converter's identity for keys: the pinned version, or a hash of the user's checkout."""
     own = os.environ.get("LLAMA_CPP_DIR")
     if not own:
         return f"llama-cpp-python {VERSION}"
@@ -92,19 +92,19 @@ def _provision(folder: Path) -> None:
                     assert source is not None
                     target = unpacked / inside
                     if not target.resolve().is_relative_to(unpacked.resolve()):
-                        raise GgufError(f"{archive.name}: holds a path outside itself, {member.name}")
+                        raise GgufError(f"{archive.name}: contains a path outside its folder, {member.name}")
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(source.read())
         if not (unpacked / "conversion").is_dir():
             raise GgufError(
-                f"{archive.name}: holds no llama.cpp converter; set LLAMA_CPP_DIR to a checkout of your own"
+                f"{archive.name}: contains no llama.cpp converter; set LLAMA_CPP_DIR to a llama.cpp checkout"
             )
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(unpacked, folder)
 
 
 def download_sdist(folder: Path) -> Path:
-    """The source distribution, of the pinned hash: given by QUANTIZE_LLAMA_SDIST, or from the package index."""
+    """The source distribution with the pinned hash, from QUANTIZE_LLAMA_SDIST or the package index."""
     given = os.environ.get("QUANTIZE_LLAMA_SDIST")
     if given:
         archive = Path(given)
@@ -123,7 +123,7 @@ def download_sdist(folder: Path) -> Path:
             lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
             raise GgufError(
                 f"llama-cpp-python {VERSION}: its source distribution cannot be downloaded ({lines[0][:200]}); "
-                "set LLAMA_CPP_DIR to a llama.cpp checkout of your own"
+                "set LLAMA_CPP_DIR to a llama.cpp checkout"
             )
         archive = found[0]
     if not archive.is_file() or sha256_of_file(archive) != SHA256:

@@ -1,9 +1,9 @@
-"""In a child: llama.cpp's converter on one model. Runs with llama.cpp's own tree first in ``sys.path``.
+"""Child process: run llama.cpp's converter on one model, with llama.cpp's tree first in ``sys.path``.
 
-Keys of the arguments: ``model`` (a folder), ``out`` (a file), ``outtype``, ``name``, ``metadata`` (a JSON file of what
-the file says of authorship), ``mode``, ``full`` or ``header``. ``header`` writes everything but tensor data: the file
-ends where the data would, as one large hole, which is enough to ask llama.cpp for types and sizes. Answers which GGUF
-tensors each tensor of the checkpoint became, and of a header its bytes and keys.
+Keys of the arguments: ``model`` (a folder), ``out`` (a file), ``outtype``, ``name``, ``metadata`` (a JSON file with the
+file's authorship keys), ``mode`` (``full`` or ``header``). ``header`` writes everything except tensor data, which is
+left as one large hole: enough for llama.cpp to report types and sizes. The answer maps each tensor of the checkpoint to
+its GGUF tensors (``became``); for a header it also has its size in bytes and its keys.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def run(arguments: dict[str, str]) -> dict[str, Any]:
             folder, kinds[arguments["outtype"]], Path(arguments["out"]),
             model_name=arguments["name"], metadata_override=Path(arguments["metadata"]),
         )  # fmt: skip
-        became: dict[str, list[str]] = {}
+        converted: dict[str, list[str]] = {}
         modify = converter.modify_tensors
 
-        def noted(data: Any, name: str, bid: int | None) -> Any:
+        def recording(data: Any, name: str, bid: int | None) -> Any:
             for new_name, tensor in modify(data, name, bid):
-                became.setdefault(name, []).append(new_name)
+                converted.setdefault(name, []).append(new_name)
                 yield new_name, tensor
 
-        converter.modify_tensors = noted
+        converter.modify_tensors = recording
         found: dict[str, Any] = {}
         if arguments["mode"] == "full":
             converter.write()
@@ -62,4 +62,4 @@ def run(arguments: dict[str, str]) -> dict[str, Any]:
             data = sum(writer.ggml_pad(info.nbytes, writer.data_alignment) for info in writer.tensors[0].values())
             file.truncate(file.tell() + data)
             writer.close()
-    return {"architecture": architecture, "became": became, **found}
+    return {"architecture": architecture, "became": converted, **found}

@@ -1,4 +1,4 @@
-"""In a child: logits of a GGUF model on token ids, and the ids that llama.cpp makes of a text.
+"""Child process: compute logits of a GGUF model for token ids, and llama.cpp's token ids of a text.
 
 Keys of the arguments: ``model`` (a file), ``ids`` (a ``.npy``, int64 [length]), ``logits`` (the ``.npy`` to write,
 float32 [length, vocabulary]), ``threads``, ``text``.

@@ -1,6 +1,6 @@
-"""In a child: one call of ``llama_model_quantize``.
+"""Child process: one call of ``llama_model_quantize``.
 
-A crash of the library, or its abort, then ends this process and not the build. Keys of the arguments: ``source``,
+A crash or abort of the library ends this process and not the build. Keys of the arguments: ``source``,
 ``target``, ``ftype``, ``threads``, ``buffer_bytes``, ``dry_run``, and optionally ``output_type``, ``embedding_type``
 (numbers of ``ggml_type``), ``tensor_types`` (pairs of regex and number), ``imatrix`` (a ``.npz`` of vectors by tensor
 name), ``metadata`` (strings and integers). llama.cpp's log goes to stderr.
@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 
-def run(wish: dict[str, Any]) -> None:
+def run(request: dict[str, Any]) -> None:
     import llama_cpp
     import numpy as np
 
@@ -27,24 +27,24 @@ def run(wish: dict[str, Any]) -> None:
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = wish["ftype"]
-    params.nthread = wish["threads"]
-    params.dry_run = wish["dry_run"]
-    params.max_buf_size = wish["buffer_bytes"]
-    if wish.get("output_type") is not None:
-        params.output_tensor_type = wish["output_type"]
-    if wish.get("embedding_type") is not None:
-        params.token_embedding_type = wish["embedding_type"]
-    alive: list[Any] = []  # ctypes keeps no reference to what a pointer points at
-    if wish.get("tensor_types"):
-        overrides: Any = (llama_cpp.llama_model_tensor_override * (len(wish["tensor_types"]) + 1))()
-        for place, (pattern, kind) in enumerate(wish["tensor_types"]):
+    params.ftype = request["ftype"]
+    params.nthread = request["threads"]
+    params.dry_run = request["dry_run"]
+    params.max_buf_size = request["buffer_bytes"]
+    if request.get("output_type") is not None:
+        params.output_tensor_type = request["output_type"]
+    if request.get("embedding_type") is not None:
+        params.token_embedding_type = request["embedding_type"]
+    alive: list[Any] = []  # ctypes holds no reference to a pointer's target
+    if request.get("tensor_types"):
+        overrides: Any = (llama_cpp.llama_model_tensor_override * (len(request["tensor_types"]) + 1))()
+        for place, (pattern, kind) in enumerate(request["tensor_types"]):
             overrides[place].pattern, overrides[place].type = pattern.encode(), kind
         params.tt_overrides = overrides
         alive.append(overrides)
-    if wish.get("imatrix"):
-        # a dry run asks only whether there is one
-        vectors = {"any": np.ones(1)} if wish["imatrix"] == "any" else np.load(wish["imatrix"])
+    if request.get("imatrix"):
+        # a dry run only needs to know that there is one
+        vectors = {"any": np.ones(1)} if request["imatrix"] == "any" else np.load(request["imatrix"])
         names = sorted(vectors)
         entries: Any = (llama_cpp.llama_model_imatrix_data * (len(names) + 1))()
         for place, name in enumerate(names):
@@ -55,9 +55,9 @@ def run(wish: dict[str, Any]) -> None:
             entries[place].size = values.size
         params.imatrix = entries
         alive.append(entries)
-    if wish.get("metadata"):
-        keys: Any = (llama_cpp.llama_model_kv_override * (len(wish["metadata"]) + 1))()
-        for place, (key, value) in enumerate(wish["metadata"].items()):
+    if request.get("metadata"):
+        keys: Any = (llama_cpp.llama_model_kv_override * (len(request["metadata"]) + 1))()
+        for place, (key, value) in enumerate(request["metadata"].items()):
             keys[place].key = key.encode()
             if isinstance(value, int):
                 keys[place].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
@@ -67,6 +67,8 @@ def run(wish: dict[str, Any]) -> None:
                 keys[place].value.val_str = str(value).encode()[:127]
         params.kv_overrides = keys
         alive.append(keys)
-    failed = llama_cpp.llama_model_quantize(wish["source"].encode(), wish["target"].encode(), ctypes.byref(params))
+    failed = llama_cpp.llama_model_quantize(
+        request["source"].encode(), request["target"].encode(), ctypes.byref(params)
+    )
     if failed:
         raise RuntimeError("llama.cpp failed to quantize")

@@ -1,1 +1,1 @@
-"""The hub: its client, and its errors as sentences."""
+"""The hub: its client, and its errors as plain sentences."""

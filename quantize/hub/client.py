@@ -1,6 +1,6 @@
-"""The hub's client: what push, status, prune and lint share. Every answer is checked, every failure is one sentence.
+"""Hub access shared by push, status, prune and lint. Every answer is checked, and every failure is one sentence.
 
-The token comes from the ecosystem's places only (``HF_TOKEN``, ``hf auth login``).
+The token comes only from the client's usual sources (``HF_TOKEN``, ``hf auth login``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a revision. ``blob_id`` is git's; ``sha256`` is of the content, where it lies in LFS or Xet."""
+    """A file of a revision. ``blob_id`` is git's; ``sha256`` is the content's, for files in LFS or Xet."""
 
     name: str
     nbytes: int
@@ -33,7 +33,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Standing:
-    """A repo as it stands. ``is_private`` is None where the hub does not say; ``heads`` has a commit by branch."""
+    """A repo's present state. ``is_private`` is None if the hub does not say; ``heads`` has a commit by branch."""
 
     is_private: bool | None
     heads: Mapping[str, str]
@@ -47,11 +47,11 @@ class Hub:
     """A hub's repos.
 
     Args:
-        endpoint: of the hub; None is the ecosystem's default (``HF_ENDPOINT``).
-        patience: how often requests are tried.
+        endpoint: address of the hub; None is the client's default (``HF_ENDPOINT``).
+        patience: the rule for retries.
 
     Raises:
-        HubInputError: the endpoint is no address, or the token cannot be one.
+        HubInputError: the endpoint is not an address, or the token is malformed.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class Hub:
         self._without_xet: dict[str, bool] = {}
 
     def look(self, repo: str) -> Standing | None:
-        """How a repo stands; None where there is none that this account sees.
+        """A repo's present state; None if this account sees no such repo.
 
         Raises:
-            HubInputError: the repo has another name by now. PushError: the hub refuses, or cannot be reached.
+            HubInputError: the repo was renamed. PushError: the hub refuses, or cannot be reached.
         """
         with self.explained(repo):
             try:
@@ -85,13 +85,13 @@ class Hub:
             raise PushError(f"{repo}: the hub {NOT_THE_API}")
         if name != repo:
             raise HubInputError(
-                f"{repo}: is {shown(name)} on the hub by now; set `release.owner` or `release.repo` in the recipe so "
-                "that it gives this name, or rename the repo back"
+                f"{repo}: was renamed to {shown(name)} on the hub; set `release.owner` or `release.repo` in the recipe "
+                "to match this name, or rename the repo back"
             )
         return Standing(private if isinstance(private, bool) else None, self.heads(repo))
 
     def heads(self, repo: str) -> dict[str, str]:
-        """The head commit of every branch; empty where there is no such repo."""
+        """The head commit of every branch; empty if there is no such repo."""
         with self.explained(repo):
             try:
                 refs = self.api.list_repo_refs(repo)
@@ -115,7 +115,7 @@ class Hub:
         return {file.name: file for file in found}
 
     def read(self, repo: str, revision: str, name: str) -> bytes:
-        """The content of a file, which should be a small one."""
+        """The content of a small file."""
         from urllib.parse import quote
 
         from huggingface_hub import get_session, hf_raise_for_status
@@ -128,12 +128,12 @@ class Hub:
             return bytes(response.content)
 
     def first_commit(self, repo: str) -> str:
-        """The commit that the repo's main branch began with."""
+        """The first commit of the repo's main branch."""
         with self.explained(repo):
             return str(self.api.list_repo_commits(repo)[-1].commit_id)
 
     def create(self, repo: str, *, private: bool | None) -> None:
-        """Create a repo. One that somebody else created meanwhile is no error."""
+        """Create a repo. It is not an error if the repo was created meanwhile."""
         with self.explained(repo):
             try:
                 self.api.create_repo(repo, private=private, exist_ok=True)
@@ -143,12 +143,12 @@ class Hub:
                     raise
 
     def create_branch(self, repo: str, branch: str, start: str) -> None:
-        """Create a branch at a commit; one that is there stays."""
+        """Create a branch at a commit; an existing branch stays unchanged."""
         with self.explained(repo):
             self.api.create_branch(repo, branch=branch, revision=start, exist_ok=True)
 
     def delete_branch(self, repo: str, branch: str) -> None:
-        """Delete a branch; one that is gone is no error, as the answer to the first attempt may have been lost."""
+        """Delete a branch. A missing branch is not an error, as the answer to a first attempt may have been lost."""
         with self.explained(repo):
             try:
                 self.api.delete_branch(repo, branch=branch)
@@ -169,7 +169,7 @@ class Hub:
 
     @contextmanager
     def storage(self, repo: str, branch: str) -> Iterator[None]:
-        """Upload by Xet where the hub has it, else by LFS: the client takes Xet for granted where it is installed."""
+        """Upload with Xet if the hub supports it, else with LFS: the client would use Xet whenever it is installed."""
         from huggingface_hub import constants
 
         if repo not in self._without_xet:
@@ -202,10 +202,10 @@ class Hub:
 
     @contextmanager
     def explained(self, repo: str) -> Iterator[None]:
-        """Send the requests of the body patiently, and turn what the hub or the network says into one sentence.
+        """Context that retries the requests inside, and turns errors of the hub or network into one sentence.
 
         Raises:
-            PushError: naming the repo.
+            PushError: with the repo's name.
         """
         try:
             with patient(self.patience):
@@ -218,12 +218,12 @@ class Hub:
             raise
 
     def reason(self, raised: Exception, repo: str) -> str | None:
-        """Why a call of the client failed, in one sentence; None for a defect that is neither hub's nor network's."""
+        """Why a client call failed, in one sentence; None if neither the hub nor the network is the cause."""
         return why(raised, self.api.endpoint, repo)
 
 
 def why(raised: Exception, endpoint: str, repo: str) -> str | None:
-    """As :meth:`Hub.reason`."""
+    """See :meth:`Hub.reason`."""
     error = cause_of(raised) if type(raised) is not ValueError else None
     if error is not None:
         return reason_of(error, endpoint, repo)
@@ -232,42 +232,42 @@ def why(raised: Exception, endpoint: str, repo: str) -> str | None:
 
 
 def is_missing(error: Exception) -> bool:
-    """Whether an answer says that there is no such repo, rather than that this account may not see it."""
+    """Whether an answer means that the repo does not exist, rather than that this account may not see it."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if not isinstance(error, RepositoryNotFoundError) or isinstance(error, GatedRepoError):
         return False
-    # the client words a refused token the same way
+    # the client uses the same words for a refused token
     return status_of(error) != 401 or error.response.headers.get("X-Error-Code") == "RepoNotFound"
 
 
 def host_of(endpoint: str) -> str:
-    """A hub's address without what may be a password in it."""
+    """A hub's host, without user name and password."""
     return re.sub(r"^\w+://|[^/@]*@", "", endpoint).split("/")[0] or "the hub"
 
 
 def check_access(endpoint: str) -> None:
-    """Check what every request depends on.
+    """Check the endpoint and the token, on which every request depends.
 
     Raises:
-        HubInputError: the endpoint is no address, or the token holds what no token can.
+        HubInputError: the endpoint is not an address, or the token contains an invalid character.
     """
     from huggingface_hub import get_token
 
     if not re.fullmatch(r"https?://[!-~]+", endpoint):
         host = shown(host_of(endpoint))
-        raise HubInputError(f"{host}: is no address of a hub; give --endpoint or HF_ENDPOINT as https://{host}")
+        raise HubInputError(f"{host}: is not an address of a hub; give --endpoint or HF_ENDPOINT as https://{host}")
     token = get_token()
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         place = next(place for place, letter in enumerate(token, 1) if not "!" <= letter <= "~")
         raise HubInputError(
-            f"the hub token (HF_TOKEN, or the file of `hf auth login`) has a character at place {place} that no token "
-            "has, such as a blank or a letter with an accent; copy it again"
+            f"the hub token (HF_TOKEN, or the file of `hf auth login`) has an invalid character at position {place}, "
+            "such as a blank or a letter with an accent; copy it again"
         )
 
 
 def _remote_file(entry: Any) -> RemoteFile:
-    """A checked row of a listing. Raises ValueError for one that cannot be right."""
+    """Check a row of a listing. Raises ValueError if it is malformed."""
     sha256 = entry.lfs.sha256 if entry.lfs is not None else None
     texts = (entry.path, str) , (entry.blob_id, str), (entry.size, int), (sha256, str | None)  # fmt: skip
     if not all(isinstance(value, kind) for value, kind in texts) or isinstance(entry.size, bool):

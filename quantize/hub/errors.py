@@ -1,4 +1,4 @@
-"""What a hub or the network says, as one sentence to act on: without addresses, tokens or control characters."""
+"""Errors of a hub or the network as one sentence with advice, without addresses, tokens or control characters."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import re
 from quantize.errors import QuantizeError, printable
 
 MOST_TEXT = 300
-"""Characters of the server's own text that are shown."""
+"""Characters of the server's message that are shown."""
 GAVE_UP = "gave_up"
-"""Attribute of an error after which every attempt was made."""
+"""Attribute that marks an error as final, after all attempts."""
 PASSING = frozenset({"TimeoutException", "NetworkError", "RemoteProtocolError", "ProxyError"})
 SECRETS = re.compile(r"hf_[A-Za-z0-9]+|(?i:bearer)\s+\S+|(?i:https?)://\S+")
 NOT_DATA = "answered with a web page instead of data; is a proxy or a login page in between, or is it no hub?"
 NOT_THE_API = "answered with other data than the hub's API gives; is it the right endpoint?"
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, RecursionError)
-"""What the client raises where an answer is not of the API's form."""
+"""Errors that the client raises if an answer does not have the API's form."""
 
 
 class Unanswered(ConnectionError):
-    """No answer, however often it was asked; its cause is the network's own error."""
+    """No answer after all attempts; its cause is the network's error."""
 
 
 class AskedToWait(ConnectionError):
-    """The hub asks for a longer wait than a command should sit through. ``seconds`` is its length."""
+    """The hub asks for a wait of ``seconds``, which is too long for a command."""
 
     def __init__(self, seconds: float, until: str) -> None:
         super().__init__(f"asked to wait {seconds:.0f} s")
@@ -32,20 +32,20 @@ class AskedToWait(ConnectionError):
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status of the hub's answer, where there was one."""
+    """The HTTP status of the hub's answer, if there was one."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
 def own_error(error: BaseException | None) -> QuantizeError | None:
-    """One of our own sentences, raised below the client and wrapped by it."""
+    """One of our own errors, raised below the client and wrapped by it."""
     while error is not None and not isinstance(error, QuantizeError):
         error = error.__cause__
     return error
 
 
 def cause_of(error: BaseException | None) -> Exception | None:
-    """The hub's answer or the network's failure behind an error, which the client may have wrapped; None if neither."""
+    """The HTTP or network error behind an error that the client may have wrapped; None if there is none."""
     from huggingface_hub.errors import HfHubHTTPError
 
     while error is not None:
@@ -56,22 +56,22 @@ def cause_of(error: BaseException | None) -> Exception | None:
 
 
 def is_network(error: BaseException) -> bool:
-    """Errors of the HTTP library below the hub client, which has changed names between its versions."""
+    """Whether an error comes from the HTTP library below the hub client, whose names vary between versions."""
     return type(error).__module__.split(".")[0].rstrip("2") in {"httpx", "httpcore", "requests", "urllib3"}
 
 
 def is_interrupted(error: BaseException) -> bool:
-    """Whether the network failed so that asking again may succeed."""
+    """Whether the network failed in a way that may pass."""
     return is_network(error) and any(kind.__name__ in PASSING for kind in type(error).__mro__)
 
 
 def is_passing_status(status: int) -> bool:
-    """Whether asking again may be answered: too many requests, or the server's own fault."""
+    """Whether a retry may succeed after this status: too many requests, or a server error."""
     return status in {408, 425, 429} or status >= 500
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether another attempt may succeed: no answer, too many requests, a conflict, or the server's own fault."""
+    """Whether a retry may succeed: no answer, too many requests, a conflict, or a server error."""
     if getattr(error, GAVE_UP, False) or isinstance(error, AskedToWait):
         return False
     status = status_of(error)
@@ -81,7 +81,7 @@ def is_passing(error: Exception) -> bool:
 
 
 def server_text(error: BaseException) -> str:
-    """What the server itself says, as one short line without addresses and tokens; empty where it says nothing."""
+    """The server's message as one short line without addresses and tokens; empty if there is none."""
     said = getattr(error, "server_message", None)
     if not isinstance(said, str):
         return ""
@@ -89,7 +89,7 @@ def server_text(error: BaseException) -> str:
 
 
 def shown(text: str) -> str:
-    """A text from outside as it may stand in a message."""
+    """An untrusted text, made safe for a message."""
     line = printable(SECRETS.sub("[...]", " ".join(text[: 20 * MOST_TEXT].split()))).rstrip(" .")
     if line.startswith("<"):
         return ""  # a page, not a sentence
@@ -97,16 +97,16 @@ def shown(text: str) -> str:
 
 
 def reason_of(error: BaseException, endpoint: str | None = None, repo: str | None = None) -> str:
-    """Why a request failed, and what to do.
+    """Why a request failed, and what to do about it.
 
     Args:
-        endpoint, repo: named where the user has to go there.
+        endpoint, repo: for the web address that the user may have to visit.
     """
     if isinstance(error, AskedToWait):
         minutes = -(-error.seconds // 60)
         return (
             f"the hub asks to wait {minutes:.0f} minutes, until {error.until}; "
-            "run the command again then, what is already uploaded is not sent twice"
+            "run the command again then; what is already uploaded is not sent twice"
         )
     status = status_of(error)
     if status is None:
@@ -136,7 +136,7 @@ def reason_of(error: BaseException, endpoint: str | None = None, repo: str | Non
         409: "something else is being changed there at the same time",
         412: "the branch moved while it was written",
         413: "the hub refuses so large an upload",
-        422: "the hub's storage holds other bytes than were sent",
+        422: "the hub's storage has other bytes than were sent",
         429: "the hub asks to slow down",
         507: "the hub has no storage left for this account",
     }
@@ -157,7 +157,7 @@ def _forbidden(method: str, told: str) -> str:
 def _without_answer(error: BaseException) -> str:
     name = type(error).__name__
     if name == "OfflineModeIsEnabled":
-        return "HF_HUB_OFFLINE is set, so the hub is not asked"
+        return "HF_HUB_OFFLINE is set, so the hub is not used"
     if isinstance(error, Unanswered) and error.__cause__ is not None:
         name = type(error.__cause__).__name__
     elif isinstance(error, OSError) and error.strerror and error.filename and not isinstance(error, ConnectionError):
@@ -166,7 +166,7 @@ def _without_answer(error: BaseException) -> str:
 
 
 def malformed(error: BaseException) -> str | None:
-    """The sentence for an answer that the client could not read; None for an error of another kind."""
+    """The sentence for an answer that the client could not parse; None for other errors."""
     if isinstance(error, json.JSONDecodeError):
         return NOT_DATA
     if not isinstance(error, MALFORMED):
@@ -174,7 +174,7 @@ def malformed(error: BaseException) -> str | None:
     text = str(error)
     if text.startswith("Invalid metadata in README.md"):
         told = shown(text.partition("\n")[2].removeprefix("- "))
-        return f"the hub refuses the metadata of README.md: {told or 'it does not say why'}; mend it in the recipe"
+        return f"the hub refuses the metadata of README.md: {told or 'it does not say why'}; correct it in the recipe"
     if text.startswith("LFS batch API returned errors"):
         told = shown(re.sub(r"Encountered error for file with OID \w+: ", "", text.partition("\n")[2]).strip("`"))
         return f"the hub's storage refuses the files: {told}"

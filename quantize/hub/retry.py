@@ -1,6 +1,6 @@
-"""One rule for trying again, for every request of the hub's client, at the one door that all of them go through.
+"""One retry rule for every request of the hub's client, applied in the session that sends all of them.
 
-The client has rules of its own: some requests it never repeats, others it repeats after silent waits of any length.
+The client's own rules vary: some requests are never repeated, others after silent waits of any length.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from quantize.hub.errors import (
 from quantize.reporter import SILENT, Reporter
 
 LONGEST = 300.0
-"""Seconds that a command waits at the hub's word; asked for more, it stops and says until when."""
+"""Longest wait, in seconds, that a command accepts from the hub; for a longer one it stops and says until when."""
 COMMIT = re.compile(r"/api/\w+/[^/]+/[^/]+/commit/")
-"""A commit whose answer was lost may have been made, so that only who looks may repeat it."""
+"""A commit whose answer was lost may have succeeded, so only a caller that checks may repeat it."""
 
 
 def sleep(seconds: float) -> None:
@@ -40,11 +40,11 @@ def sleep(seconds: float) -> None:
 
 @dataclass
 class Patience:
-    """How often to try, and how long to wait between.
+    """How often to try, and how long to wait between attempts.
 
     Attributes:
-        attempts: of one request. first_wait: seconds before the second; doubled for each further one.
-        pause: waits; tests pass one that does not.
+        attempts: number for one request. first_wait: seconds before the second; doubled for each further one.
+        pause: sleeps; tests pass one that returns at once.
     """
 
     reporter: Reporter = SILENT
@@ -53,10 +53,10 @@ class Patience:
     first_wait: float = 1.0
 
     def wait(self, error: Exception, attempt: int, reason: str | None = None) -> None:
-        """Wait before the next attempt, as long as the hub asks, and say so.
+        """Wait before the next attempt, as long as the hub asks, and report it.
 
         Raises:
-            AskedToWait: it asks for more than :data:`LONGEST` seconds.
+            AskedToWait: the hub asks for more than :data:`LONGEST` seconds.
         """
         headers = getattr(getattr(error, "response", None), "headers", {})
         asked = asked_wait(headers, rate_limited=status_of(error) == 429)
@@ -68,10 +68,10 @@ class Patience:
         self.pause(seconds)
 
     def send(self, plain: Callable[..., Any], request: Any, **options: Any) -> Any:
-        """Send a request as ``plain`` does, again where that may help.
+        """Send a request with ``plain``, and retry if that may help.
 
         Raises:
-            HfHubHTTPError: the last answer, where that was a passing fault. Unanswered: there was none.
+            HfHubHTTPError: the last answer was a temporary fault. Unanswered: there was no answer.
             AskedToWait: the hub asks for too long a wait.
         """
         body = getattr(request.stream, "_stream", None)
@@ -84,7 +84,7 @@ class Patience:
             if COMMIT.search(request.url.path):
                 raise error
             if body is not None and start is None:
-                raise error  # a body that is gone once it is sent
+                raise error  # a streamed body cannot be sent twice
             if attempt == self.attempts:
                 setattr(error, GAVE_UP, True)
                 raise error
@@ -114,7 +114,7 @@ def _failure(plain: Callable[..., Any], request: Any, options: Mapping[str, Any]
         hf_raise_for_status(response)
     except HfHubHTTPError as error:
         return error
-    except Exception as error:  # the fault's own text was cut off, or is of no known form
+    except Exception as error:  # the error's text was truncated, or has an unknown form
         return HfHubHTTPError(type(error).__name__, response=response)
     finally:
         response.close()
@@ -122,7 +122,7 @@ def _failure(plain: Callable[..., Any], request: Any, options: Mapping[str, Any]
 
 
 def asked_wait(headers: Mapping[str, str], *, rate_limited: bool = False) -> float | None:
-    """Seconds that an answer asks to wait: ``Retry-After`` in seconds or as a date, else ``RateLimit``; None if not."""
+    """Seconds to wait from an answer's ``Retry-After`` (seconds or date), else ``RateLimit``; None without either."""
     value = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d{1,9}(\.\d+)?", value):
         return float(value)
@@ -142,7 +142,7 @@ def patient(patience: Patience) -> Iterator[None]:
     from huggingface_hub import get_session
 
     client = get_session()
-    if "send" in vars(client):  # an outer one is at work
+    if "send" in vars(client):  # an outer context is active
         yield
         return
     plain = client.send

@@ -1,4 +1,4 @@
-"""The checks that a careful publisher makes, on anybody's quantized repo. Changes nothing, runs nothing of it."""
+"""Check anybody's quantized repo as a careful publisher would. Changes nothing, and runs no code from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONGEST_KIND = 80
 
 @dataclass(frozen=True)
 class Report:
-    """What was found in one branch.
+    """The findings in one branch.
 
     Attributes:
         kind: ``gguf``, a quantization method, or ``unquantized``.
@@ -34,7 +34,7 @@ class Report:
     findings: tuple[Finding, ...]
 
     def as_data(self) -> dict[str, Any]:
-        """The report for machines."""
+        """The report as JSON data."""
         return {
             "name": self.name,
             "branch": self.branch,
@@ -50,11 +50,11 @@ def lint(
 
     Args:
         target: a branch's folder, a folder of branches, ``owner/name`` or ``owner/name@branch``.
-        source: the unquantized model, a folder or a hub id; by default what the card of a hub repo names.
-        endpoint: of the hub.
+        source: the unquantized model, a folder or a hub id; by default the one named in the card of a hub repo.
+        endpoint: address of the hub.
 
     Raises:
-        SourceError: no such folder, repo or branch. PushError: the hub refuses, or cannot be reached.
+        SourceError: the folder, repo or branch does not exist. PushError: the hub refuses, or cannot be reached.
     """
     reports = []
     origins: dict[str, RepoFiles] = {}
@@ -99,12 +99,12 @@ def _check(files: RepoFiles, kind: str) -> Iterator[Finding]:
 
 
 def _check_manifest(files: RepoFiles) -> Iterator[Finding]:
-    """Sizes against our own manifest, where there is one."""
+    """Compare sizes with our manifest, if there is one."""
     if MANIFEST_NAME not in files.sizes:
         return
     data = files.json(MANIFEST_NAME)
     if data is None or (wrong := problem(data)) is not None:
-        yield error("manifest", MANIFEST_NAME, f"cannot be gone by ({wrong if data else 'it is no JSON object'})")
+        yield error("manifest", MANIFEST_NAME, f"is not a valid manifest ({wrong if data else 'not a JSON object'})")
         return
     yield from capped(_sizes_of(files, data))
 
@@ -113,6 +113,6 @@ def _sizes_of(files: RepoFiles, data: dict[str, Any]) -> Iterator[Finding]:
     for name, entry in described_files(data).items():
         wanted, real = entry["bytes"], files.sizes.get(name)
         if real is None:
-            yield error("manifest", name, f"is named by {MANIFEST_NAME}, but is not here")
+            yield error("manifest", name, f"is listed in {MANIFEST_NAME}, but missing")
         elif real != wanted:
             yield error("manifest", name, f"has {real:,} bytes, {MANIFEST_NAME} says {wanted:,}")

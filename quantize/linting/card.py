@@ -1,4 +1,4 @@
-"""The card and what is inherited from the source: front matter, licence, sizes in tables, tokenizer, chat template."""
+"""Check the card and the files inherited from the source: front matter, licence, sizes, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 RELATIVE_LINK = re.compile(r"\]\((?!https?:|mailto:|#|/)([^)\s#?]+)")
 SIZE_TOLERANCE = 0.02
 MOST_BODY = 1_000_000
-"""Characters of a card's text that are looked at; the longest real ones have some ten thousand."""
+"""Characters of a card's text that are checked; the longest real ones have some ten thousand."""
 
 
 def check_card(files: RepoFiles, kind: str) -> Iterator[Finding]:
@@ -35,18 +35,18 @@ def check_card(files: RepoFiles, kind: str) -> Iterator[Finding]:
         return
     front, body = front_matter(text)
     if front is None:
-        yield error("card-metadata", "README.md", "opens with no readable front matter, so the hub knows nothing of it")
+        yield error("card-metadata", "README.md", "has no readable front matter for the hub; add it at the top")
         return
     base = front.get("base_model")
     if not base:
         yield error("base-model", "README.md:base_model", "is missing; the hub then does not list this as a derivative")
     elif base == files.name:
-        yield error("base-model", "README.md:base_model", "is this repo itself; name the model that it was made of")
+        yield error("base-model", "README.md:base_model", "is this repo itself; name the original model")
     elif front.get("base_model_relation") != "quantized":
         yield note("base-model-relation", "README.md:base_model_relation", "is not 'quantized'; the hub has to guess")
     licence = front.get("license")
     if not licence:
-        yield error("licence", "README.md:license", "is missing; nobody may tell whether it can be used")
+        yield error("licence", "README.md:license", "is missing; nobody can tell whether the model may be used")
     elif licence == "other" and not (front.get("license_name") and front.get("license_link")):
         yield warning("licence", "README.md:license_name", "'other' needs license_name and license_link")
     library = front.get("library_name")
@@ -68,18 +68,18 @@ def check_tokenizer(files: RepoFiles) -> Iterator[Finding]:
         yield warning("tokenizer-config", "tokenizer_config.json", "is missing; special tokens and template are lost")
     if CHATTY.search(files.name) and not _has_template(files):
         yield warning(
-            "chat-template", "chat_template.jinja", "is missing, though the name speaks of chat; servers need it"
+            "chat-template", "chat_template.jinja", "is missing, though the name suggests a chat model; servers need it"
         )
     rows = files.config.get("vocab_size")
     largest = _largest_token(files.json("tokenizer.json") or {})
     if isinstance(rows, int) and largest is not None and largest >= rows:
         yield warning(
-            "vocabulary", "tokenizer.json", f"has token {largest}, the embedding {rows} rows; that token breaks a run"
+            "vocabulary", "tokenizer.json", f"has token {largest}, but the embedding only {rows} rows; that token fails"
         )
 
 
 def check_inherited(files: RepoFiles, source: RepoFiles, kind: str) -> Iterator[Finding]:
-    """Findings about what should have come along from the model it was made of."""
+    """Findings about files that should have been copied from the source."""
     ours, _ = front_matter(files.text("README.md") or "")
     theirs, _ = front_matter(source.text("README.md") or "")
     for key in ("license", "license_name", "license_link"):
@@ -92,13 +92,13 @@ def check_inherited(files: RepoFiles, source: RepoFiles, kind: str) -> Iterator[
             )
     for name in source.sizes:
         if name.lower().startswith(LICENCE_FILES) and name not in files.sizes:
-            yield warning("licence-file", name, f"lies in {source.name}, but not here; its terms ask to pass it on")
+            yield warning("licence-file", name, f"is in {source.name}, but not here; its terms require a copy")
     if kind != "gguf":
         if _has_template(source) and not _has_template(files):
             yield error("chat-template", "chat_template.jinja", f"{source.name} has one, this repo has none; copy it")
         for name in ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json"):
             if name in source.sizes and name not in files.sizes:
-                yield warning("not-carried-over", name, f"lies in {source.name}, but not here; copy it")
+                yield warning("not-carried-over", name, f"is in {source.name}, but not here; copy it")
 
 
 def base_model(files: RepoFiles) -> str | None:
@@ -110,7 +110,7 @@ def base_model(files: RepoFiles) -> str | None:
 
 
 def _check_links(files: RepoFiles, body: str) -> Iterator[Finding]:
-    """Links to files that are not here."""
+    """Findings about links to missing files."""
     there = {"/".join(name.split("/")[:depth]) for name in files.sizes for depth in range(1, name.count("/") + 2)}
     for target in sorted(set(RELATIVE_LINK.findall(body))):
         if target.removeprefix("./").rstrip("/") not in there:
@@ -118,7 +118,7 @@ def _check_links(files: RepoFiles, body: str) -> Iterator[Finding]:
 
 
 def _check_table(files: RepoFiles, body: str) -> Iterator[Finding]:
-    """Sizes that a table states of this branch, or of files that lie here."""
+    """Findings about wrong sizes of this branch or its files in a table."""
     weights = sum(size for name, size in files.sizes.items() if name.endswith(".safetensors"))
     for line in body.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.lstrip().startswith("|") else []
@@ -131,7 +131,7 @@ def _check_table(files: RepoFiles, body: str) -> Iterator[Finding]:
         assert match
         stated = float(match[1]) * UNITS[match[2]]
         if real and abs(stated - real) > max(SIZE_TOLERANCE * real, 0.5 * UNITS[match[2]] / 10 ** _digits(match[1])):
-            yield warning("size", f"README.md:{named}", f"the card says {sizes[0]}, it has {real / 1e9:.2f} GB")
+            yield warning("size", f"README.md:{named}", f"the card says {sizes[0]}, but it has {real / 1e9:.2f} GB")
 
 
 def _digits(number: str) -> int:

@@ -1,4 +1,4 @@
-"""The configs of a GPTQ or AWQ branch: complete, agreeing with each other, and loadable by somebody's kernels."""
+"""Check the configs of a GPTQ or AWQ branch: complete, consistent, and supported by existing kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KERNEL_GROUPS = {"gptq": (-1, 32, 64, 128), "awq": (-1, 32, 64, 128)}
 
 
 def method_of(files: RepoFiles) -> str | None:
-    """``gptq``, ``awq``, another method's name, or None where nothing says that the model is quantized."""
+    """``gptq``, ``awq``, another method's name, or None if nothing says that the model is quantized."""
     settings = files.config.get("quantization_config")
     if isinstance(settings, dict) and settings.get("quant_method"):
         method = settings["quant_method"]
@@ -34,7 +34,7 @@ def check_configs(files: RepoFiles) -> Iterator[Finding]:
         yield error("config-missing", "config.json", "is missing; no loader knows the architecture")
         return
     if not files.config:
-        yield error("config-broken", "config.json", "is no JSON object; write it again")
+        yield error("config-broken", "config.json", "is not a JSON object; write it again")
         return
     yield from _check_names(files)
     yield from _check_code(files)
@@ -60,21 +60,21 @@ def _check_own_file(files: RepoFiles, method: str, settings: dict[str, Any]) -> 
         return
     own = files.json(name)
     if own is None:
-        yield error("own-config-broken", name, "is no JSON object; write it again")
+        yield error("own-config-broken", name, "is not a JSON object; write it again")
         return
     there = {SAME.get(key, key): value for key, value in own.items()}
     for key in COMPARED:
         if key in there and key in settings and _plain(there[key]) != _plain(settings[key]):
             yield error(
                 "configs-disagree", f"{name}:{key}",
-                f"says {shortly(there[key])}, config.json says {shortly(settings[key])}; loaders read one or the other",
+                f"says {shortly(there[key])}, but config.json {shortly(settings[key])}; loaders read one or the other",
             )  # fmt: skip
     base = own.get("model_file_base_name")
     if isinstance(base, str) and not any(
         file.endswith(".safetensors") and file.startswith(base) for file in files.sizes
     ):
         yield warning(
-            "base-name", f"{name}:model_file_base_name", f"is {shortly(base)}, but no weight file here is called so"
+            "base-name", f"{name}:model_file_base_name", f"is {shortly(base)}, but no weight file has this name"
         )
 
 
@@ -82,7 +82,7 @@ def _check_kernels(files: RepoFiles, method: str, settings: dict[str, Any]) -> I
     bits, group_size = settings.get("bits"), settings.get("group_size")
     place = "config.json:quantization_config"
     if not isinstance(bits, int) or not isinstance(group_size, int) or group_size == 0:
-        yield error("config-incomplete", place, "names no whole number for bits and group_size")
+        yield error("config-incomplete", place, "has no integers for bits and group_size")
         return
     if method == "awq" and _plain(settings.get("version", "gemm")) != "gemm":
         yield warning(
@@ -98,7 +98,7 @@ def _check_kernels(files: RepoFiles, method: str, settings: dict[str, Any]) -> I
     desc_act, sym = settings.get("desc_act"), settings.get("sym", True)
     if settings.get("is_marlin_format") or settings.get("checkpoint_format") == "marlin":
         if desc_act:
-            yield error("marlin-act-order", f"{place}.desc_act", "Marlin's own format cannot hold act-order")
+            yield error("marlin-act-order", f"{place}.desc_act", "Marlin's own format does not support act-order")
         if not sym or bits != 4 or group_size not in (-1, 128):
             yield error("marlin-format", place, "Marlin's own format is 4-bit, symmetric, group size 128 or -1")
     if bits in (2, 3):
@@ -113,7 +113,7 @@ def _check_kernels(files: RepoFiles, method: str, settings: dict[str, Any]) -> I
 
 
 def _check_names(files: RepoFiles) -> Iterator[Finding]:
-    """Paths of the publisher's machine, and keys that two versions of transformers name differently."""
+    """Findings about paths of the publisher's machine, and keys with different names in transformers 4 and 5."""
     for name in ("config.json", *NAMES.values(), "tokenizer_config.json", "generation_config.json"):
         data = files.json(name) or {}
         nested = data.get("quantization_config")
@@ -124,7 +124,7 @@ def _check_names(files: RepoFiles) -> Iterator[Finding]:
                     yield warning(
                         "machine-path",
                         f"{name}:{where}{key}",
-                        f"is a path of a machine ({shortly(value)}); remove it",
+                        f"is a path on the publisher's machine ({shortly(value)}); remove it",
                     )
     config = files.config
     old, new = config.get("torch_dtype"), config.get("dtype")
@@ -135,8 +135,8 @@ def _check_names(files: RepoFiles) -> Iterator[Finding]:
     if theta not in (None, DEFAULT_THETA) and config.get("rope_theta") is None:
         yield warning(
             "rope-theta", "config.json:rope_theta",
-            f"is missing (rope_parameters has {shortly(theta)}); transformers 4 then takes its default, and the model "
-            "rambles",
+            f"is missing (rope_parameters has {shortly(theta)}); transformers 4 then uses its default, and the model "
+            "produces nonsense",
         )  # fmt: skip
     elif theta is not None and config.get("rope_theta", theta) != theta:
         yield error(
@@ -152,7 +152,7 @@ def _check_code(files: RepoFiles) -> Iterator[Finding]:
         if isinstance(target, str) and "--" not in target:
             script = target.rpartition(".")[0].replace(".", "/") + ".py"
             if script not in files.sizes:
-                yield error("code-missing", "config.json:auto_map", f"names {script}, which is not here")
+                yield error("code-missing", "config.json:auto_map", f"names {script}, which is missing")
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A repo's files behind one door, whether they lie in a folder or on the hub. The hub is read by ranges of bytes."""
+"""One interface to a repo's files in a folder or on the hub, where only the needed byte ranges are read."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from quantize.hub.client import Hub
 from quantize.recipe.schema import REPO_NAME
 
 MOST_TEXT = 64_000_000
-"""Bytes of a JSON or Markdown file that are read; tokenizers of large vocabularies take 20 to 40 MB."""
+"""Largest JSON or Markdown file that is read, in bytes; tokenizers of large vocabularies take 20 to 40 MB."""
 MOST_TENSOR = 1_000_000_000
-"""Bytes of a tensor that is looked into; scales and group indices of the largest models take a tenth."""
+"""Largest tensor whose values are checked, in bytes; scales and g_idx of the largest models take a tenth."""
 
 
 class RepoFiles(ABC):
     """The files of one branch.
 
     Attributes:
-        name: of the repo. branch: None where a folder does not tell.
+        name: of the repo. branch: None if unknown, as for some folders.
         sizes: bytes by name.
-        strays: what is not read and is not in ``sizes``, by name, and why: links that lead out, pipes.
-        is_local: whether reading much costs little.
+        strays: entries that are not read and not in ``sizes`` (links to other folders, pipes): the reason by name.
+        is_local: whether reading much is cheap.
     """
 
     name: str
@@ -43,10 +43,10 @@ class RepoFiles(ABC):
 
     @abstractmethod
     def read(self, name: str, first: int, last: int) -> bytes:
-        """Bytes of a file from a first (inclusive) to a last (exclusive) position; fewer where it ends."""
+        """Bytes of a file from a first (inclusive) to a last (exclusive) position; fewer at its end."""
 
     def text(self, name: str) -> str | None:
-        """A small file's text; None where there is none, or it is no text."""
+        """A small file's text; None if the file is missing or not text."""
         if name not in self.sizes or self.sizes[name] > MOST_TEXT:
             return None
         try:
@@ -55,7 +55,7 @@ class RepoFiles(ABC):
             return None
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object; None where the file is missing or holds something else."""
+        """A JSON object; None if the file is missing or contains something else."""
         text = self.text(name)
         try:
             data = json.loads(text) if text is not None else None
@@ -69,7 +69,7 @@ class RepoFiles(ABC):
 
     @cached_property
     def headers(self) -> dict[str, Header | str]:
-        """Headers of the safetensors files by name; for one that cannot be read, why."""
+        """Headers of the safetensors files by name; for an unreadable one, the reason."""
         found: dict[str, Header | str] = {}
         for name in sorted(self.sizes):
             if name.endswith(".safetensors"):
@@ -80,7 +80,7 @@ class RepoFiles(ABC):
         return found
 
     def tensor(self, name: str) -> Any:
-        """A tensor as a numpy array; None where it cannot be had so (BF16, cut short, or huge)."""
+        """A tensor as a numpy array; None if that is impossible (BF16, truncated, or too large)."""
         import numpy as np
 
         kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8", "U8": "<u1", "I8": "<i1"}
@@ -98,7 +98,7 @@ class RepoFiles(ABC):
 
 
 class LocalFiles(RepoFiles):
-    """A branch that lies in a folder."""
+    """A branch in a folder."""
 
     is_local = True
 
@@ -116,7 +116,7 @@ class LocalFiles(RepoFiles):
 
 
 class HubFiles(RepoFiles):
-    """A branch on the hub, at the commit that its listing was read at."""
+    """A branch on the hub, at the commit of its listing."""
 
     is_local = False
 
@@ -141,21 +141,21 @@ class HubFiles(RepoFiles):
 
 
 def open_target(target: str, endpoint: str | None, *, local: bool = True) -> list[RepoFiles]:
-    """The branches that a folder or a hub id names.
+    """Open the branches of a folder or a hub repo.
 
     Args:
         target: a branch's folder, a folder of branches as in dist, ``owner/name``, or ``owner/name@branch``.
-        local: whether it may be a folder; a name that a card gives may not.
+        local: whether it may be a folder; for names from cards it may not.
 
     Raises:
-        SourceError: there is no such folder, repo or branch. PushError: the hub refuses, or cannot be reached.
+        SourceError: the folder, repo or branch does not exist. PushError: the hub refuses, or cannot be reached.
     """
     path = Path(os.path.expanduser(target))
     if local and os.path.isdir(path):
         return _local(path.resolve())
     match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", target)
     if not match or not all(map(REPO_NAME.fullmatch, match[1].split("/"))):
-        raise SourceError(f"{target}: no such directory, and no hub id; give a folder, owner/name or owner/name@branch")
+        raise SourceError(f"{target}: no such directory, nor a hub id; give a folder, owner/name or owner/name@branch")
     hub, (repo, branch) = Hub(endpoint), match.groups()
     heads = hub.heads(repo)
     if not heads:
@@ -176,5 +176,5 @@ def _local(path: Path) -> list[RepoFiles]:
     ]  # fmt: skip
     found = [LocalFiles(folder, folder.name) for folder in branches if any(any(folder.glob(mark)) for mark in marks)]
     if not found:
-        raise SourceError(f"{path}: holds neither a model nor branches of one (no config.json, no .gguf file)")
+        raise SourceError(f"{path}: contains neither a model nor branches of one (no config.json, no .gguf file)")
     return [*found]

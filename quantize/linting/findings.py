@@ -1,4 +1,4 @@
-"""What a check says about a repo."""
+"""The findings of lint checks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a careful publisher would mend.
+    """Something that a careful publisher would correct.
 
     Attributes:
-        severity: ``error`` breaks a loader or a licence, ``warning`` will surprise somebody, ``note`` is good to know.
-        check: a short name that stays the same between versions.
+        severity: ``error`` breaks a loader or a licence, ``warning`` may surprise users, ``note`` is for information.
+        check: a short name, stable across versions.
         place: the file, and the key or tensor in it.
-        message: one sentence, with what to do.
+        message: one sentence, with advice.
     """
 
     severity: Severity
@@ -31,17 +31,17 @@ class Finding:
     message: str
 
     def __post_init__(self) -> None:
-        # names and values come from somebody's repo: each stays on its line and of a bearable length
-        object.__setattr__(self, "place", _bearable(self.place))
-        object.__setattr__(self, "message", _bearable(self.message))
+        # names and values are untrusted: keep each on one line, and short
+        object.__setattr__(self, "place", _shown(self.place))
+        object.__setattr__(self, "message", _shown(self.message))
 
     def as_data(self) -> dict[str, Any]:
-        """The finding for machines."""
+        """The finding as JSON data."""
         return asdict(self)
 
 
 def capped(findings: Iterable[Finding]) -> Iterator[Finding]:
-    """The first findings of a check that may have any number of them, then one that counts the rest."""
+    """The first findings of a check with any number of them, then one that counts the rest."""
     last, rest = None, 0
     for number, last in enumerate(findings):
         if number < MOST_FINDINGS:
@@ -52,7 +52,7 @@ def capped(findings: Iterable[Finding]) -> Iterator[Finding]:
         yield Finding(last.severity, last.check, "*", f"the same of {rest:,} more")
 
 
-def _bearable(text: str) -> str:
+def _shown(text: str) -> str:
     return shortened(printable(shortened(text, MOST_SHOWN)), MOST_SHOWN)
 
 

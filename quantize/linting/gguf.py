@@ -1,6 +1,6 @@
-"""GGUF files: whole, named after what they are, with tokenizer and template in them.
+"""Check GGUF files: complete, correctly named, with tokenizer and chat template.
 
-A file on the hub is judged by name and size, and by nothing that would need its download.
+A file on the hub is checked by name and size only, without a download.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def check_gguf(files: RepoFiles) -> Iterator[Finding]:
         if files.sizes[name] > HUB_LIMIT:
             yield error("too-large", name, "has more than 50 GB, which the hub refuses; split it")
         if files.sizes[name] < len(MAGIC) or files.read(name, 0, len(MAGIC)) != MAGIC:
-            yield error("gguf-damaged", name, "is no GGUF file; upload it again")
+            yield error("gguf-damaged", name, "is not a GGUF file; upload it again")
         elif isinstance(files, LocalFiles):
             yield from _check_file(files, name)
 
@@ -54,15 +54,15 @@ def _check_file(files: LocalFiles, name: str) -> Iterator[Finding]:
         return
     part = PART.match(name)
     if part and int(part["part"]) > 1:
-        return  # the metadata lies in the first part
+        return  # the metadata is in the first part
     yield from _check_metadata(files, name, reader)
 
 
 def _check_metadata(files: LocalFiles, name: str, reader: Any) -> Iterator[Finding]:
     if _value(reader, "tokenizer.ggml.model") is None:
-        yield error("tokenizer-missing", name, "holds no tokenizer; convert it again")
+        yield error("tokenizer-missing", name, "contains no tokenizer; convert it again")
     if _value(reader, "tokenizer.chat_template") is None and CHATTY.search(files.name):
-        yield warning("chat-template", name, "holds none, though the name speaks of chat")
+        yield warning("chat-template", name, "is missing, although the name suggests a chat model")
     if _value(reader, "general.license") is None:
         yield note("licence", f"{name}:general.license", "is missing; the file does not say how it may be used")
     named, kind = LEVEL.search(name), _value(reader, "general.file_type")

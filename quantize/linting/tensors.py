@@ -1,4 +1,4 @@
-"""The weights of a GPTQ or AWQ branch, from their headers, and from the small tensors where they cost little."""
+"""Check the weights of a GPTQ or AWQ branch by their headers, and by small tensors if reading them is cheap."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from quantize.linting.findings import Finding, capped, error, warning
 PARTS = {"gptq": ("qweight", "qzeros", "scales", "g_idx"), "awq": ("qweight", "qzeros", "scales")}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MOST_NAMED = 3
-"""Modules with the same fault that are named one by one; the rest is counted."""
+"""Modules with the same fault that are listed; the others are counted."""
 
 
 def check_weights(files: RepoFiles, method: str | None) -> Iterator[Finding]:
-    """Every finding about the safetensors files and what lies in them."""
+    """Every finding about the safetensors files and their tensors."""
     yield from capped(
         warning("pickle", name, "is a pickle, which can run code when it is read; publish safetensors")
         for name in files.sizes
@@ -33,7 +33,7 @@ def check_weights(files: RepoFiles, method: str | None) -> Iterator[Finding]:
         elif header.nbytes != files.sizes[name]:
             yield error(
                 "shard-damaged", name,
-                f"has {files.sizes[name]:,} bytes, its header speaks of {header.nbytes:,}; upload it again",
+                f"has {files.sizes[name]:,} bytes, but its header claims {header.nbytes:,}; upload it again",
             )  # fmt: skip
     tensors = {
         key: spec for header in files.headers.values() if isinstance(header, Header)
@@ -50,7 +50,7 @@ def _check_index(files: RepoFiles, tensors: Mapping[str, TensorSpec]) -> Iterato
         if len(files.headers) > 1:
             yield error(
                 "index-missing", INDEX_NAME,
-                f"is missing, but there are {len(files.headers)} weight files; loaders cannot tell what is of which",
+                f"is missing, but there are {len(files.headers)} weight files; loaders cannot find the tensors",
             )  # fmt: skip
         return
     index = files.json(INDEX_NAME) or {}
@@ -60,13 +60,13 @@ def _check_index(files: RepoFiles, tensors: Mapping[str, TensorSpec]) -> Iterato
         return
     named = {shard for shard in table.values() if isinstance(shard, str)}
     if any(not isinstance(shard, str) for shard in table.values()):
-        yield error("index-broken", INDEX_NAME, "has a weight_map that names something else than files; write it again")
+        yield error("index-broken", INDEX_NAME, "has a weight_map with entries that are not file names; write it again")
     yield from capped(
-        error("shard-missing", shard, f"is named by {INDEX_NAME}, but is not here; upload it")
+        error("shard-missing", shard, f"is listed in {INDEX_NAME}, but missing; upload it")
         for shard in sorted(named - set(files.headers))
     )
     yield from capped(
-        warning("shard-unused", shard, f"is not named by {INDEX_NAME}; nothing reads it, everybody downloads it")
+        warning("shard-unused", shard, f"is not listed in {INDEX_NAME}; nothing reads it, but everybody downloads it")
         for shard in sorted(set(files.headers) - named)
     )
     wrong = [
@@ -75,7 +75,7 @@ def _check_index(files: RepoFiles, tensors: Mapping[str, TensorSpec]) -> Iterato
         and (key not in tensors or tensors[key].file != shard)
     ]  # fmt: skip
     for key in wrong[:MOST_NAMED]:
-        yield error("index-wrong", f"{INDEX_NAME}:{key}", f"is said to lie in {shortly(table[key])}, but it does not")
+        yield error("index-wrong", f"{INDEX_NAME}:{key}", f"should be in {shortly(table[key])}, but is not")
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     real = sum(
@@ -83,7 +83,7 @@ def _check_index(files: RepoFiles, tensors: Mapping[str, TensorSpec]) -> Iterato
         for first, last in header.places.values()
     )  # fmt: skip
     if isinstance(total, int) and total != real and not any(isinstance(h, str) for h in files.headers.values()):
-        yield warning("total-size", f"{INDEX_NAME}:total_size", f"is {total:,}, the tensors have {real:,} bytes")
+        yield warning("total-size", f"{INDEX_NAME}:total_size", f"is {total:,}, but the tensors have {real:,} bytes")
 
 
 def _check_modules(
@@ -95,17 +95,17 @@ def _check_modules(
         return
     bits, group_size = settings.get("bits"), settings.get("group_size")
     if not isinstance(bits, int) or not isinstance(group_size, int) or not 1 <= bits <= 8 or group_size == 0:
-        return  # said of the config already
+        return  # already reported for the config
     for number, module in enumerate(modules):
         missing = [part for part in PARTS[method] if f"{module}.{part}" not in tensors]
         if missing and not (missing == ["g_idx"] and not settings.get("desc_act")):
             yield error("part-missing", f"{module}.{missing[0]}", "is missing; the module cannot be loaded")
             continue
         if f"{module}.weight" in tensors:
-            yield warning("twice", f"{module}.weight", "lies beside its quantized tensors; loaders take one of them")
+            yield warning("twice", f"{module}.weight", "exists besides its quantized tensors; loaders use one of them")
         specs = {part: tensors[f"{module}.{part}"] for part in PARTS[method] if f"{module}.{part}" in tensors}
         yield from _check_shapes(module, method, bits, group_size, specs)
-        if files.is_local or number == 0:  # over the network one module stands for all
+        if files.is_local or number == 0:  # over the network only one module is checked
             yield from _check_values(files, module, settings)
 
 
@@ -130,7 +130,7 @@ def _check_shapes(
         yield warning("dtype", f"{module}.scales", f"is {specs['scales'].dtype}; most kernels read F16 only")
     if group_size != -1 and inputs % group_size:
         size = shortly(group_size)
-        yield warning("ragged", f"{module}.g_idx", f"{inputs} inputs are no multiple of {size}; kernels refuse")
+        yield warning("ragged", f"{module}.g_idx", f"{inputs} inputs are not a multiple of {size}; kernels refuse it")
 
 
 def _check_values(files: RepoFiles, module: str, settings: Mapping[str, Any]) -> Iterator[Finding]:
@@ -138,7 +138,7 @@ def _check_values(files: RepoFiles, module: str, settings: Mapping[str, Any]) ->
 
     scales = files.tensor(f"{module}.scales") if files.is_local else None
     if scales is not None and not np.isfinite(scales).all():
-        yield error("not-finite", f"{module}.scales", "holds NaN or infinity; the model answers with nothing")
+        yield error("not-finite", f"{module}.scales", "contains NaN or infinity; the model's output is unusable")
     index = files.tensor(f"{module}.g_idx")
     group_size = settings.get("group_size")
     if index is None or group_size == -1 or index.size == 0:
@@ -152,7 +152,7 @@ def _check_values(files: RepoFiles, module: str, settings: Mapping[str, Any]) ->
 
 
 def _grouped(findings: Iterator[Finding]) -> Iterator[Finding]:
-    """The first few of each kind by name, then one that counts the rest."""
+    """The first few findings of each kind, then one that counts the rest."""
     seen: dict[tuple[str, str], list[Finding]] = {}
     for finding in findings:
         seen.setdefault((finding.check, finding.place.rpartition(".")[2]), []).append(finding)

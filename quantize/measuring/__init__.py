@@ -200,7 +200,7 @@ def _readers(plan: Plan, todo: Sequence[Item], read: Any) -> dict[str, Weights]:
         conversion = plan.gguf.conversion
         path, header = conversion.make(), conversion.header()
         files = {item.label: [item.folder / name for name in sorted(plan.finished(item)["files"])] for item in levels}
-        readers |= open_levels(files, path, header.became, read)
+        readers |= open_levels(files, path, header.converted, read)
     return readers
 
 

@@ -1,1 +1,1 @@
-"""Pure tensor mathematics: from weights and statistics to codes, scales and zero points. Knows no files."""
+"""Pure tensor mathematics: weights and statistics in; codes, scales and zero points out. No file access."""

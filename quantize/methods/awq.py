@@ -1,10 +1,10 @@
-"""AWQ: input channels that matter are scaled up before rounding, and the operation before scales them down.
+"""AWQ: scale salient input channels up before rounding, and the preceding operation's outputs down.
 
 Source: Lin, Tang, Tang, Yang, Dang, Han, "AWQ: Activation-aware Weight Quantization for LLM Compression and
 Acceleration", 2023, https://arxiv.org/abs/2306.00978. With s > 0 per input channel, W diag(s) is rounded and the
-input comes in as X diag(1/s): the float output is the same, the error of a channel is divided by its s.
+input becomes X diag(1/s): the float output is unchanged, and each channel's rounding error is divided by its s.
 
-A candidate's error tr((W - W') H (W - W')^T) needs only H = X^T X, so that no candidate costs a forward.
+A candidate's error tr((W - W') H (W - W')^T) needs only H = X^T X, so candidates need no forward pass.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from quantize.methods.sums import mean, total
 
 STEPS = 20
 RATIOS = tuple(step / STEPS for step in range(STEPS + 1))
-LARGEST = 256.0  # of a scale, and 1 / LARGEST the smallest: what a float16 norm weight bears
-ROWS = 128  # of the weight that the search looks at; four times as many chose no better
+LARGEST = 256.0  # scales lie in 1 / LARGEST .. LARGEST, so that a float16 norm weight can absorb them
+ROWS = 128  # weight rows sampled by the search; four times as many chose no better scales
 
 
 @dataclass(frozen=True)
 class AwqParameters:
-    """What one AWQ variant is asked for. ``group_size`` -1 is one group per row."""
+    """Parameters of one AWQ variant. ``group_size`` -1 means one group per row."""
 
     group_size: int
     bits: int = 4
@@ -38,7 +38,7 @@ class AwqParameters:
 
     @property
     def rounded(self) -> GptqParameters:
-        """The rounding of the scaled weight, in GPTQ's terms: group-aware order, trivial ``g_idx``."""
+        """How the scaled weight is rounded, as GPTQ parameters: group-aware order, trivial ``g_idx``."""
         return GptqParameters(
             self.bits, self.group_size, sym=not self.zero_point, damp_percent=self.damp_percent, mse=self.mse
         )
@@ -46,11 +46,11 @@ class AwqParameters:
 
 @dataclass(frozen=True)
 class Scales:
-    """The outcome of a search.
+    """Result of a scale search.
 
     Attributes:
-        scale: s, what each input channel of the weight is multiplied by, [K] float32.
-        ratio: the exponent that won; 0 leaves the channels as they are.
+        scale: s, the factor of each input channel of the weight, [K] float32.
+        ratio: the chosen exponent; 0 leaves the channels unscaled.
     """
 
     scale: torch.Tensor
@@ -60,15 +60,15 @@ class Scales:
 def search_scales(
     weight: torch.Tensor, hessian: torch.Tensor, parameters: AwqParameters, ties: torch.Tensor | None = None
 ) -> Scales:
-    """Scales of least error among the powers of each channel's strength, the root of its mean square.
+    """Find the scales with the smallest error among powers of each channel's root mean square.
 
     Args:
-        weight: [N, K] float32, all linears that read the input stacked. hessian: [K, K].
-        ties: [K] numbers; channels of one number get one scale (those that one output of the operation before
-            feeds). None: each its own.
+        weight: [N, K] float32, all linears that read this input, stacked. hessian: [K, K].
+        ties: [K] integers; channels with equal numbers (fed by one output of the preceding operation) share one
+            scale. None: every channel has its own.
 
     Raises:
-        SolveError: statistics not finite.
+        SolveError: the statistics are not finite.
     """
     power = hessian.diagonal().double()
     if not bool(torch.isfinite(power).all()):
@@ -93,7 +93,7 @@ def search_scales(
 
 
 def scaled_error(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, parameters: AwqParameters) -> float:
-    """tr((W - W') H (W - W')^T) of W diag(s) rounded to nearest on its whole range and divided by s again."""
+    """tr((W - W') H (W - W')^T), where W' is W diag(s) rounded to nearest over its full range, divided by s."""
     rows, columns = weight.shape
     size = columns if parameters.group_size == -1 else parameters.group_size
     scaled = (weight * scale).view(-1, size)
@@ -114,10 +114,10 @@ def quantize_scaled(
     """Round W diag(s), whose input has the Hessian diag(1/s) H diag(1/s).
 
     Args:
-        scale: [K], as the operation before really divides by it.
+        scale: [K], the factor that the preceding operation really divides by (see :func:`divided`).
 
     Raises:
-        SolveError: as :func:`quantize.methods.gptq.solve`.
+        SolveError: see :func:`quantize.methods.gptq.solve`.
     """
     scaled, seen = weight * scale, hessian / scale / scale[:, None]
     if parameters.rounding == "nearest":
@@ -128,14 +128,15 @@ def quantize_scaled(
 
 
 def divided(values: torch.Tensor, scale: torch.Tensor, plus_one: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divide the weight of a norm by s in the dtype that it is stored in.
+    """Divide a norm's weight by s, in the dtype in which it is stored.
 
     Args:
         values: the stored weight [K]. scale: s [K]. plus_one: the norm multiplies by 1 + weight (Gemma).
 
     Returns:
-        The weight to store, and the scale that it really divides by, [K] in the dtype of ``scale``: with it the
-        float output stays as it was. A channel whose weight is zero or would not fit the dtype keeps scale 1.
+        The weight to store, and the factor by which it really differs after rounding to that dtype, [K] in the dtype
+        of ``scale``. Scaling the next weight by this factor preserves the float output. A channel whose weight is
+        zero, or whose quotient does not fit the dtype, gets factor 1.
     """
     offset = 1.0 if plus_one else 0.0
     factor = values.to(scale.dtype) + offset

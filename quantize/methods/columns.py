@@ -1,9 +1,9 @@
-"""The inner loop of GPTQ: a run of columns rounded one by one, each error spread over the run's rest.
+"""The inner loop of GPTQ: round a run of columns one by one, and spread each error over the rest of the run.
 
-Rows are independent of each other, so the compiled kernels walk each row on its own: they fit the grid where a
-group begins, round, spread, and sum errors, with no other pass over the data. There is one for the CPU (numba) and
-one for the GPU (Triton). The torch version takes one column of all rows at a time; it is the reference, and the path
-where no kernel is. All do the same operations in the same order and give the same codes.
+Rows are independent of each other, so the compiled kernels process each row separately: they fit the grid where a
+group begins, round, spread and sum errors in a single pass over the data. There is one kernel for the CPU (numba)
+and one for the GPU (Triton). The torch version processes one column of all rows at a time; it is the reference, and
+the fallback where no kernel is available. All do the same operations in the same order and give the same codes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from quantize.methods.solve_state import Columns, Kernel
 
 
 def kernel_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernel:
-    """Who runs the inner loop on a device: its compiled kernel where there is one, else torch.
+    """The implementation for a device and dtype: its compiled kernel if available, else torch.
 
-    Triton compiles what launches a kernel with the system's C compiler.
+    Triton needs a C compiler on the system to build its kernel launcher.
     """
     if device.type == "cpu":
         return "numba"
@@ -34,11 +34,11 @@ def kernel_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Kerne
 def fit_groups(
     weight: torch.Tensor, importance: torch.Tensor, grid: Grid, size: int, kernel: Kernel | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grids of contiguous groups of ``size`` columns of a weight [N, K] as it is.
+    """Fit the grids of contiguous groups of ``size`` columns of a weight [N, K].
 
     Args:
-        importance: what a squared error at each column costs, [K].
-        kernel: who computes them; None is the device's own.
+        importance: weight of a squared error in each column, [K].
+        kernel: the implementation; None selects the device's default.
 
     Returns:
         Scales and zeros, [K / size, N], in the weight's dtype.

@@ -1,4 +1,4 @@
-"""The way to the compiled kernels: they run on as many threads as torch, and leave torch's number as it is."""
+"""Access to the compiled kernels: they use torch's number of threads and leave that number unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @contextlib.contextmanager
 def compiled() -> Iterator[Any]:
-    """:mod:`quantize.methods.kernel`, which compiles on its first use; inside, numba has as many threads as torch."""
+    """Yield :mod:`quantize.methods.kernel`, compiled on first use, with numba limited to torch's number of threads."""
     threads = torch.get_num_threads()
     numba = _started(threads)
     before = numba.get_num_threads()
@@ -26,7 +26,7 @@ def compiled() -> Iterator[Any]:
 
 @functools.cache
 def _started(threads: int) -> Any:
-    """numba, whose threads are started. That sets OpenMP's number, which is torch's too, to all processors."""
+    """Start numba's thread pool, which sets OpenMP's number of threads (also torch's) to all CPUs; return numba."""
     numba: Any = import_module("numba")
     numba.get_num_threads()
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""The factor of the inverse Hessian that GPTQ walks along, with damping raised where it has to be."""
+"""The Cholesky factor of the inverse Hessian that GPTQ uses, with damping raised where necessary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantize.methods.triangular import invert_factor
 
 RAISE_BY = 10.0
 DAMP_LIMIT = 10.0
-FIRST_DAMP = 0.01  # where none was wished
+FIRST_DAMP = 0.01  # first damping tried when the requested one was 0 and did not suffice
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Factor:
 
     Attributes:
         upper: U, [K, K], in solve order.
-        order: column of the weight that each step of the solve takes, [K]; None for the natural order.
-        damping: what was added to the diagonal, in units of H.
-        damp_percent: ``damping`` as a share of the diagonal's mean; above the wish where it was raised.
-        raised: whether it had to be raised.
-        dead_columns: input channels that were always zero; they are rounded to nearest.
+        order: the weight column quantized at each step of the solve, [K]; None for the natural order.
+        damping: the value added to the diagonal, in units of H.
+        damp_percent: ``damping`` as a fraction of the diagonal's mean; above the requested value if raised.
+        raised: whether the damping had to be raised.
+        dead_columns: number of input channels that were always zero; they are rounded to nearest.
     """
 
     upper: torch.Tensor
@@ -37,7 +37,7 @@ class Factor:
 
 
 def activation_order(hessian: torch.Tensor) -> torch.Tensor:
-    """Columns by falling diagonal of H, [K]: act-order."""
+    """Act-order: columns by descending diagonal of H, [K]."""
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
 
 
@@ -59,31 +59,31 @@ def factorize(hessian: torch.Tensor, damp_percent: float, order: torch.Tensor | 
     factorizations and an inverse.
 
     Args:
-        order: the columns in the order in which the solve takes them, [K]; None for the natural one.
+        order: the columns in solve order, [K]; None for the natural order.
 
     Raises:
-        SolveError: not positive definite however much it is damped.
+        SolveError: the Hessian is not positive definite at any damping tried.
     """
     diagonal = hessian.diagonal()
     average = mean(diagonal) or 1.0
-    wished = damp_percent
-    while damp_percent <= max(DAMP_LIMIT, wished):
+    requested = damp_percent
+    while damp_percent <= max(DAMP_LIMIT, requested):
         damped = _reversed(hessian, order)
-        damped.diagonal().add_(damp_percent * average)  # the only entry of a dead channel: it stands alone
+        damped.diagonal().add_(damp_percent * average)  # the only entry in a dead channel's row and column
         inverse = _inverse_of_factor(damped)
         del damped
         if inverse is not None:
             upper = inverse.flip(0, 1)
             del inverse
             if bool(torch.isfinite(upper.diagonal()).all()):
-                raised = damp_percent != wished
+                raised = damp_percent != requested
                 return Factor(upper, order, damp_percent * average, damp_percent, raised, int((diagonal <= 0).sum()))
         damp_percent = damp_percent * RAISE_BY or FIRST_DAMP
     raise SolveError(f"its Hessian is not positive definite even with damp_percent {damp_percent / RAISE_BY:g}")
 
 
 def _inverse_of_factor(matrix: torch.Tensor) -> torch.Tensor | None:
-    """inverse(L) where ``matrix`` = L L^T, which is spoilt; None where it is not positive definite."""
+    """inverse(L) where ``matrix`` = L L^T, None if it is not positive definite; overwrites ``matrix``."""
     if matrix.device.type == "cpu":
         return matrix if invert_factor(matrix) else None
     lower, info = torch.linalg.cholesky_ex(matrix)
@@ -95,7 +95,7 @@ def _inverse_of_factor(matrix: torch.Tensor) -> torch.Tensor | None:
 
 
 def _reversed(hessian: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """H with rows and columns in ``order`` backwards, a copy; no more than two of its size live at a time."""
+    """A copy of H with rows and columns in reversed ``order``; at most two matrices of its size exist at a time."""
     if order is None:
         return hessian.flip(0, 1)
     backwards = order.flip(0)

@@ -1,4 +1,4 @@
-"""GPTQ: rounding that spends each column's error on the columns still to come, for many variants at once.
+"""GPTQ: rounding that compensates each column's error in the columns not yet rounded, for many variants at once.
 
 Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
 Pre-trained Transformers", 2022, https://arxiv.org/abs/2210.17323. In the paper's symbols: W is [N, K] (a
@@ -6,7 +6,7 @@ linear's weight, or several stacked that read the same input X), H = X^T X, inve
 rounded to q_j, its error e_j = (w_j - q_j) / U_jj, and every later column k loses e_j * U_jk.
 
 Because W - Q = E U and H = inverse(U) inverse(U)^T, the error tr((W - Q) H (W - Q)^T) is the sum of all
-e^2: the quality of a solve costs nothing to know.
+e^2: the solve yields its own quality measure for free.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from quantize.methods.grid import Grid
 from quantize.methods.solve_state import Columns, Kernel
 from quantize.methods.sums import mean
 
-OUTER = 128  # columns between updates of the whole rest of W
-ROW_BUDGET = 192 * 2**20  # bytes of W, of all variants, that are worked on together
-GPU_ROW_BUDGET = 2**31  # on a GPU, which wants many rows at once
+OUTER = 128  # columns between updates of all remaining columns of W
+ROW_BUDGET = 192 * 2**20  # bytes of W, over all variants, processed together
+GPU_ROW_BUDGET = 2**31  # on a GPU, which needs many rows at once to be busy
 
 
 @dataclass(frozen=True)
 class GptqParameters:
-    """What one solve is asked for. ``group_size`` -1 is one group per row; ``desc_act`` is act-order;
-    ``act_group_aware`` orders groups, and columns in their group, by activation where ``desc_act`` is False."""
+    """Parameters of one solve. ``group_size`` -1 means one group per row; ``desc_act`` is act-order;
+    ``act_group_aware`` orders groups, and columns within each group, by activation if ``desc_act`` is False."""
 
     bits: int
     group_size: int
@@ -46,11 +46,11 @@ class GptqParameters:
         return columns if self.group_size == -1 else self.group_size
 
     def order_key(self, columns: int) -> tuple[str, int]:
-        """What the order of the solve depends on; equal keys share a factorization."""
+        """Key of the column order; variants with equal keys share a factorization."""
         if self.desc_act:
             return "activation", 0
         if self.act_group_aware:
-            # one group per row leaves all columns free: that is plain act-order
+            # with one group per row, group-aware order equals plain act-order
             size = self.group_size_of(columns)
             return ("activation", 0) if size == columns else ("group_aware", size)
         return "natural", 0
@@ -62,16 +62,16 @@ class GptqParameters:
 
 @dataclass
 class Solution:
-    """A quantized weight and how it came about.
+    """A quantized weight, with facts about its solve.
 
     Attributes:
         codes: [N, K] uint8, columns in their natural order.
         scales: [G, N] float16. zeros: [G, N] uint8.
         g_idx: group of each column, [K] int32.
-        row_error: tr((W - Q) H (W - Q)^T) split by rows, [N] float64, damping not counted.
-        damp_percent: the damping that was used. damp_raised: whether it is more than was asked for.
-        dead_columns: input channels that were always zero.
-        fallback: None, or ``rtn`` where rounding to nearest had to do.
+        row_error: tr((W - Q) H (W - Q)^T) split by rows, [N] float64, with H undamped.
+        damp_percent: the damping that was used. damp_raised: whether it exceeds the requested one.
+        dead_columns: number of input channels that were always zero.
+        fallback: None, or ``rtn`` if the weight was rounded to nearest instead.
     """
 
     codes: torch.Tensor
@@ -104,12 +104,12 @@ def solve(
     Variants that share damping and order share one factorization and are solved side by side.
 
     Args:
-        rtn_fallback: round to nearest where no damping makes H positive definite, instead of failing.
-        kernel: who runs the inner loop; None is the device's own.
-        row_budget: bytes of the weight, of all variants, that are worked on together; None suits the device.
+        rtn_fallback: round to nearest, instead of failing, if no damping makes H positive definite.
+        kernel: the implementation of the inner loop; None selects the device's default.
+        row_budget: bytes of the weight, over all variants, processed together; None selects the device's default.
 
     Raises:
-        SolveError: statistics not finite, or H not positive definite (and no fallback allowed).
+        SolveError: the statistics are not finite, or H is not positive definite and no fallback is allowed.
     """
     solutions: dict[int, Solution] = {}
     kernel = kernel or kernel_of(weight.device, weight.dtype)
@@ -140,7 +140,7 @@ def _order(hessian: torch.Tensor, kind: str, size: int) -> torch.Tensor | None:
 
 
 def round_to_nearest(weight: torch.Tensor, hessian: torch.Tensor, parameters: GptqParameters) -> Solution:
-    """Plain rounding on the same grid: the fallback, and the yardstick of every table."""
+    """Plain rounding to nearest on the same grid: the fallback, and the baseline of every comparison."""
     rows, columns = weight.shape
     size = parameters.group_size_of(columns)
     diagonal = hessian.diagonal()
@@ -164,7 +164,7 @@ def _solve_together(
     kernel: Kernel,
     row_budget: int | None,
 ) -> list[Solution]:
-    """Solve variants of one factorization, a slice of rows at a time."""
+    """Solve variants that share a factorization, one slice of rows at a time."""
     rows, columns = weight.shape
     budget = row_budget or (GPU_ROW_BUDGET if weight.device.type == "cuda" else ROW_BUDGET)
     step = max(1, budget // (len(variants) * columns * weight.element_size()))
@@ -191,7 +191,7 @@ def _solve_rows(
 ) -> list[Solution]:
     columns = weight.shape[1]
     state, sizes = _prepare(weight, factor, variants, kernel)
-    # a group must not begin in one run and end in the next, where its later columns lack the run's errors
+    # a group must not span two runs: its grid would be fitted before this run's errors reach its later columns
     run = max([OUTER, *(size for size in sizes if size < columns and size > OUTER and columns % OUTER)])
     flat = state.work.view(-1, columns)
     for first in range(0, columns, run):
@@ -222,7 +222,7 @@ def _solve_rows(
 def _prepare(
     weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], kernel: Kernel
 ) -> tuple[Columns, list[int]]:
-    """The state at the start of a solve, and each variant's group size."""
+    """The initial state of a solve, and each variant's group size."""
     rows, columns = weight.shape
     device, dtype, count = weight.device, weight.dtype, len(variants)
     order = factor.order if factor.order is not None else torch.arange(columns, device=device)
@@ -250,12 +250,12 @@ def _prepare(
     in_place[order] = importance
     for index, (variant, size) in enumerate(zip(variants, sizes, strict=True)):
         if variant.desc_act == "static":
-            # groups and grids of the unsorted layout, fixed before the solve: g_idx stays trivial on disk
+            # groups and grids of the natural layout, fixed before the solve: g_idx stays trivial on disk
             state.groups[index] = order // size
             fixed = fit_groups(weight, in_place, variant.grid, size, kernel)
             state.scales[index, : columns // size], state.zeros[index, : columns // size] = fixed
         else:
-            # grids are fitted when the solve reaches a group; in group-aware order that is not the group's number
+            # grids are fitted when the solve reaches a group; group-aware order does not visit them by number
             in_solve = torch.arange(columns, device=device) // size
             state.groups[index] = in_solve if variant.desc_act else order[in_solve * size] // size
             state.sizes[index] = size

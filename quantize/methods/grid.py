@@ -1,7 +1,7 @@
 """The grid that a group of weights is rounded to: w ~ scale * (code - zero), code in 0 .. 2^bits - 1.
 
-Scales are rounded to float16 at once, because that is what the file holds: codes are then chosen for the
-very scale that the loader multiplies with.
+Scales are rounded to float16 at once, the dtype in the file: codes are then chosen for exactly the scale
+that the loader multiplies by.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 
 HALF_TINY = 2.0**-24  # smallest positive float16
 HALF_MAX = 65504.0
-# what the search multiplies the range with: the whole range first, then from a little wider (the outermost weight
-# falls between two codes of a symmetric grid) to what two bits want
+# factors that the search applies to the range: the full range first, then from a little wider (the outermost weight
+# falls between two codes of a symmetric grid) down to the narrow ranges that suit two bits
 REACHES = (1.0, *(1.08 - 0.03 * step for step in range(24)))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """bits, and whether the zero point is fixed in the middle (``sym``) or chosen; ``mse`` searches the
-    range instead of taking all of it.
+    """Width in bits, and whether the zero point is fixed in the middle (``sym``) or fitted; ``mse`` searches for
+    the range with the smallest error instead of using the full range.
 
     An asymmetric zero point is at least 1: the v1 file stores zero minus one, and a wrapped zero is read
     differently by different loaders.
@@ -38,7 +38,7 @@ class Grid:
         """Scale and zero point for each row of ``weights`` [rows, group], both [rows] in the weights' dtype.
 
         Args:
-            importance: what a squared error at each column costs, [group]; only the search of ``mse`` asks for it.
+            importance: weight of a squared error in each column, [group]; used only if ``mse`` is set.
         """
         low, high = torch.aminmax(weights, dim=1)
         low, high = low.clamp(max=0), high.clamp(min=0)
@@ -62,7 +62,7 @@ class Grid:
         return (torch.round(weights / scale) + zero).clamp_(0, self.top)
 
     def _between(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # divided by tensors: a GPU multiplies by the reciprocal of a plain number, which rounds otherwise
+        # divide by tensors: for a plain number a GPU multiplies by its reciprocal, which rounds differently
         top, below = low.new_full((), self.top), low.new_full((), self.top - 1)
         if self.sym:
             reach = torch.maximum(-low, high)
@@ -77,6 +77,6 @@ class Grid:
 
 
 def _as_half(scale: torch.Tensor) -> torch.Tensor:
-    """Rounded to float16 and back; an all-zero group gets a scale that divides safely."""
+    """Round to float16 and back; an all-zero group gets a nonzero scale."""
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return scale.clamp(HALF_TINY, HALF_MAX).to(torch.float16).to(scale.dtype)

@@ -1,6 +1,6 @@
-"""The compiled CPU kernel of :mod:`quantize.methods.columns`; its grid is that of :mod:`quantize.methods.grid`.
+"""The compiled CPU kernel of :mod:`quantize.methods.columns`, on the grid of :mod:`quantize.methods.grid`.
 
-Functions stand at module level, where numba's cache on disk finds them again in the next process.
+Functions are at module level, so that numba's disk cache serves later processes.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _fit(
                     apart = trial[lane] * (code - origin[lane]) - value
                     error[lane] += importance[member] * (apart * apart)
         for lane in range(LANES):
-            if step == 0 or error[lane] < best[lane]:  # an error that is no number must not keep an old grid
+            if step == 0 or error[lane] < best[lane]:  # step 0 always counts: a NaN error must not keep a stale grid
                 best[lane], scale[lane], zero[lane] = error[lane], trial[lane], origin[lane]
 
 
@@ -118,7 +118,7 @@ def round_columns(
         count = min(LANES, rows - row)
         top, size = tops[variant], sizes[variant]
         floor = top - top  # zero in the weight's dtype: a literal would widen every sum to float64
-        # the run's columns of a few rows, turned so that one column's rows lie side by side for the vector units
+        # the run's columns of LANES rows, transposed: rows are contiguous within a column, for the vector units
         block = np.zeros((length, LANES), work.dtype)
         for lane in range(count):
             for column in range(length):
@@ -173,7 +173,7 @@ def round_columns(
 def invert_factor(block: Floats) -> bool:
     """Replace a symmetric ``block`` [K, K] by inverse(L), where block = L L^T; False if it is not positive definite."""
     size = len(block)
-    upper = np.empty((size, size), block.dtype)  # L^T: whose rows lie side by side for the vector units
+    upper = np.empty((size, size), block.dtype)  # L^T, whose rows are contiguous for the vector units
     for row in range(size):
         for column in range(row, size):
             upper[row, column] = block[column, row]

@@ -1,9 +1,9 @@
 """Matrix products whose last bits do not depend on the number of threads.
 
-A BLAS shares a product out among its threads by rows and columns of the result. Where those are no multiples of its
-tile, the rest falls to other code, which sums in another order, and how much is left over depends on the number of
-threads. In float32, results whose sides are multiples of :data:`TILE` came out alike for every number of threads
-(tests/test_threads.py holds it); others are computed with rows and columns of zeros added, and cut.
+A BLAS divides a product among its threads by rows and columns of the result. Where these are not multiples of its
+tile, the remainder goes through other code that sums in another order, and its extent depends on the number of
+threads. In float32, results whose sides are multiples of :data:`TILE` are identical for every number of threads
+(proved by tests/test_threads.py); others are padded with zero rows and columns, and sliced afterwards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Product = Callable[..., torch.Tensor]
 class EvenProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While this mode is on, products in float32 on a CPU are independent of the number of threads, in every module.
 
-    It sees the operations below ``nn.Linear``, ``einsum`` and the like, so that no architecture needs code of its own.
+    It intercepts the operations below ``nn.Linear``, ``einsum`` and the like, so no architecture needs special code.
     """
 
     def __torch_dispatch__(
@@ -32,7 +32,7 @@ class EvenProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         place = _PLACES.get(func)
         if place is None:
-            if func in _COMPOSED:  # as it comes in inference mode: the products inside it come next
+            if func in _COMPOSED:  # arrives undecomposed in inference mode; its inner products are dispatched next
                 with self:
                     return func.decompose(*args, **kwargs)
             return func(*args, **kwargs)
@@ -44,7 +44,7 @@ class EvenProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = product(pad(left, (0, 0, 0, -rows % TILE)), pad(right, (0, -columns % TILE)))
         result = result[..., :rows, :columns]
         if place:
-            # as the fused operation: beta * input + alpha * product
+            # like the fused operation: beta * input + alpha * product
             beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
             result = result * alpha if alpha != 1 else result
             if beta != 0:
@@ -75,9 +75,9 @@ _PLACES: dict[Any, int] = {
     _aten.baddbmm.out: 1,
     _aten.baddbmm_.default: 1,
 }
-"""Where the two factors stand among the arguments."""
+"""Index of the first of the two factors among the arguments."""
 _COMPOSED = frozenset(
     getattr(_aten, name).default
     for name in ("linear", "matmul", "einsum", "tensordot", "inner", "bilinear", "scaled_dot_product_attention")
 )
-"""Operations that are made of products."""
+"""Operations composed of products."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-RUN = 4096  # numbers that one thread adds up, far below what torch shares out
+RUN = 4096  # values added by one thread, far below the size at which torch splits a sum among threads
 
 
 def total(values: torch.Tensor) -> float:
-    """The sum of all values, in float64. torch's own sum of many numbers is split up among its threads."""
+    """The sum of all values, in float64; torch's own sum of many values depends on its number of threads."""
     flat = values.reshape(-1).double()
     while len(flat) > RUN:
         whole = len(flat) // RUN * RUN

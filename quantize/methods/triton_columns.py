@@ -1,10 +1,10 @@
-"""The GPU kernel of :mod:`quantize.methods.columns`, in Triton; its grid is that of :mod:`quantize.methods.grid`.
+"""The GPU kernel of :mod:`quantize.methods.columns`, in Triton, on the grid of :mod:`quantize.methods.grid`.
 
-One program walks a run of columns for ROWS rows of one variant, as the compiled CPU kernel does; a launch takes all
-rows of all variants. Each lane has a row, and eight warps share the run's columns, which then fit the registers.
+One program processes a run of columns for ROWS rows of one variant, like the compiled CPU kernel; one launch covers
+all rows of all variants. Each lane has a row, and eight warps share the run's columns, which then fit in registers.
 
-Every operation is rounded by itself, as in the torch version: no fused multiply-add, IEEE division (Triton's ``/`` is
-an approximation for float32), ties to even. A search adds up its errors column by column, like the CPU kernel.
+Every operation is rounded separately, as in the torch version: no fused multiply-add, IEEE division (Triton's ``/`` is
+approximate in float32), ties to even. A search sums its errors column by column, like the CPU kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
 TINY, MOST = tl.constexpr(HALF_TINY), tl.constexpr(HALF_MAX)
 TRIED = tl.constexpr(len(REACHES))
 TRIALS = tl.constexpr(triton.next_power_of_2(len(REACHES)))
-MAGIC = tl.constexpr(1.5 * 2.0**23)  # float32 near it are whole numbers: adding it rounds, ties to even
+MAGIC = tl.constexpr(1.5 * 2.0**23)  # float32 values of this size are integers, so adding it rounds, ties to even
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -73,7 +73,7 @@ def _fit(
             apart = trial * (code - origin) - value
             error += tl.load(importance + member) * (apart * apart)
     wanted = (number < TRIED) & (mse | (number == 0))
-    # an error that is no number must not win
+    # a NaN error must not win
     error = tl.where(wanted[:, None] & (error < INFINITY), error, INFINITY)
     chosen = number[:, None] == tl.argmin(error, axis=0, tie_break_left=True)[None, :]
     return tl.sum(tl.where(chosen, trial, 0.0), axis=0), tl.sum(tl.where(chosen, origin, 0.0), axis=0)
@@ -109,7 +109,7 @@ def _round_columns(
     top = levels.to(tl.float32)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
-    # the variant's own, from here on
+    # move all pointers to this variant's data
     skipped = variant.to(tl.int64) * rows
     work += skipped * columns + first
     codes += skipped * columns
@@ -126,12 +126,12 @@ def _round_columns(
     square, apart = tl.load(squares + row, inside, 0.0), tl.load(spread + row, inside, 0.0)
     place = tl.arange(0, LENGTH)
     whole = (place < length)[:, None] & inside[None, :]
-    # what is left of the run's columns, and in the places of those already rounded their errors
+    # holds the run's remaining columns, and the errors of the columns already rounded
     block = tl.load(work + (row * columns)[None, :] + place[:, None], whole, 0.0)
     for column in range(length):
         grid = tl.load(groups + column).to(tl.int32) * rows + row
         if (size > 0) & ((first + column) % tl.maximum(size, 1) == 0):
-            # a group may reach beyond the run, so it is fitted where it lies
+            # a group may extend beyond the run, so it is fitted in global memory
             tl.store(work + (row * columns)[None, :] + place[:, None], block, whole)
             tl.debug_barrier()  # other threads read what this one wrote
             fitted, origin = _fit(
@@ -163,7 +163,7 @@ def _round_columns(
 def fit_groups(
     weight: torch.Tensor, importance: torch.Tensor, grid: Grid, size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`quantize.methods.columns.fit_groups`, for float32."""
+    """:func:`quantize.methods.columns.fit_groups` for float32."""
     rows, columns = weight.shape
     groups = columns // size
     scales, zeros = (torch.empty(groups, rows, device=weight.device, dtype=weight.dtype) for _ in range(2))
@@ -176,13 +176,13 @@ def fit_groups(
 
 
 def settings_of(sizes: list[int], grids: list[Grid], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernel has to know of the variants, [V, 4] int32, and the ranges that a search tries, float32."""
+    """The variants' size, top, sym and mse, [V, 4] int32, and the range factors that a search tries, float32."""
     rows = [[size, grid.top, int(grid.sym), int(grid.mse)] for size, grid in zip(sizes, grids, strict=True)]
     return torch.tensor(rows, device=device, dtype=torch.int32), torch.tensor(REACHES, device=device)
 
 
 def round_columns(state: Columns, errors: torch.Tensor, first: int, last: int) -> None:
-    """Round columns ``first`` to ``last`` of a float32 solve into ``errors`` [V, N, last - first], in one launch."""
+    """Round columns ``first`` to ``last`` of a float32 solve in one launch; fill ``errors`` [V, N, last - first]."""
     variants, rows, columns = state.work.shape
     if state.settings is None:
         state.settings = settings_of(state.sizes.tolist(), state.grids, state.work.device)

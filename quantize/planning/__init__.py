@@ -1,1 +1,1 @@
-"""From a recipe and a model's headers to a plan: branches, exact sizes, keys, what is fresh. Imports no torch."""
+"""Plan a build from a recipe and a model's headers: branches, exact sizes, keys, what is fresh. Imports no torch."""

@@ -1,4 +1,4 @@
-"""What a plan knows of the engines that are not ours: where they live, whether they can run here, what to say of it."""
+"""External engines in a plan: their environments, their identity in keys, and why one cannot run here."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Branch(Protocol):
 
 
 def engine_of(variant: Variant) -> Engine | None:
-    """The engine that makes a variant; None for our own solvers."""
+    """The external engine that makes a variant; None for our own solvers."""
     return None if variant.engine == NATIVE else find_engine(variant.engine)
 
 
@@ -44,7 +44,7 @@ def environment_of(engine: Engine) -> Environment:
 
 
 def identity_of(variant: Variant) -> dict[str, str] | None:
-    """What a key knows of the engine that makes a variant; None for our own solvers."""
+    """Identity, for keys, of the engine that makes a variant; None for our own solvers."""
     engine = engine_of(variant)
     return environment_of(engine).identity if engine else None
 

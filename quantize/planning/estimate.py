@@ -1,7 +1,7 @@
-"""How long a build takes and how much memory it needs, before it starts.
+"""Predict a build's time and memory.
 
-Arithmetic is counted exactly and divided by the rate of this machine's own matrix product, measured in a few
-hundredths of a second; shares of that rate which the stages reach were measured (docs/benchmarks.md).
+Operations are counted exactly and divided by this machine's rate of matrix products, which is measured within a few
+hundredths of a second; the fraction of that rate that each stage reaches was measured (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from quantize.source.checkpoint import Checkpoint
 
 SHARE_FORWARD, SHARE_STATISTICS, SHARE_SOLVE = 0.55, 0.8, 0.25
 MSE_FACTOR = 1.4
-AWQ_SEARCH = 1.0  # the search of scales, against a solve
+AWQ_SEARCH = 1.0  # cost of the scale search, relative to a solve
 SETUP_SECONDS = 15.0
 
 CONVERT_SECONDS = 15.0
-COMPARED_PER_SECOND, DEQUANTIZED_PER_SECOND = 1.5e8, 6e7  # logits against the source's; weights read back
+COMPARED_PER_SECOND, DEQUANTIZED_PER_SECOND = 1.5e8, 6e7  # logits compared with the source's; weights dequantized
 LEVEL_RATES = (
     ("F", 500.0), ("BF", 500.0), ("Q8", 270.0), ("Q4_0", 125.0), ("Q4_1", 125.0), ("Q5_0", 100.0), ("Q5_1", 100.0),
     ("Q6", 55.0), ("Q3", 62.0), ("Q2", 60.0), ("Q4", 35.0), ("Q5", 35.0), ("IQ4", 10.0), ("IQ3", 5.0), ("IQ2", 1.0),
@@ -36,9 +36,9 @@ class Estimate:
     """Predicted cost of a build on this machine's CPU.
 
     Attributes:
-        seconds: of the whole build. peak_bytes: of memory.
-        kept_bytes: of disk beside the branches, for the states that an interrupted build goes on from.
-        gpu_bytes: of a GPU's memory, where the build is run on one: it holds two blocks, as the next one comes early.
+        seconds: time of the whole build. peak_bytes: peak of memory.
+        kept_bytes: disk space, besides the branches, for the states needed to resume an interrupted build.
+        gpu_bytes: GPU memory of a build on a GPU, which holds two blocks because the next one is prefetched.
     """
 
     seconds: float
@@ -60,11 +60,11 @@ def estimate(
     """Predict time and peak memory of one calibration pass, the solves of ``variants``, and GGUF ``levels``.
 
     Args:
-        levels: name and bytes of the full-width file of each. imatrix: the pass runs for them too.
-        budget: bytes of memory that it has to keep to. shards: parts that the windows are run in.
+        levels: name of each level and bytes of its full-width file. imatrix: whether they need the pass.
+        budget: memory limit in bytes. shards: number of parts of the calibration windows.
 
     Raises:
-        PlanError: it cannot.
+        PlanError: the build cannot stay within the budget.
     """
     passed = bool(variants) or imatrix
     quantizing = sum(nbytes / (1e6 * _megabytes_per_second(level)) for level, nbytes in levels)
@@ -80,7 +80,7 @@ def estimate(
     trailing = sum(linear.out_features * linear.in_features**2 for linear in table.linears)
     solve = sum(trailing * (MSE_FACTOR if variant.mse else 1) for variant in variants)
     gptq = [variant for variant in variants if isinstance(variant, GptqVariant)]
-    awq = len(variants) - len(gptq)  # each has scales, and so a Hessian and a factor of its own
+    awq = len(variants) - len(gptq)  # each has its own scales, so its own Hessian and factor
     factors = len({(variant.damp_percent, bool(variant.desc_act)) for variant in gptq}) + awq
     solve += awq * AWQ_SEARCH * trailing + factors * sum(size**3 for _, size, _ in inputs)
     rate = _operations_per_second()
@@ -113,7 +113,7 @@ def measuring_seconds(checkpoint: Checkpoint, table: ModuleTable, samples: int, 
 
 
 def _megabytes_per_second(level: str) -> float:
-    """Of full-width input that a core quantizes in a second, as measured on one machine."""
+    """Full-width input that one core quantizes per second, in MB, measured on one machine."""
     return next((rate for start, rate in LEVEL_RATES if level.startswith(start)), 50.0)
 
 

@@ -1,7 +1,7 @@
-"""Keys: what a finished variant was asked to be. Equal keys, under equal circumstances, mean equal bytes.
+"""Keys identify the request for a variant. Under equal circumstances, equal keys mean equal bytes.
 
-A key holds what the recipe says and the versions of our own algorithms: source, text, parameters. What the machine and
-the command line add (:mod:`quantize.planning.circumstances`) is recorded in the manifest.
+A key covers source, text, parameters and the versions of our algorithms. What the machine and the command line add
+(:mod:`quantize.planning.circumstances`) is recorded in the manifest instead.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from quantize.recipe.methods import Awq, Gptq, Method, Variant
 from quantize.recipe.schema import Release
 
 SOLVER_VERSION = 4
-"""Raised when the same source, tokens and parameters give other bytes: finished variants are then stale."""
+"""Raise it when the bytes for the same source, tokens and parameters change: finished variants become stale."""
 STATISTICS_VERSION = 2
-"""Raised when the same source and windows give other statistics; also of kept ones and of importance matrices."""
+"""Raise it when the statistics for the same source and windows change, saved ones and importance matrices included."""
 LISTS = frozenset({"variants", "matrix"})
 JUDGEMENTS = frozenset({"fail_on", "min_expert_tokens"})
-"""Keys of a method's section that change no byte of the weights: what counts as odd, and what of it as an error."""
+"""Reporting and failure settings of a method: they never change weights and are left out of the key."""
 
 LONGEST = 120
-"""Characters that a line about a change shows of a name or a value."""
+"""Characters of a name or a value shown in a line about a change."""
 
 DOOR_VERSION = 1
-"""The same for what foreign engines made: raised when their results are asked for or rewritten otherwise."""
+"""The same for external engines: raise it when they are called, or their results rewritten, in another way."""
 
 
 def key_inputs(
@@ -38,11 +38,11 @@ def key_inputs(
     release: Release,
     engine: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """All that determines the bytes of a branch's weights and configs, as plain data.
+    """Everything that determines the bytes of a branch's weights and configs, as plain data.
 
     Args:
-        engine: identity of the foreign engine and its environment; None for our own solvers, whose version stands then
-            in its place.
+        engine: identity of the external engine and its environment; None for our own solvers, whose version is used
+            instead.
     """
     as_a_whole = set(type(section).model_fields) - set(type(variant).model_fields) - LISTS - JUDGEMENTS
     by_whom = (
@@ -61,7 +61,7 @@ def key_inputs(
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
-    """What changed between two sets of inputs, one line each: ``parameters.bits: 4 -> 8``."""
+    """Differences between two sets of inputs, one line each: ``parameters.bits: 4 -> 8``."""
     lines = []
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
@@ -69,7 +69,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             lines += differences(old, new, label)
         elif old != new:
-            # what was there before may come from a stranger's manifest
+            # old values may come from an untrusted manifest
             lines.append(printable(f"{shortened(label, LONGEST)}: {_short(old)} -> {_short(new)}"))
     return lines
 

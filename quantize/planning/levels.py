@@ -1,7 +1,7 @@
-"""The GGUF part of a plan: one file a level, exact sizes, what falls back, what is fresh. Imports no torch.
+"""The GGUF part of a plan: one file per level, exact sizes, fallbacks, what is fresh. Imports no torch.
 
-Types and sizes are llama.cpp's own answer: its quantizer's dry run, in a child process, on the header that its
-converter writes. Answers are kept in the cache beside that header.
+Types and sizes come from llama.cpp: a dry run of its quantizer, in a child process, on the header that its converter
+writes. The results are cached beside that header.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from quantize.reporter import SILENT, Reporter
 from quantize.source.resolved import Source, safe_name
 
 LEVELS_VERSION = 1
-"""Raised when llama.cpp is asked for the same level in another way: finished levels are then stale."""
+"""Raise it when llama.cpp is called in another way for the same level: finished levels become stale."""
 BRANCH = "main"
 
 
@@ -40,9 +40,9 @@ class LevelPlan:
     """All levels of a recipe.
 
     Attributes:
-        conversion: the full-width file they are made from.
-        imatrix_file: name of the importance matrix in the repo, or None; ``imatrix_key`` what it depends on.
-        lacking: why llama.cpp cannot be asked or cannot make them, or None.
+        conversion: the full-width file that they are quantized from.
+        imatrix_file: name of the importance matrix in the repo, or None; ``imatrix_key`` is what it depends on.
+        lacking: the reason why llama.cpp cannot make them, or None.
     """
 
     repo: str
@@ -56,13 +56,13 @@ class LevelPlan:
     lacking: str | None
 
     def require(self) -> None:
-        """Raises :class:`GgufError` with the reason where the levels cannot be made."""
+        """Raise :class:`GgufError` with the reason if the levels cannot be made."""
         if self.lacking is not None:
             raise GgufError(self.lacking)
 
     @property
     def needs_pass(self) -> bool:
-        """Whether an importance matrix has to be gathered: none of this key lies in the repo."""
+        """Whether an importance matrix has to be collected, because the repo has none of this key."""
         if self.imatrix_file is None or self.section.imatrix is not True:
             return False
         known = (read_manifest(self.folder) or {}).get("imatrix") or {}
@@ -71,7 +71,7 @@ class LevelPlan:
         )
 
     def metadata(self, entries: int) -> dict[str, Any]:
-        """What a level's file says of its importance matrix, in llama-quantize's own keys."""
+        """Metadata of a level's file about its importance matrix, with llama-quantize's keys."""
         if self.imatrix_file is None:
             return {}
         return {
@@ -96,7 +96,7 @@ def plan_levels(
         calibration: the calibration's identity, as in the keys of branches.
 
     Raises:
-        GgufError: the importance matrix that the recipe names is none.
+        GgufError: the file that the recipe names is not an importance matrix.
     """
     section = recipe.gguf
     assert section is not None
@@ -134,7 +134,7 @@ def _imatrix(
     if isinstance(section.imatrix, str):
         path = Path(section.imatrix)
         if not os.path.isfile(path):
-            raise GgufError(f"{section.imatrix}: no such importance matrix; set gguf.imatrix to true to make one")
+            raise GgufError(f"{section.imatrix}: this file does not exist; set gguf.imatrix to true to make one")
         from quantize.gguf.imatrix import read_importance
 
         given = read_importance(path)
@@ -153,7 +153,7 @@ def _imatrix(
 
 
 def _authorship(recipe: Recipe, source: Source) -> dict[str, Any]:
-    """Keys of the file's metadata that say what it is and of whom."""
+    """Metadata keys of the file about the model and its authors."""
     found: dict[str, Any] = {"general.quantized_by": recipe.release.quantized_by or recipe.release.owner}
     if recipe.model.license:
         found["general.license"] = recipe.model.license
@@ -193,7 +193,7 @@ def _state(folder: Path, level: str, inputs: Mapping[str, Any]) -> tuple[State, 
     if known is None:
         return "missing", "not built yet"
     if not is_complete(folder, known):
-        return "stale", "its file is missing or cut short"
+        return "stale", "its file is missing or truncated"
     if known.get("key") == key_of(inputs):
         return "fresh", "up to date"
     changed = differences(known.get("key_inputs") or {}, inputs)
@@ -203,13 +203,13 @@ def _state(folder: Path, level: str, inputs: Mapping[str, Any]) -> tuple[State, 
 
 
 def _outcomes(blank: LevelPlan, header: Header) -> dict[str, Outcome]:
-    """Every level's outcome, from the cache or asked of llama.cpp now."""
-    entries = sum(1 for names in header.became.values() for name in names if name.startswith("blk."))
+    """Every level's outcome, from the cache or from llama.cpp."""
+    entries = sum(1 for names in header.converted.values() for name in names if name.startswith("blk."))
     found: dict[str, Outcome] = {}
-    wishes, places = {}, {}
+    requests, places = {}, {}
     for level in blank.section.levels:
         metadata = blank.metadata(entries) if _uses_imatrix(level) else {}
-        wish = request(
+        wanted = request(
             level,
             header.path,
             Path("/dev/null"),
@@ -219,16 +219,16 @@ def _outcomes(blank: LevelPlan, header: Header) -> dict[str, Outcome]:
             imatrix=ANY if metadata else None,
             dry_run=True,
         )
-        known = {name: wish[name] for name in ("ftype", "output_type", "tensor_types", "imatrix", "metadata")}
+        known = {name: wanted[name] for name in ("ftype", "output_type", "tensor_types", "imatrix", "metadata")}
         known["quantizer"] = VERSION
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
         place = header.path.with_name(f"outcome-{digest}.json")
         try:
             data = json.loads(place.read_text(encoding="utf-8"))
             found[level] = Outcome(data["types"], tuple(data["fallbacks"]), data["nbytes"])
-        except (OSError, ValueError, LookupError, TypeError):  # not there, or damaged: llama.cpp is asked
-            wishes[level], places[level] = wish, place
-    for level, outcome in predict(wishes, header).items():
+        except (OSError, ValueError, LookupError, TypeError):  # missing or damaged: run llama.cpp again
+            requests[level], places[level] = wanted, place
+    for level, outcome in predict(requests, header).items():
         data = {"types": dict(outcome.types), "fallbacks": list(outcome.fallbacks), "nbytes": outcome.nbytes}
         write_atomically(places[level], json.dumps(data).encode())
         found[level] = outcome

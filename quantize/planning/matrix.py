@@ -1,4 +1,4 @@
-"""A plan's work in jobs for a CI matrix: what shares a calibration stays together unless more jobs are asked for."""
+"""Split a plan's work into jobs for a CI matrix; branches that share a calibration stay in as few jobs as possible."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from quantize.planning.plan import Plan
 def job_matrix(plan: Plan, jobs: int = 1) -> dict[str, Any]:
     """``{"include": [{"name": ..., "only": "gptq/main awq/main ..."}, ...]}`` of everything that is not fresh.
 
-    The work is spread over at most ``jobs`` jobs by its size, each of which calibrates once. GGUF levels stay in one
-    job: they share a conversion, an importance matrix, and the manifest of their repo.
+    The work is spread by size over at most ``jobs`` jobs, each of which calibrates once. GGUF levels stay in one job,
+    because they share a conversion, an importance matrix and their repo's manifest.
     """
     units = [([item.label], item.nbytes) for item in plan.work]
     if plan.level_work:

@@ -1,8 +1,8 @@
-"""How much memory a build needs, and how it keeps to a budget. Imports no torch.
+"""How much memory a build needs, and how it stays within a budget. Imports no torch.
 
-The peak is that of the largest of three moments: all windows enter the first block while the embeddings are still
-there; the widest block runs; or the widest input of that block is solved. ``python -m benchmarks memory`` holds the
-sums against measured peaks.
+The peak is the largest of three moments: all windows are embedded while the embeddings are still loaded; the widest
+block runs; or the widest input of that block is solved. ``python -m benchmarks memory`` compares the predictions with
+measured peaks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GPU_COMPUTE_BYTES = 2  # bfloat16
 GPU_CONTEXT_BYTES = 600 * 2**20  # CUDA itself and its libraries
 GPU_SOLVE_BYTES = 3 * 2**31
 ROW_BUDGET, LEAST_ROW_BUDGET = 192 * 2**20, 24 * 2**20
-"""Bytes of weights, of all variants, that are solved together."""
+"""Bytes of weights, over all variants, solved together."""
 
 _OUTPUT_PROJECTIONS = (
     "o_proj", "out_proj", "c_proj", "down_proj", "dense", "dense_4h_to_h", "fc2", "wo", "w2",
@@ -39,9 +39,9 @@ class Memory:
     """The memory of one calibration pass.
 
     Attributes:
-        peak_bytes: predicted. parts: what the peak is made of, in bytes by name.
-        spilled: hidden states lie in files. row_budget: bytes of weights solved together; None is the device's own.
-        batch_tokens: tokens that run through a block together.
+        peak_bytes: predicted peak. parts: its components, in bytes by name.
+        spilled: hidden states are in files. row_budget: bytes of weights solved together; None is the device's default.
+        batch_tokens: tokens run through a block together.
     """
 
     peak_bytes: int
@@ -53,11 +53,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """What a pass over a model for ``variants`` needs.
+    """Predicts the memory of a pass over a model for ``variants``.
 
     Attributes:
-        imatrix: an importance matrix is gathered, too.
-        shards: parts of the windows, whose statistics are added up.
+        imatrix: whether an importance matrix is collected too.
+        shards: number of parts of the windows, whose statistics are added up.
     """
 
     checkpoint: Checkpoint
@@ -68,17 +68,17 @@ class MemoryModel:
     shards: int = 1
 
     def within(self, budget: int | None) -> Memory:
-        """The quickest way that keeps to ``budget`` bytes; None sets no limit.
+        """The fastest settings within ``budget`` bytes; None sets no limit.
 
         Raises:
-            PlanError: there is none; the message says what is needed.
+            PlanError: there are none; the message says how much is needed.
         """
-        window, wish = self.calibration.sequence_length, self.calibration.batch_tokens
+        window, requested = self.calibration.sequence_length, self.calibration.batch_tokens
         ways: list[tuple[bool, int | None, int]] = [
-            (False, None, wish),
-            (True, None, wish),
-            (True, LEAST_ROW_BUDGET, wish),
-            (True, LEAST_ROW_BUDGET, min(wish, window)),
+            (False, None, requested),
+            (True, None, requested),
+            (True, LEAST_ROW_BUDGET, requested),
+            (True, LEAST_ROW_BUDGET, min(requested, window)),
         ]
         found = None
         for spilled, row_budget, batch_tokens in ways:
@@ -95,17 +95,17 @@ class MemoryModel:
 
     @cached_property
     def width(self) -> int:
-        """Of the hidden states."""
+        """Width of the hidden states."""
         return self.checkpoint.size("hidden_size", "n_embd") or 0
 
     @property
     def states_bytes(self) -> int:
-        """Hidden states of one stream."""
+        """Bytes of the hidden states of one stream."""
         return self.calibration.samples * self.calibration.sequence_length * self.width * COMPUTE_BYTES
 
     @property
     def streams(self) -> int:
-        """Of hidden states: the source's, and one of each branch that carries its own."""
+        """Number of streams of hidden states: the source's, and one of each branch with its own."""
         return 1 + self._own
 
     @property
@@ -114,7 +114,7 @@ class MemoryModel:
 
     @property
     def gpu_bytes(self) -> int:
-        """Of a GPU that the blocks run on, two of which lie there at a time. Hidden states stay in memory."""
+        """Bytes of GPU memory, with two blocks at a time. Hidden states stay in host memory."""
         linears, inputs = self._widest_block()
         block = sum(one.in_features * one.out_features for one in linears) * GPU_COMPUTE_BYTES
         statistics = sum(size * size for size, _ in inputs) * 4 * (1 + 2 * self._own)
@@ -126,7 +126,8 @@ class MemoryModel:
 
     @property
     def _outside(self) -> int:
-        """Weights that are read outside the blocks. An output head of its own has the embeddings' shape; it is not."""
+        """Bytes loaded outside the blocks. An untied head has the embedding's shape and is never loaded here, so shapes
+        are counted once."""
         return sum(math.prod(shape) for shape in {spec.shape for spec in self._tensors_outside})
 
     @property
@@ -138,12 +139,12 @@ class MemoryModel:
         block = sum(one.in_features * one.out_features for one in linears) * COMPUTE_BYTES
         shared = len(self.variants) > self._own or self.imatrix
         squares = sum(size * size for size, _ in inputs) * 4
-        statistics = squares * (int(shared) + 2 * self._own)  # a stream of its own has H and its drift
+        statistics = squares * (int(shared) + 2 * self._own)  # each further stream has H and its drift
         states = 0 if spilled else self.streams * self.states_bytes
         tokens = max(batch_tokens, self.calibration.sequence_length)
         widest = max(size for size, _ in inputs)
         running = tokens * COMPUTE_BYTES * (3 * widest + 4 * self.width)
-        if self._own:  # the source's rows of each input, which the streams' drift is measured from
+        if self._own:  # the source's rows of each input, from which the drift is computed
             running += tokens * 4 * sum(size for size, _ in inputs)
         worn = 2 * block if self._own else 0
         solving = max(self._solving(size, rows, row_budget or ROW_BUDGET, statistics) for size, rows in inputs) + worn
@@ -151,7 +152,7 @@ class MemoryModel:
         as_stored = max((spec.nbytes for spec in self._tensors_outside), default=0)
         moments: list[dict[str, int]] = [
             {"embeddings": self._outside * COMPUTE_BYTES + as_stored},
-            # the sum over the shards so far, and the statistics of the present one
+            # the sum over the shards so far, and the present shard's statistics
             {"block": block, "statistics": statistics * min(self.shards, 2), "forward pass": running},
             {"block": block, "solver": solving},
         ]
@@ -160,10 +161,10 @@ class MemoryModel:
         return Memory(sum(parts.values()), parts, spilled, row_budget, batch_tokens)
 
     def _solving(self, size: int, rows: int, row_budget: int, statistics: int) -> int:
-        """Of an input of ``size`` channels whose linears have ``rows`` outputs together."""
+        """Bytes for an input of ``size`` channels whose linears have ``rows`` outputs in total."""
         square, weight = size * size * 4, size * rows * 4
         awq = any(not isinstance(variant, GptqVariant) for variant in self.variants)
-        # inputs are solved from the narrowest to the widest and released on the way, but AWQ needs them all first
+        # inputs are solved from narrowest to widest and freed one by one, but AWQ needs them all first
         held = max(square, min(statistics, 2 * square)) if not awq else statistics + square + weight
         factor = max(3 * square, 2 * weight)
         codes = max(1, len(self.variants)) * size * rows
@@ -171,7 +172,7 @@ class MemoryModel:
         return held + weight + max(factor, square + together * 3 // 2 + codes)
 
     def _widest_block(self) -> tuple[list[LinearSpec], list[tuple[int, int]]]:
-        """The linears of the block that takes most, and (in_features, outputs of all its readers) of its inputs."""
+        """The linears of the largest block, and (in_features, total outputs of its readers) of each of its inputs."""
         blocks: dict[int, list[LinearSpec]] = defaultdict(list)
         for linear in self.table.linears:
             blocks[linear.block].append(linear)
@@ -183,17 +184,17 @@ class MemoryModel:
 
 
 SURELY = 0.55
-"""Of what is predicted beside the libraries, the part that a build takes in any case: predictions err on the safe
+"""Fraction of the predicted memory, without the libraries, that a build certainly needs: predictions err on the safe
 side."""
 
 
 def check_limits(memory: Memory) -> None:
-    """Refuse a build that a limit on this process's memory would end in the middle.
+    """Refuse a build that would exceed a limit on this process's memory.
 
-    Call it when the libraries that a build needs are loaded: what they take is known then, and left out of the sum.
+    Call it after loading the libraries that a build needs: their memory is then known and not predicted.
 
     Raises:
-        OutOfMemoryError: naming the limit, and what is needed.
+        OutOfMemoryError: the limit is too low; the message gives it and the memory needed.
     """
     more = int(SURELY * (memory.peak_bytes - PROCESS_BYTES))
     for limit in memory_limits():
@@ -201,15 +202,15 @@ def check_limits(memory: Memory) -> None:
             continue
         room = max(0, limit.nbytes - limit.used) + PROCESS_BYTES
         raise OutOfMemoryError(
-            f"not enough memory: the build needs at least {more / 1e9:.2f} GB beside the {limit.used / 1e9:.2f} GB "
-            f"that this process has already, which is more than {limit}; allow more, or let it keep to less with "
+            f"not enough memory: the build needs at least {more / 1e9:.2f} GB besides the {limit.used / 1e9:.2f} GB "
+            f"that this process already uses, which is more than {limit}; allow more, or limit the build with "
             f"--memory {room / 1e9:.2f}GB"
         )
 
 
 def distinct_inputs(table: ModuleTable) -> list[tuple[int, int, float]]:
-    """(block, in_features, share of the tokens) of each distinct input: linears of one parent share one, output
-    projections do not."""
+    """(block, in_features, fraction of the tokens) of each distinct input: linears of one parent module share one,
+    except output projections."""
     return list(
         {
             (linear.block, *_input_of(linear)): (linear.block, linear.in_features, linear.share)

@@ -1,9 +1,8 @@
-"""Which tensors of a checkpoint are the weights of quantizable linears: from names and shapes alone.
+"""Find the weights of quantizable linears in a checkpoint, from names and shapes alone.
 
-A decoder's blocks are the longest numbered run of modules that carries two-dimensional weights
-(``model.layers.0 ...``). Every two-dimensional ``.weight`` inside a block is a linear, except the routers of experts
-(``source/routing.py``): norms have one dimension, embeddings lie outside. The build checks this against the real
-modules before it starts.
+A decoder's blocks are the longest numbered run of modules with two-dimensional weights (``model.layers.0 ...``). Every
+two-dimensional ``.weight`` inside a block is a linear, except the routers of experts (``source/routing.py``): norms
+have one dimension, embeddings are outside. The build checks this against the real modules before it starts.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ SCALED_ACTIVATIONS = {
     "bloom": ("gelu_impl", "dense_h_to_4h"),
 }
 """Architectures for which AWQ loaders divide the output of an activation by ``<activation>.scales``: the activation's
-name, and the linear before it, whose outputs the scales are as many as."""
+name, and the linear before it, with as many outputs as there are scales."""
 
 _NUMBERED = re.compile(r"^(?P<prefix>.*?)(?P<index>[0-9]{1,6})\.(?P<rest>.+)$")
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear as a checkpoint stores it.
+    """A linear as stored in a checkpoint.
 
     Attributes:
         name: module name in the checkpoint, without ``.weight``.
@@ -46,7 +45,7 @@ class LinearSpec:
         in_features, out_features: K and N.
         bias: dtype of its bias, or None.
         weight: the stored weight tensor.
-        share: of all tokens, those that reach it: less than 1 for an expert's.
+        share: fraction of all tokens that reach it, less than 1 for an expert's.
     """
 
     name: str
@@ -61,7 +60,7 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class ModuleTable:
-    """All linears of all blocks, in block order and file order; routers of experts, which stay as they are."""
+    """All linears of all blocks, in block order and file order, and the routers of experts, which stay unquantized."""
 
     prefix: str
     blocks: int
@@ -75,7 +74,7 @@ class ModuleTable:
         return frozenset(names | {f"{linear.name}.bias" for linear in self.linears if linear.bias})
 
     def activation_scales(self, model_type: str) -> dict[str, int]:
-        """Names and lengths of the scales that an AWQ loader of this architecture asks for."""
+        """Names and lengths of the activation scales that an AWQ loader expects for this architecture."""
         activation, before = SCALED_ACTIVATIONS.get(model_type, ("", ""))
         return {
             f"{linear.name.removesuffix(before)}{activation}.scales": linear.out_features
@@ -94,7 +93,7 @@ class ModuleTable:
         return name.startswith(self.prefix) and name[len(self.prefix) :].partition(".")[0].isdecimal()
 
     def beside_linears(self, checkpoint: Checkpoint, block: int) -> list[str]:
-        """Names of a block's tensors that are not replaced: norms and the like."""
+        """Names of a block's tensors that quantization does not replace, such as norms."""
         inside = f"{self.prefix}{block}."
         return [name for name in checkpoint.tensors if name.startswith(inside) and name not in self.quantized_tensors]
 
@@ -103,7 +102,7 @@ def find_linears(checkpoint: Checkpoint) -> ModuleTable:
     """Find the blocks and their linears.
 
     Raises:
-        PlanError: no run of blocks, or blocks whose weights are not plain linears (experts fused in one tensor).
+        PlanError: there are no numbered blocks, or their weights are not plain linears (such as fused experts).
     """
     runs: dict[str, set[int]] = defaultdict(set)
     for name, spec in checkpoint.tensors.items():
@@ -130,8 +129,8 @@ def find_linears(checkpoint: Checkpoint) -> ModuleTable:
             raise PlanError(
                 _unknown(
                     checkpoint,
-                    f"{name} is {list(spec.shape)}: experts stacked in one tensor are not read, only experts with "
-                    "linears of their own (as those of Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE)",
+                    f"{name} is {list(spec.shape)}: experts stacked in one tensor are not supported, only experts with "
+                    "separate linears (like those of Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE)",
                 )
             )
         if len(spec.shape) == 2 and rest.endswith(".weight") and name not in routers:
@@ -142,7 +141,7 @@ def find_linears(checkpoint: Checkpoint) -> ModuleTable:
 
 
 def _expert_share(checkpoint: Checkpoint) -> float:
-    """Of all tokens, how many an expert gets on average."""
+    """The fraction of all tokens that an expert gets on average."""
     count = max((found[1] + 1 for name in checkpoint.tensors if (found := expert_of(name))), default=1)
     chosen = checkpoint.size("num_experts_per_tok")
     return min(1.0, chosen / count) if chosen else 1.0
@@ -167,7 +166,7 @@ def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, spec: Tens
 
 
 def _is_weight(rest: str, spec: TensorSpec) -> bool:
-    """Old GPT-2 files carry causal masks as [1, 1, n, n] buffers; those are no weights."""
+    """Whether a tensor is a weight: old GPT-2 files also contain causal masks, as [1, 1, n, n] buffers."""
     return not (rest.endswith((".bias", ".masked_bias", ".mask")) or spec.dtype in {"BOOL", "U8"})
 
 

@@ -1,8 +1,8 @@
-"""Whose release lies in a repo's folder of dist: this source's, or another model's that happens to share its name.
+"""Whether a repo's folder in dist contains a release of this source, or of another model with the same name.
 
-The same model is: one whose weights are recorded with the same hashes, wherever it lies now; on the hub, one of the
-same id, at whatever commit; on this machine, one in the same folder or file, whatever it holds now, as a model that was
-trained further is the ordinary case. Where a dist of an older version tells no more, one with any file in common.
+Two sources are the same model if their recorded weights have the same hashes, wherever they are; if they have the same
+hub id, at any commit; or if they are the same local folder or file, whatever its present content, because a model that
+was trained further is the ordinary case. If an older dist records no more, one common file suffices.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from quantize.source.resolved import Source
 
 
 def other_owner(folder: Path, source: Source) -> str | None:
-    """The model, in a few words, whose release lies in ``folder`` where it is not ``source``; None where it is free.
+    """A short description of the other model whose release is in ``folder``; None if there is none.
 
     Args:
-        folder: a repo's, ``dist/<repo>``.
+        folder: a repo's folder, ``dist/<repo>``.
     """
     if not folder.is_dir():
         return None
@@ -38,7 +38,7 @@ def other_owner(folder: Path, source: Source) -> str | None:
 
 
 def origin_of(source: Source) -> str:
-    """What tells a source from others of its name: the hub's id or the package, or a hash of where it lies."""
+    """What distinguishes a source from others of the same name: its hub id or package, or a hash of its path."""
     if source.hub_id:
         return f"hub:{source.hub_id.lower()}"
     if source.named.startswith("package:"):
@@ -48,7 +48,7 @@ def origin_of(source: Source) -> str:
 
 
 def described(source: Source) -> str:
-    """The source as messages name it beside another."""
+    """The source's description in messages that compare it with another."""
     weights = sorted(source.hashes[name] for name in source.checkpoint.shards if name in source.hashes)
     return f"{source.named} (weights {weights[0][:12]})" if weights else source.named
 

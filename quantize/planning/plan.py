@@ -1,4 +1,4 @@
-"""A plan: what a build of a recipe would do. Plain data; nothing of it reads weights."""
+"""A plan: what a build of a recipe would do. Plain data; it never reads weights."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Plan:
     gguf: LevelPlan | None
     selected: frozenset[str]
     budget: int | None = None
-    """Bytes of memory that a build of it has to keep to."""
+    """Memory limit of the build in bytes."""
     shards: int = 1
-    """Parts that the calibration windows are run in; sums over them depend on it in their last bits."""
+    """Number of parts of the calibration windows; it affects the last bits of sums over them."""
 
     @property
     def recipe(self) -> Recipe:
@@ -55,17 +55,17 @@ class Plan:
 
     @property
     def native_work(self) -> list[PlannedVariant]:
-        """Of the work, what our own solvers make, all from one pass."""
+        """The part of the work that our own solvers make, in one pass."""
         return [item for item in self.work if not item.engine]
 
     @property
     def foreign_work(self) -> list[PlannedVariant]:
-        """Of the work, what other engines make, each by itself."""
+        """The part of the work that external engines make, branch by branch."""
         return [item for item in self.work if item.engine]
 
     @cached_property
     def obstacles(self) -> dict[str, str]:
-        """Branches of the work that their engine cannot make here as things are, by label, and why."""
+        """The reason for each branch of the work whose engine cannot run here at present, by label."""
         return obstacles(self.foreign_work)
 
     @property
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def gathers_imatrix(self) -> bool:
-        """Whether the pass has to gather an importance matrix for the levels that are left."""
+        """Whether the pass has to collect an importance matrix for levels that are not fresh."""
         wanting = any(item.wants_imatrix for item in self.level_work)
         return self.gguf is not None and wanting and self.gguf.needs_pass
 
@@ -90,13 +90,13 @@ class Plan:
         return [item for item in self.variants if item.method == method]
 
     def require_own(self) -> None:
-        """Raises :class:`PlanError` where a place in dist holds the release of another model of this one's name."""
+        """Raise :class:`PlanError` if a repo's folder in dist contains a release of another model of the same name."""
         for item in self.everything:
             if item.state == "taken":
                 raise PlanError(
-                    f"{item.folder.parent}: {item.why}, and this recipe's model is {described(self.source)}; give this "
-                    "one repos of its own (release.repo), build it with another --dist, or remove that folder if it is "
-                    "wanted no more"
+                    f"{item.folder.parent}: {item.why}, and this recipe's model is {described(self.source)}; give it "
+                    "other repos (release.repo), build it with another --dist, or remove that folder if you no longer "
+                    "need it"
                 )
 
     @cached_property
@@ -114,10 +114,10 @@ class Plan:
 
     @cached_property
     def memory(self) -> Memory:
-        """How a build keeps to the budget.
+        """Memory settings of a build within the budget.
 
         Raises:
-            PlanError: it cannot.
+            PlanError: the budget is too small.
         """
         variants = [item.variant for item in self.native_work]
         calibration, imatrix = self.recipe.calibration, self.gathers_imatrix
@@ -136,16 +136,16 @@ class Plan:
 
     @cached_property
     def circumstances(self) -> dict[str, Any]:
-        """What a build of it here would note as ``compute`` and ``versions``."""
+        """What a build here would record as ``compute`` and ``versions``."""
         asked = self.recipe.calibration
         return circumstances_here(asked.compute_dtype, asked.batch_tokens, self.shards)
 
     def made_otherwise(self, item: PlannedVariant | PlannedLevel) -> list[str]:
-        """How a finished item was computed otherwise than a build here would; its key does not know."""
+        """Differences, not in the key, between how a finished item was computed and how a build here would do it."""
         data = read_manifest(item.folder) or {}
         if isinstance(item, PlannedLevel):
             data = (data.get("imatrix") or {}) if item.wants_imatrix else {}
-        elif item.engine:  # its key holds its packages
+        elif item.engine:  # its key includes its packages
             return []
         then = circumstances_of(data.get("compute") or {}, data.get("versions") or {})
         return made_otherwise(then, self.circumstances)
@@ -157,7 +157,7 @@ class Plan:
         return variant_key_inputs(self.recipe, self.source, self.calibration, item.method, item.variant)
 
     def as_data(self) -> dict[str, Any]:
-        """The plan for machines."""
+        """The plan as JSON data."""
         return {
             "repos": dict(self.repos),
             "source": {"named": self.source.named, "commit": self.source.commit},

@@ -1,4 +1,4 @@
-"""Planning: a recipe held against a model's headers."""
+"""Plan the build of a recipe from its model's headers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def plan_recipe(
         reporter: hears of it before anything slow begins.
 
     Raises:
-        SourceError: the model. PlanError: recipe and model do not fit. CalibrationError: no such text.
+        SourceError: the model cannot be read. PlanError: recipe and model do not fit together.
+        CalibrationError: a calibration text cannot be read.
     """
     recipe, options = loaded.recipe, options or PlanOptions()
     dist = options.dist
@@ -59,7 +60,7 @@ def plan_recipe(
     _check_length(loaded, source)
     if shards > recipe.calibration.samples:
         raise PlanError(
-            f"--shards {shards}: there are {recipe.calibration.samples} windows to share out (calibration.samples); "
+            f"--shards {shards}: there are only {recipe.calibration.samples} windows (calibration.samples); "
             f"use at most {recipe.calibration.samples}"
         )
     repos = _repos(loaded, source)
@@ -89,9 +90,9 @@ def plan_recipe(
 
 
 def _with_owners(plan: Plan) -> Plan:
-    """The plan, where places that hold the release of another model are marked as taken."""
+    """The plan with items marked as taken if their folder contains another model's release."""
     owners = {folder: other_owner(folder, plan.source) for folder in {item.folder.parent for item in plan.everything}}
-    taken = {folder: f"holds a release of another model, {owner}" for folder, owner in owners.items() if owner}
+    taken = {folder: f"contains a release of another model, {owner}" for folder, owner in owners.items() if owner}
     if not taken:
         return plan
 
@@ -108,9 +109,9 @@ def _state(folder: Path, inputs: Any) -> tuple[State, str]:
         return "missing", "not built yet"
     manifest = read_manifest(folder)
     if manifest is None:
-        return "stale", "has no manifest that can be read"
+        return "stale", "has no readable manifest"
     if not is_complete(folder, manifest):
-        return "stale", "files of it are missing or cut short"
+        return "stale", "some of its files are missing or truncated"
     now = inputs()
     if manifest.get("key") == key_of(now):
         return "fresh", "up to date"
@@ -140,7 +141,7 @@ def _repos(loaded: LoadedRecipe, source: Source) -> dict[str, str]:
 
 
 def _select(items: Sequence[PlannedVariant | PlannedLevel], only: Sequence[str]) -> frozenset[str]:
-    """Labels that match a pattern: one with a slash is of method and branch, others are of the branch alone."""
+    """Labels that match a pattern: with a slash it is matched against method/branch, otherwise against the branch."""
 
     def matches(item: PlannedVariant | PlannedLevel, pattern: str) -> bool:
         return fnmatchcase(item.label if "/" in pattern else item.branch, pattern)

@@ -1,8 +1,8 @@
-"""Exact tensors of a finished GPTQ checkpoint, before any work: names, dtypes, shapes, shards, bytes.
+"""The exact tensors of a quantized checkpoint, known before any work: names, dtypes, shapes, shards, bytes.
 
-Layout: AutoGPTQ's checkpoint format; for K inputs, N outputs, b bits and G groups a linear takes
+In AutoGPTQ's checkpoint format, with K inputs, N outputs, b bits and G groups, a linear takes
 ``K*N*b/8`` (qweight) + ``G*N*b/8`` (qzeros) + ``2*G*N`` (scales) + ``4*K`` (g_idx) + ``2*N`` (bias) bytes.
-AutoAWQ's GEMM layout holds the same but for g_idx, packed along N; that of compressed-tensors is below.
+AutoAWQ's GEMM layout has the same tensors except g_idx, packed along N; that of compressed-tensors is below.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Layout:
     """The tensors of a checkpoint, file by file.
 
     Attributes:
-        shards: for each file name, its tensors in the order of their bytes.
+        shards: the tensors of each file in byte order, by file name.
     """
 
     shards: Mapping[str, Mapping[str, TensorSpec]]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor data, headers not counted."""
+        """Bytes of tensor data, without headers."""
         return sum(spec.nbytes for tensors in self.shards.values() for spec in tensors.values())
 
 
@@ -54,7 +54,7 @@ def linear_tensors(linear: LinearSpec, variant: Variant, zero_bias: bool = False
 
 
 def _compressed_tensors(linear: LinearSpec, groups: int, bits: int, symmetric: bool) -> dict[str, TensorSpec]:
-    """``pack-quantized``: packed along the inputs, scales in the model's dtype, a bias as it was."""
+    """``pack-quantized``: packed along the inputs, scales in the model's dtype, bias unchanged."""
     rows, columns = linear.in_features, linear.out_features
     tensors = {
         "weight_packed": TensorSpec("I32", (columns, rows * bits // 32)),
@@ -91,10 +91,11 @@ def variant_layout(
 
 
 def check_variant(table: ModuleTable, variant: Variant) -> None:
-    """Refuse what no loader could read, naming the module and the group sizes that divide.
+    """Refuse a variant that no loader could read.
 
     Raises:
-        PlanError: in_features not divisible by group_size, or a shape that does not fill 32-bit words.
+        PlanError: in_features is not divisible by group_size, or a shape does not fill 32-bit words; the message names
+            the module, and the group sizes that would work.
     """
     known = GROUP_SIZES if isinstance(variant, GptqVariant) else AWQ_GROUP_SIZES
     for linear in table.linears:
@@ -106,7 +107,7 @@ def check_variant(table: ModuleTable, variant: Variant) -> None:
             )
         if rows % 32 and isinstance(variant, GptqVariant):
             raise PlanError(
-                f"{linear.name} has {rows} inputs, which is no multiple of 32, so its codes do not fill the "
+                f"{linear.name} has {rows} inputs, which is not a multiple of 32, so its codes do not fill the "
                 "32-bit words of the GPTQ format; no loader reads such a module"
             )
         if columns * bits % 32:

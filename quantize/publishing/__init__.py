@@ -1,1 +1,1 @@
-"""A finished branch: its card, its config, its folder put into place."""
+"""Finished branches: cards, configs, reports, and their way to the hub or to git."""

@@ -1,4 +1,4 @@
-"""Model cards, rendered from templates. What comes from outside is data to them, never template code."""
+"""Model cards, rendered from templates. Untrusted input is passed to them as data, never as template code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OURS = f"quantize {__version__}"
 
 
 def licence_files(source: Source) -> list[str]:
-    """The source's files that state its licence, which go with everything made of it."""
+    """The source's licence files, which go into everything derived from it."""
     return [name for name in source.hashes if name.lower().startswith(LICENCE_FILES)]
 
 
@@ -63,7 +63,7 @@ def render_gguf_card(plan: Plan) -> str:
             "loads": loads_in(whole, first),
             **cells((manifest.get(item.level) or {}).get("quality")),
         })  # fmt: skip
-    # the level that most people take, if there is one
+    # the level that most people use, if it is there
     example = next((row for row in rows if row["level"] == "Q4_K_M"), rows[0])
     return _render(plan, "gguf", "gguf", rows, imatrix=plan.gguf.imatrix_file, split=split, example=example)
 
@@ -72,7 +72,7 @@ def render(plan: Plan, method: str) -> str:
     """The card of a method's repo.
 
     Raises:
-        RecipeError: the recipe has no such method, or a partial or template of its own cannot be used.
+        RecipeError: the recipe does not have the method, or its partial or template cannot be used.
     """
     if method not in plan.repos:
         raise RecipeError(f"the recipe has no `{method}:` section, and so no card for it")
@@ -82,7 +82,7 @@ def render(plan: Plan, method: str) -> str:
 
 
 def refresh_cards(plan: Plan, held: Dist) -> list[Path]:
-    """Render every finished branch's card and picture again; a new branch also changes the tables of the old ones.
+    """Render the card and picture of every finished branch again, because a new branch changes all tables.
 
     Returns:
         The files that changed.
@@ -93,7 +93,7 @@ def refresh_cards(plan: Plan, held: Dist) -> list[Path]:
     pictures = {FILE: picture} if picture else {}
     changed = []
     for folder, method in {item.folder: item.method for item in plan.everything}.items():
-        if read_manifest(folder) is None:  # not ours to write into
+        if read_manifest(folder) is None:  # not written by quantize: leave it alone
             continue
         for name, data in {"README.md": cards[method], **pictures}.items():
             path = folder / name
@@ -101,7 +101,7 @@ def refresh_cards(plan: Plan, held: Dist) -> list[Path]:
                 held.write(path, data)
                 changed.append(path)
         for name in [*FORMER_FILES, *([] if picture else [FILE])]:
-            if (folder / name).is_file():  # its figures are no longer this release's
+            if (folder / name).is_file():  # its figures are outdated
                 (folder / name).unlink()
                 changed.append(folder / name)
     return changed
@@ -172,7 +172,7 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
                 **more,
             )
         )
-    except Exception as error:  # a template of the publisher's own raises what it likes
+    except Exception as error:  # a publisher's template can raise anything
         if not recipe.release.templates:
             raise
         reason = str(error) or type(error).__name__
@@ -194,7 +194,7 @@ def _environment(own: str | None) -> Any:
 
 
 def _partial(file: str | None) -> str | None:
-    """A publisher's own Markdown, taken as it is."""
+    """A publisher's Markdown file, unchanged."""
     if file is None:
         return None
     try:
@@ -234,17 +234,17 @@ def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:
 
 
 def _fence(text: str) -> str:
-    """Backticks that no line of the text can close."""
+    """A fence of backticks that no line of the text can close."""
     return "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", text))])
 
 
 def _cell(text: str) -> str:
-    """A text that stays inside its cell of a table."""
+    """A text escaped for a cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def _made_by(item: PlannedVariant, known: dict[str, Any]) -> str:
-    """The engine and its version, as the manifest has them where the branch is built."""
+    """The engine and its version, from the manifest if the branch is built."""
     if item.engine is None:
         return OURS
     made = known.get("engine") or {}

@@ -1,7 +1,7 @@
-"""Dist against the hub: what of a branch differs, and what there is somebody else's and so not ours to touch.
+"""Compare dist with the hub: which files of a branch differ, and which were written by others and must not be touched.
 
-A file on the hub is ours if the manifest that lies beside it names it with the bytes it has; of the card, its last line
-tells. Everything else stays: it is listed, and replaced only where the user says so.
+A file on the hub is ours if the manifest beside it lists it with its present hash, or, for the card, if its last line
+matches. All other files stay: they are listed, and replaced only if the user says so.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from quantize.publishing.signature import is_blank, is_unedited
 
 Published = Literal["yes", "differs", "no", "only there"]
 KEPT = frozenset({".gitattributes"})
-"""Files that the hub wrote itself: never deleted, never overwritten."""
+"""Files written by the hub: never deleted, never overwritten."""
 MOST_READ = 20_000_000
-"""Bytes of a file outside LFS that is downloaded to see whose it is; the hub takes none of 10 MB there."""
+"""Largest file outside LFS, in bytes, that is downloaded to see who wrote it; the hub accepts none above 10 MB."""
 
 
 @dataclass
@@ -35,13 +35,13 @@ class BranchChange:
     """What a push would do to one branch.
 
     Attributes:
-        head: the commit that was read; None where the branch does not exist yet.
-        uploads: bytes by file. deletes: files of the hub that are ours and that the branch has no more.
-        same: files that are there already.
-        others: files of the hub that are not ours; they stay.
-        cards: of the card's files, those that somebody else wrote or edited; they stay too.
-        blocked: files of the release in whose place lie somebody else's; a push stops at them.
-        remote: names of all files that the hub's branch has. files: those of dist.
+        head: the commit that was compared; None if the branch does not exist yet.
+        uploads: bytes by file. deletes: our files on the hub that the branch no longer has.
+        same: files that are already there.
+        others: files on the hub that are not ours; they stay.
+        cards: files of the card that somebody else wrote or edited; they stay too.
+        blocked: files of the release whose names are taken by somebody else's files; a push refuses them.
+        remote: names of all files of the branch on the hub. files: those of dist.
     """
 
     repo: str
@@ -63,7 +63,7 @@ class BranchChange:
 
     @property
     def differs(self) -> bool:
-        """Whether the hub holds something else than dist, be it for a push to change or not."""
+        """Whether the hub differs from dist, including differences that a push would not change."""
         return bool(self.is_needed or self.cards or self.blocked)
 
     @property
@@ -71,7 +71,7 @@ class BranchChange:
         return sum(self.uploads.values())
 
     def as_data(self) -> dict[str, Any]:
-        """The change for machines."""
+        """The change as JSON data."""
         return {
             "repo": self.repo,
             "branch": self.branch,
@@ -86,10 +86,10 @@ class BranchChange:
 
 
 class Owner:
-    """Tells which files of a branch on the hub are ours, by the manifest and the card that lie there.
+    """Tells which files of a branch on the hub are ours, from its manifest and card.
 
     Args:
-        all_ours: whether the branch was just made by a push, so that what it began with is nobody's.
+        all_ours: whether a push has just created the branch, so that nobody else's files are in it.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Owner:
         self.hub, self.repo, self.head, self.remote, self.all_ours = hub, repo, head, remote, all_ours
 
     def owns(self, name: str) -> bool:
-        """Whether a file that is there is one that we wrote, and nobody changed since."""
+        """Whether we wrote a file on the hub and nobody has changed it since."""
         if self.all_ours:
             return True
         if name == MANIFEST_NAME:
@@ -118,7 +118,7 @@ class Owner:
 
     @cached_property
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest that lies there, if it can be gone by."""
+        """The manifest on the hub, if it is valid."""
         file = self.remote.get(MANIFEST_NAME)
         if file is None or file.nbytes > MOST_BYTES:
             return None
@@ -148,15 +148,15 @@ def compare(
     hub: Hub, change: BranchChange, files: Mapping[str, LocalFile], *, head: str | None, overwrite: Sequence[str] = (),
     all_ours: bool = False,
 ) -> BranchChange:  # fmt: skip
-    """What a push of ``files`` would do to a branch; bytes of files that are on the hub already are read and checked.
+    """What a push of ``files`` would do to a branch; local files that the hub already has are read and checked.
 
     Args:
-        change: names the branch. head: the branch's commit on the hub, None where it does not exist.
+        change: names the branch. head: the branch's commit on the hub, None if it does not exist.
         overwrite: patterns of somebody else's files that may be replaced.
-        all_ours: as of :class:`Owner`.
+        all_ours: see :class:`Owner`.
 
     Raises:
-        PushError: the hub refuses, or cannot be reached. ReleaseError: a file is not what was built.
+        PushError: the hub refuses, or cannot be reached. ReleaseError: a file differs from what was built.
     """
     change = BranchChange(change.repo, change.branch, change.folder, head, files=files)
     if head is None:
@@ -178,7 +178,7 @@ def compare(
 
 
 def others_on(hub: Hub, repo: str, head: str, remote: Mapping[str, RemoteFile]) -> list[str] | None:
-    """Files of a branch on the hub that we did not write, its card aside; None where the whole branch is not ours.
+    """Files of a branch on the hub that we did not write, except its card; None if the whole branch is not ours.
 
     Raises:
         PushError: the hub refuses, or cannot be reached.
@@ -191,8 +191,8 @@ def others_on(hub: Hub, repo: str, head: str, remote: Mapping[str, RemoteFile]) 
 
 
 def published(hub: Hub, plan: Plan) -> dict[str, Published]:
-    """By label, whether the hub holds each branch or level as it lies in dist: ``yes``, ``differs``, ``no``, or
-    ``only there`` where dist has none.
+    """By label, whether each branch or level is on the hub as in dist: ``yes``, ``differs``, ``no``, or ``only there``
+    if dist does not have it.
 
     Raises:
         PushError: the hub refuses, or cannot be reached.
@@ -212,7 +212,7 @@ def published(hub: Hub, plan: Plan) -> dict[str, Published]:
 
 def _published(plan: Plan, item: Any, change: BranchChange) -> Published:
     if isinstance(item, PlannedLevel):
-        # many levels share a branch; each is judged by its own files
+        # levels share a branch; each is compared by its own files
         files = set(plan.finished(item).get("files") or {})
         if not files:
             return "only there" if item.file in change.remote else "no"
@@ -227,11 +227,11 @@ def _published(plan: Plan, item: Any, change: BranchChange) -> Published:
 
 
 def finished_changes(folders: Mapping[Path, tuple[str, str]]) -> list[BranchChange]:
-    """A branch each, variants first and each repo's ``main`` last, with its files held against its manifest by name
-    and length.
+    """One change per branch, variants first and each repo's ``main`` last, with files checked against the manifest by
+    name and length.
 
     Raises:
-        ReleaseError: a file that no build put there, or one that is missing or of another length.
+        ReleaseError: a file was not written by a build, is missing, or has another length.
     """
     found = [
         BranchChange(repo, branch, folder, files=checked_files(folder)) for folder, (repo, branch) in folders.items()
@@ -247,5 +247,5 @@ def _is_same(file: LocalFile, remote: RemoteFile) -> bool:
     if remote.sha256 != file.sha256:
         return False
     if file.wanted is not None:
-        file.check()  # what is not sent is read here, so that every file is held against its manifest once
+        file.check()  # files that are not sent are read here, so that every file is checked against the manifest once
     return True

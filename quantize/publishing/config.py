@@ -1,4 +1,4 @@
-"""``config.json`` of a branch: the source's own, in words that transformers 4 and 5 both read."""
+"""``config.json`` of a branch: the source's config, with keys for both transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ __all__ = ["as_json", "in_all_words", "loader_config", "release_config"]
 def loader_config(
     recipe: Recipe, item: PlannedVariant, table: ModuleTable
 ) -> tuple[str | None, dict[str, Any], dict[str, Any]]:
-    """What a branch tells its loaders: the name and content of the method's own file (None where the format has
-    none), and what goes as ``quantization_config`` into ``config.json``. Where routers stay in full width, that says so
-    too."""
+    """Configs of a branch for its loaders: name and content of the method's own config file (None if the format has
+    none), and ``quantization_config`` for ``config.json``, which also lists routers that are not quantized."""
     variant = item.variant
     if isinstance(variant, GptqVariant):
         assert recipe.gptq
@@ -49,13 +48,13 @@ def loader_config(
 
 
 def release_config(source: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """The source's config with ``quantization_config``, in the words of transformers 4 and 5."""
+    """The source's config with ``quantization_config``, with keys for transformers 4 and 5."""
     return {**in_all_words(source), "quantization_config": dict(quantization)}
 
 
 def in_all_words(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A config in which everything that transformers 4 and 5 name differently (``torch_dtype``/``dtype``,
-    ``rope_theta`` and ``rope_scaling``/``rope_parameters``) has both names."""
+    """A config with both names of each key that differs between transformers 4 and 5 (``torch_dtype``/``dtype``,
+    ``rope_theta`` and ``rope_scaling``/``rope_parameters``)."""
     config = dict(source)
     dtype = config.get("dtype") or config.get("torch_dtype")
     if isinstance(dtype, str):

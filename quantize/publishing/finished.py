@@ -1,4 +1,4 @@
-"""What of a plan lies finished in dist, and may leave this machine: each file is held against its manifest."""
+"""The finished branches of a plan, ready to publish: each file is checked against its manifest."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from quantize.reporter import SILENT, Reporter
 
 CARD = "README.md"
 CARD_FILES = frozenset({CARD, FILE, *FORMER_FILES})
-"""Written by `quantize card` again and again, and so not described by the manifest."""
+"""Rewritten by every `quantize card`, so not listed in the manifest."""
 SMALL = 1_000_000
-"""Bytes of a file that is held in memory until its branch is published, so that it is read once."""
+"""Largest file, in bytes, that is held in memory until its branch is published, so that it is read once."""
 CHUNK = 1 << 20
 
 
 @dataclass
 class LocalFile:
-    """A file of a finished branch, with both of the hashes that git and the hub know files by.
+    """A file of a finished branch, with the two hashes by which git and the hub identify files.
 
     Attributes:
-        wanted: SHA-256 by the manifest, or the blob id as ``git:...``; None for a file that it does not describe.
-        checked: whether its bytes were held against ``wanted``.
+        wanted: SHA-256 from the manifest, or the blob id as ``git:...``; None for a file that is not in the manifest.
+        checked: whether its bytes were checked against ``wanted``.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class LocalFile:
 
     @property
     def sha256(self) -> str:
-        """By the manifest where it describes the file: sent or not, the bytes are held against it once."""
+        """From the manifest if it lists the file: sent or not, the bytes are checked against it once."""
         if self.wanted is not None and not self.wanted.startswith("git:"):
             return self.wanted
         if self._hashes is None and self.nbytes > SMALL:
@@ -54,10 +54,10 @@ class LocalFile:
 
     @property
     def hashes(self) -> tuple[str, str]:
-        """SHA-256 and blob id of the bytes that are there.
+        """SHA-256 and blob id of the file's bytes.
 
         Raises:
-            ReleaseError: they are not what the manifest says, or cannot be read.
+            ReleaseError: they differ from the manifest, or cannot be read.
         """
         if self._hashes is None:
             if self.nbytes <= SMALL:
@@ -68,19 +68,19 @@ class LocalFile:
         return self._hashes
 
     def check(self) -> None:
-        """Hold the bytes against the manifest, unless that was done.
+        """Check the bytes against the manifest, unless they were checked before.
 
         Raises:
-            ReleaseError: they are not what it says, or cannot be read.
+            ReleaseError: they differ, or cannot be read.
         """
         if not self.checked:
             _ = self.hashes
 
     def read(self) -> bytes:
-        """The bytes, held against the manifest.
+        """The bytes, checked against the manifest.
 
         Raises:
-            ReleaseError: they are not what it says, or cannot be read.
+            ReleaseError: they differ, or cannot be read.
         """
         if self._content is not None:
             return self._content
@@ -89,18 +89,18 @@ class LocalFile:
         except OSError as error:
             raise ReleaseError(f"{self.path}: cannot be read: {error.strerror}") from None
         if len(data) != self.nbytes:
-            raise self.differs(f"{len(data):,} bytes in place of {self.nbytes:,}")
+            raise self.differs(f"{len(data):,} bytes instead of {self.nbytes:,}")
         blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
         self._take(hashlib.sha256(data).hexdigest(), blob)
         if self.nbytes <= SMALL:
             self._content = data
         return data
 
-    def differs(self, how: str = "its SHA-256 is another") -> ReleaseError:
-        """The error for bytes that are not those of the manifest."""
+    def differs(self, how: str = "another SHA-256") -> ReleaseError:
+        """Build the error for bytes that differ from the manifest."""
         return ReleaseError(
-            f"{self.path}: is not what was built ({how} than {MANIFEST_NAME} says); delete this file and run "
-            "`quantize build` again, or put the right one back"
+            f"{self.path}: differs from {MANIFEST_NAME} ({how}), so it is not what was built; delete this file and run "
+            "`quantize build` again, or restore it"
         )
 
     def _hash_in_pieces(self) -> None:
@@ -124,7 +124,7 @@ def finished_folders(plan: Plan) -> dict[Path, tuple[str, str]]:
     """The selected branches' folders, each with its repo and branch on the hub.
 
     Raises:
-        ReleaseError: one of them is not built, or stale.
+        ReleaseError: a branch is not built, or stale.
     """
     found: dict[Path, tuple[str, str]] = {}
     for item in plan.everything:
@@ -132,56 +132,56 @@ def finished_folders(plan: Plan) -> dict[Path, tuple[str, str]]:
             continue
         if item.state != "fresh":
             raise ReleaseError(
-                f"{item.label}: {item.state}, {item.why}; run `quantize build` first, or leave it out (--only)"
+                f"{item.label}: {item.state}, {item.why}; run `quantize build` first, or exclude it with --only"
             )
         found[item.folder] = item.repo, item.folder.name
     return found
 
 
 def files_of(folder: Path) -> dict[str, LocalFile]:
-    """The files of a branch's folder by their names in the repo; hidden ones are no part of it.
+    """The files of a branch's folder by name in the repo, without hidden ones.
 
     Raises:
-        ReleaseError: one is a link to somewhere else, whose content is not the branch's to give away.
+        ReleaseError: a file is a link to another folder, whose content must not be published.
     """
     found, inside = {}, folder.resolve()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
             if not path.resolve().is_relative_to(inside):
-                raise ReleaseError(f"{path}: is a link out of its branch; put the file itself there, or remove it")
+                raise ReleaseError(f"{path}: is a link to outside its branch; put the file itself there, or remove it")
             found[name.as_posix()] = LocalFile(path, path.stat().st_size)
     return found
 
 
 def checked_files(folder: Path) -> dict[str, LocalFile]:
-    """The files of a finished branch, none of which its manifest does not account for. Their bytes are not read yet.
+    """The files of a finished branch, checked against the manifest by name and length; their bytes are not read yet.
 
     Raises:
-        ReleaseError: a file that no build put there, one that is missing, or one of another length.
+        ReleaseError: a file was not written by a build, is missing, or has another length.
     """
     manifest = read_manifest(folder)
     if manifest is None:
-        raise ReleaseError(f"{folder}: has no {MANIFEST_NAME} that can be read; run `quantize build` again")
+        raise ReleaseError(f"{folder}: has no readable {MANIFEST_NAME}; run `quantize build` again")
     files = files_of(folder)
     wanted = accounted(manifest)
     for name, file in files.items():
         if name not in wanted and name not in CARD_FILES and name != MANIFEST_NAME:
             raise ReleaseError(
-                f"{file.path}: is no part of this branch ({MANIFEST_NAME} does not name it), so nothing is published; "
-                "move it out of the folder (a file that is added on the hub itself stays there)"
+                f"{file.path}: does not belong to this branch ({MANIFEST_NAME} does not list it), so nothing is "
+                "published; move it out of the folder (files that you add on the hub stay there)"
             )
         file.wanted = wanted.get(name)
     for name, entry in described_files(manifest).items():
         if name not in files:
-            raise ReleaseError(f"{folder / name}: is missing, {MANIFEST_NAME} names it; run `quantize build` again")
+            raise ReleaseError(f"{folder / name}: is missing, but {MANIFEST_NAME} lists it; run `quantize build` again")
         if files[name].nbytes != entry["bytes"]:
-            raise files[name].differs(f"{files[name].nbytes:,} bytes in place of {entry['bytes']:,}")
+            raise files[name].differs(f"{files[name].nbytes:,} bytes instead of {entry['bytes']:,}")
     return files
 
 
 def accounted(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Hash by name of what a sound manifest accounts for: its files, and the licence that came with the source."""
+    """Hash by name of every file that a valid manifest accounts for: its files, and the source's licence."""
     source = manifest.get("source")
     carried = source.get("files") if isinstance(source, Mapping) else None
     found = {
@@ -193,14 +193,14 @@ def accounted(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 LICENCE_FILES = ("license", "licence", "notice", "use_policy", "copying")
-"""How files begin that state a licence; they go with everything made of the source."""
+"""Prefixes of the names of licence files, which go into everything derived from the source."""
 
 
 def check_dist(plan: Plan, reporter: Reporter = SILENT) -> None:
     """Hold every file of the finished branches against its manifest, each read once.
 
     Raises:
-        ReleaseError: bytes that are not what was built.
+        ReleaseError: a file differs from what was built.
     """
     for folder in dict.fromkeys(item.folder for item in plan.everything):
         manifest = read_manifest(folder)
@@ -217,5 +217,5 @@ def check_dist(plan: Plan, reporter: Reporter = SILENT) -> None:
 
 
 def commit_message(plan: Plan, branch: str) -> str:
-    """Of the one commit that brings a branch to what lies in dist."""
+    """Message of the single commit that updates a branch to dist."""
     return f"{plan.recipe.model.name or plan.source.short_name}: {branch}"

@@ -1,7 +1,7 @@
-"""Finished branches as git repos on this machine: one bare repo a format, a branch of its own history a variant.
+"""Export finished branches to local git repos: one bare repo per format, with one independent branch per variant.
 
-Weights are LFS pointers whose objects are hard links to dist, so a whole release takes no more room. Written by git's
-plumbing; git-lfs is needed by who clones or pushes, not here.
+Weights are LFS pointers whose objects are hard links to dist, so a release takes no more disk space. Written with git's
+plumbing commands; git-lfs is needed only to clone or push.
 Format: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 """
 
@@ -24,9 +24,9 @@ from quantize.reporter import SILENT, Reporter
 
 LFS_SUFFIXES = (".safetensors", ".gguf")
 LFS_BYTES = 10_000_000
-"""The hub takes no larger file, and no binary one, outside LFS."""
+"""The hub accepts no larger files, and no binary ones, outside LFS."""
 WHO = {"NAME": "quantize", "EMAIL": "quantize@localhost", "DATE": "1970-01-01T00:00:00Z"}
-"""Author and committer where git's own variables name no other: the same files make the same commit."""
+"""Author and committer unless git's variables name another, so that the same files make the same commit."""
 HOOK = """\
 #!/bin/sh
 # sends the LFS objects before the branches, as `git lfs install` would set it up
@@ -37,12 +37,12 @@ git lfs pre-push "$@"
 
 @dataclass(frozen=True)
 class WrittenBranch:
-    """A branch in a git repo on this machine.
+    """A branch in a local git repo.
 
     Attributes:
         folder: the bare repo. commit: the branch's head.
         state: ``new``, ``updated`` or ``unchanged``.
-        lfs_files, lfs_bytes: what it holds in LFS. copied: LFS files that could not be hard-linked.
+        lfs_files, lfs_bytes: its files in LFS. copied: LFS files that could not be hard-linked.
     """
 
     repo: str
@@ -58,13 +58,13 @@ class WrittenBranch:
 def write_repos(plan: Plan, out: Path, reporter: Reporter = SILENT) -> list[WrittenBranch]:
     """Bring the git repos below ``out`` to what lies finished in dist.
 
-    A branch that is new starts without a parent; one that differs gets one commit more; one that is the same stays.
+    A new branch starts without a parent, a branch that differs gets one more commit, an equal branch stays.
 
     Args:
-        out: holds ``<repo name>.git``, one bare repo for each of the plan's repos.
+        out: folder of ``<repo name>.git``, one bare repo for each of the plan's repos.
 
     Raises:
-        ReleaseError: a branch is not built or stale, git is missing or refuses, or the disk does.
+        ReleaseError: a branch is not built or stale, git is missing or fails, or the disk cannot be written.
     """
     folders = finished_folders(plan)
     files = {folder: checked_files(folder) for folder in folders}
@@ -89,9 +89,9 @@ def _write_branch(
     large: dict[str, LocalFile] = {}
     blobs: dict[str, str] = {}
     copied = 0
-    for name, file in files.items():  # each is read once, and held against its manifest as it is
+    for name, file in files.items():  # each file is read once, and checked against its manifest
         data = None if name.endswith(LFS_SUFFIXES) or file.nbytes >= LFS_BYTES else file.read()
-        if data is not None and b"\0" not in data[:8000]:  # what git itself calls text
+        if data is not None and b"\0" not in data[:8000]:  # git's own test for text
             blobs[name] = bare.store(data)
             continue
         large[name] = file
@@ -113,7 +113,7 @@ class _Bare:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # set by git for its hooks; they would point the commands here at another repo
+        # git sets these for its hooks; they would make the commands here use another repo
         inherited = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR"}
         self.environment = {key: value for key, value in os.environ.items() if key not in inherited}
         for role in ("AUTHOR", "COMMITTER"):
@@ -123,7 +123,7 @@ class _Bare:
     @classmethod
     def open(cls, folder: Path) -> _Bare:
         if folder.exists() and not (folder / "objects").is_dir():
-            raise ReleaseError(f"{folder}: exists and is no bare git repo; choose another --out")
+            raise ReleaseError(f"{folder}: exists and is not a bare git repo; choose another --out")
         bare = cls(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ class _Bare:
         return bare
 
     def run(self, *arguments: str, given: bytes = b"", index: str | None = None, tolerate: bool = False) -> str:
-        """Output of a git command; empty where it fails and ``tolerate`` is set."""
+        """Output of a git command; empty if it fails and ``tolerate`` is set."""
         environment = {**self.environment, **({"GIT_INDEX_FILE": index} if index else {})}
         command = ["git", "--git-dir", str(self.folder), *arguments]
         done = subprocess.run(command, input=given, env=environment, capture_output=True)
@@ -148,11 +148,11 @@ class _Bare:
         return "" if done.returncode else done.stdout.decode().strip()
 
     def store(self, data: bytes) -> str:
-        """Blob id of a file, which is put into the repo byte for byte."""
+        """Store a file in the repo unchanged; return its blob id."""
         return self.run("hash-object", "-w", "--stdin", given=data)
 
     def link(self, file: LocalFile) -> bool:
-        """Put a file among the LFS objects. Returns False where it had to be copied, as on another filesystem."""
+        """Put a file among the LFS objects. Returns False if it had to be copied, as on another filesystem."""
         digest = file.hashes[0]
         place = self.folder / "lfs" / "objects" / digest[:2] / digest[2:4] / digest
         if place.is_file() and place.stat().st_size == file.nbytes:
@@ -173,7 +173,7 @@ class _Bare:
         return linked
 
     def tree(self, blobs: Mapping[str, str]) -> str:
-        """Id of a tree with these files."""
+        """Create a tree with these files; return its id."""
         entries = "".join(f"100644 blob {blob}\t{name}\0" for name, blob in sorted(blobs.items()))
         with tempfile.TemporaryDirectory() as scratch:
             index = str(Path(scratch) / "index")
@@ -190,7 +190,7 @@ class _Bare:
         return set(self.run("for-each-ref", "--format=%(refname:lstrip=2)", "refs/heads").split())
 
     def commit(self, tree: str, parent: str | None, branch: str, message: str) -> str:
-        """A commit of a tree; the branch moves to it only if it still is where it was read."""
+        """Commit a tree; the branch moves to it only if its head has not changed since it was read."""
         parents = ["-p", parent] if parent else []
         commit = self.run("commit-tree", tree, *parents, "-m", message)
         self.run("update-ref", f"refs/heads/{branch}", commit, parent or "0" * 40)
@@ -218,5 +218,5 @@ def _attributes(large: Mapping[str, LocalFile]) -> str:
 
 
 def _literally(name: str) -> str:
-    """A file's name as a pattern that matches it alone."""
+    """A pattern that matches exactly this file name."""
     return re.sub(r"\s", "[[:space:]]", re.sub(r"([\\*?\[\]\"])", r"\\\1", name))

@@ -1,7 +1,7 @@
-"""Size against KL divergence of a release's variants, as an SVG that reads on light and on dark pages.
+"""Size against KL divergence of a release's variants, as an SVG for light and dark pages.
 
-Written as text, since one scatter plot is no reason to install a plotting library: the same points give the same bytes,
-every point tells its name and figures on hover, and fonts are the reader's own.
+Written as text, because one scatter plot does not justify a plotting library: the same points give the same bytes,
+every point shows its name and figures on hover, and fonts are the reader's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from quantize.publishing.quality import NAMES, Point, pareto_front
 
 FILE = "quality.svg"
 FORMER_FILES = ("quality.png",)
-"""Pictures that earlier versions put into branches; removed when the cards are rendered again."""
-INK = "#808693"  # as far from white as from the hub's dark page
+"""Pictures that earlier versions wrote into branches; removed when the cards are rendered again."""
+INK = "#808693"  # equal contrast to white and to the hub's dark page
 COLOURS = {"gptq": "#4a86e8", "awq": "#d9730d", "gguf": "#2f9e63"}
 WIDTH, HEIGHT = 800, 450
 LEFT, RIGHT, TOP, BOTTOM = 72, 24, 20, 52  # pixels around the plot
@@ -25,7 +25,7 @@ CHARACTER = 0.58  # mean width of a character, as a share of the font size
 
 
 def draw(points: Sequence[Point]) -> bytes | None:
-    """The picture; None where there is nothing to show."""
+    """The picture; None if there is nothing to show."""
     if not points:
         return None
     return ("\n".join(_Picture(points).lines()) + "\n").encode()
@@ -65,7 +65,7 @@ def _axis(values: Sequence[float], first: float, last: float, logarithmic: bool 
     places = [math.log10(value) if logarithmic else value for value in values]
     low, high = min(places), max(places)
     room = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
-    low = max(low - room, 0.0) if not logarithmic else low - room  # neither size nor divergence is below zero
+    low = max(low - room, 0.0) if not logarithmic else low - room  # neither size nor divergence is negative
     return Axis(low, high + room, first, last, logarithmic)
 
 
@@ -133,17 +133,17 @@ class _Picture:
     def _mark(self, point: Point) -> str:
         x, y = self._place(point)
         colour = COLOURS[point.method]
-        told = f"{point.title}: {point.nbytes / 1e9:.2f} GB, KL divergence {point.kl_divergence:.4f}"
+        tooltip = f"{point.title}: {point.nbytes / 1e9:.2f} GB, KL divergence {point.kl_divergence:.4f}"
         shapes = {
             "gptq": f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}">',
             "awq": f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" fill="{colour}">',
             "gguf": f'<path d="M{x:.1f} {y - 6:.1f}l5.5 10h-11z" fill="{colour}">',
         }
         shape = shapes[point.method]
-        return f"{shape}<title>{escape(told)}</title></{shape[1:].split()[0]}>"
+        return f"{shape}<title>{escape(tooltip)}</title></{shape[1:].split()[0]}>"
 
     def _labels(self) -> Iterator[str]:
-        """Names beside their points: those on the front first, others where there is room."""
+        """Labels beside their points: first those on the front, then others where there is room."""
         taken = [_Box(x - 6, y - 6, x + 6, y + 6) for x, y in map(self._place, self.points)]
         for point in [*self.front, *(point for point in self.points if point not in self.front)]:
             # every method has a "main"

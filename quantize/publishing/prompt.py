@@ -1,4 +1,4 @@
-"""The prompt template of a card: the recipe's, or what the tokenizer's chat template makes of one user message."""
+"""The prompt template of a card: the recipe's, or the tokenizer's chat template rendered for one user message."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from quantize.publishing.source_card import is_text, read_start
 
 PLACE = "{prompt}"
 SECONDS = 30.0
-"""On the clock; the child's own limit is on the processor's time."""
+"""Wall-clock limit in seconds; the child's own limit is on CPU time."""
 LIMITS = {"RLIMIT_CPU": 4, "RLIMIT_AS": 2**30, "RLIMIT_FSIZE": 0}
 ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
 MOST_TEMPLATE, MOST_SETTINGS = 1_000_000, 20_000_000
-"""Bytes of a chat template, and of a ``tokenizer_config.json``, that are read."""
+"""Largest chat template and ``tokenizer_config.json`` that are read, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Prompt:
     """A prompt template.
 
     Attributes:
-        text: with ``{prompt}`` in the place of the user's message; None where there is none that can be shown.
-        reason: why there is none, in words of ours, as a card shows it; None also where there is no chat template.
+        text: with ``{prompt}`` for the user's message; None if there is none that can be shown.
+        reason: why there is none, worded by us for the card; None also if there is no chat template.
     """
 
     text: str | None = None
@@ -40,10 +40,10 @@ def prompt_template(folder: Path | None) -> str | None:
 
 
 def find_prompt(folder: Path | None) -> Prompt:
-    """The chat template of a tokenizer rendered for one user message.
+    """Render a tokenizer's chat template for one user message.
 
-    The template is somebody else's code: it runs in Jinja's sandbox and in a process with limits on its time and
-    memory (``worker_prompt.py``), and one that fails counts as none. So does one that says something else each time.
+    The template is untrusted code: it runs in Jinja's sandbox, in a process with limits on time and memory
+    (``worker_prompt.py``). A template that fails counts as none, and so does one whose output varies.
     """
     settings = _read_json(folder / "tokenizer_config.json") if folder else {}
     source = settings.get("chat_template")
@@ -62,11 +62,11 @@ def find_prompt(folder: Path | None) -> Prompt:
 
 @functools.lru_cache
 def _rendered(request: str) -> Prompt:
-    """What a template says. Every card of a release asks for the same one."""
+    """A template's output, cached because every card of a release needs the same one."""
     first = _rendered_once(request)
     if first.text is None:
         return first
-    second = _rendered_once(request)  # another process: other addresses, other random numbers, other orders of sets
+    second = _rendered_once(request)  # a new process has other addresses, random numbers and set orders
     return first if second == first else Prompt(reason="it says something else each time")
 
 
@@ -74,7 +74,7 @@ def _rendered_once(request: str) -> Prompt:
     worker = Path(__file__).with_name("worker_prompt.py")
     try:
         said = run_child(Task(worker, json.loads(request), seconds=SECONDS, limits=LIMITS))
-    except ChildFailed as error:  # it was killed at one of its limits, or for want of memory
+    except ChildFailed as error:  # killed at one of its limits, or for lack of memory
         return Prompt(reason="it takes too long, or too much memory" if error.code < 0 else "it cannot be rendered")
     text = said.get("text")
     if text is not None and (not is_text(text) or ADDRESS.search(text)):

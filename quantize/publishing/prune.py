@@ -1,6 +1,6 @@
-"""What earlier builds and pushes left behind: branches and levels that the recipe names no more.
+"""Find and remove branches and levels of earlier builds and pushes that are no longer in the recipe.
 
-Only what carries our manifest is ever offered for removal; other people's branches are not ours to judge.
+Only branches with our manifest are ever offered for removal; other people's branches are never touched.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Where = Literal["dist", "hub"]
 
 @dataclass(frozen=True)
 class Orphan:
-    """A branch, or a level of GGUF, that the recipe names no more.
+    """A branch, GGUF level or file that is no longer in the recipe.
 
     Attributes:
         where: ``dist`` or ``hub``. repo: its folder's name in dist, its id on the hub.
         branch: the branch. level: the level of a GGUF repo, else None.
-        nbytes: what it takes. head: the hub's commit that was read.
-        file: one file of a branch on the hub, which we did not write. others: such files that go with a whole branch.
+        nbytes: its size. head: the commit on the hub that was read.
+        file: a single file of a branch on the hub that we did not write. others: such files removed with a branch.
     """
 
     where: Where
@@ -53,7 +53,7 @@ class Orphan:
         return any(fnmatchcase(self.level or self.file or self.branch, pattern) for pattern in patterns)
 
     def as_data(self) -> dict[str, Any]:
-        """The orphan for machines."""
+        """The orphan as JSON data."""
         return asdict(self)
 
 
@@ -61,14 +61,14 @@ def orphans_in_dist(plan: Plan) -> list[Orphan]:
     """Built branches and levels in the repos' folders that are not in the plan.
 
     Raises:
-        PlanError: the folders hold the release of another model, of which the plan knows nothing.
+        PlanError: a folder contains another model's release, which is not in the plan.
     """
     plan.require_own()
     known = {item.folder for item in plan.everything}
     found = []
     for parent in sorted({folder.parent for folder in known}):
         for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
-            # a link is not ours to follow
+            # links are not followed
             if (
                 folder not in known
                 and folder.is_dir()
@@ -88,10 +88,10 @@ def orphans_in_dist(plan: Plan) -> list[Orphan]:
 
 
 def orphans_on_hub(plan: Plan, hub: Hub) -> list[Orphan]:
-    """On the hub: branches of the plan's repos that were built by quantize and are not in the plan, never ``main``; and
-    in branches of the plan that we built, files that we did not write.
+    """On the hub: branches of the plan's repos that quantize built and that are not in the plan, never ``main``; and
+    files that we did not write in those of the plan's branches that we built.
 
-    Levels of GGUF are files of ``main``: a push takes away those that dist has no more.
+    GGUF levels are files of ``main``: a push deletes those that dist no longer has.
 
     Raises:
         PushError: the hub refuses, or cannot be reached.
@@ -114,10 +114,10 @@ def orphans_on_hub(plan: Plan, hub: Hub) -> list[Orphan]:
 
 
 def remove(plan: Plan, orphans: Sequence[Orphan], hub: Hub | None) -> None:
-    """Remove orphans. A branch of the hub goes only while its head is the one that was read.
+    """Remove orphans. A branch on the hub is deleted only if its head has not changed since it was read.
 
     Raises:
-        BuildError: a build is running in dist. PushError: the hub refuses, or somebody moved a branch meanwhile.
+        BuildError: a build is running in dist. PushError: the hub refuses, or a branch was moved meanwhile.
     """
     local = [orphan for orphan in orphans if orphan.where == "dist"]
     if local:
@@ -142,7 +142,7 @@ def remove(plan: Plan, orphans: Sequence[Orphan], hub: Hub | None) -> None:
 
 
 def _remove_folder(held: Dist, orphan: Orphan) -> None:
-    # first out of sight in one step: a killed prune leaves no half branch under a real name
+    # rename it first, in one step, so that a killed prune leaves no partial branch under its real name
     gone = held.work / "pruned" / orphan.repo / orphan.branch
     gone.parent.mkdir(parents=True, exist_ok=True)
     os.rename(held.folder / orphan.repo / orphan.branch, gone)
@@ -154,7 +154,7 @@ def _remove_level(held: Dist, orphan: Orphan, level: str) -> None:
 
     def shorter(known: Manifest | None) -> Manifest:
         if known is None or level not in (known.get("levels") or {}):
-            raise ReleaseError(f"{orphan.label}: is there no more; look at {folder}, then prune again")
+            raise ReleaseError(f"{orphan.label}: no longer exists; look at {folder}, then prune again")
         gone.update(_names(known["levels"][level]))
         return without_level(known, level)
 
@@ -164,5 +164,5 @@ def _remove_level(held: Dist, orphan: Orphan, level: str) -> None:
 
 
 def _names(entry: dict[str, Any]) -> list[str]:
-    """A level's files, which lie beside its manifest and are GGUF."""
+    """A level's GGUF files beside its manifest."""
     return [name for name in entry.get("files", {}) if Path(name).name == name and name.endswith(".gguf")]

@@ -1,8 +1,8 @@
-"""Finished branches to their hub repos: what differs is uploaded, one commit a branch, ``main`` last.
+"""Push finished branches to their hub repos: upload what differs, in one commit per branch, ``main`` last.
 
-The hub is looked at before anything is created. Its state is compared by hash (SHA-256 of LFS files, git blob ids of
-others) and changed by one ``create_commit`` whose parent is the head that was read: a branch moves from whole to whole
-or not at all, and only in what is ours there.
+The hub is read before anything is created. Files are compared by hash (SHA-256 of LFS files, git blob ids of others)
+and changed by one ``create_commit`` whose parent is the head that was read: a branch is updated completely or not at
+all, and only our files in it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from quantize.reporter import SILENT, Reporter
 ATTEMPTS = 5
 FIRST_WAIT = 1.0
 LOST = frozenset({400, 403, 404, 422})
-"""Statuses of an upload that a new one, with a new address, may mend."""
+"""Upload statuses after which a new upload, with a new address, may succeed."""
 
 
 class Pusher:
@@ -35,7 +35,7 @@ class Pusher:
         pause: waits between attempts; tests pass one that does not.
 
     Raises:
-        HubInputError: the endpoint is no address, or the token cannot be one.
+        HubInputError: the endpoint is not an address, or the token is malformed.
     """
 
     def __init__(
@@ -51,17 +51,17 @@ class Pusher:
         self.hub = Hub(self.options.endpoint, reporter, self.patience)
 
     def changes(self) -> list[BranchChange]:
-        """What differs between dist and the hub, variants first and each repo's ``main`` last. Changes nothing.
+        """Differences between dist and the hub, variants first and each repo's ``main`` last. Changes nothing.
 
         Raises:
-            ReleaseError: a selected branch is not built, stale, or not what was built. PushError: the hub refuses.
+            ReleaseError: a selected branch is not built, stale, or damaged. PushError: the hub refuses.
         """
         branches = finished_changes(finished_folders(self.plan))
         standings = {repo: self.hub.look(repo) for repo in dict.fromkeys(change.repo for change in branches)}
         found = [self._compare(change, standings[change.repo]) for change in branches]
         for change in found:
             for name in change.uploads:
-                change.files[name].check()  # as a push would find out while sending it
+                change.files[name].check()  # a push would check it while sending
         return found
 
     def push(self) -> list[BranchChange]:
@@ -71,12 +71,12 @@ class Pusher:
             The changes that were made.
 
         Raises:
-            ReleaseError: a selected branch is not built, stale, or not what was built.
-            HubInputError: a repo has another name by now, or is public and ``private`` is asked for.
-            PushError: refused; a file of somebody else lies in the place of one of ours; a branch that somebody else
-                moved meanwhile. What was pushed before stays whole.
+            ReleaseError: a selected branch is not built, stale, or damaged.
+            HubInputError: a repo was renamed, or is public although ``private`` was requested.
+            PushError: the hub refuses; somebody else's file has the name of one of ours; or somebody moved a branch
+                meanwhile. Branches pushed before stay complete.
         """
-        # read first: nothing is created for a release that is not finished, or that cannot go there
+        # check first, so that nothing is created for a release that is not finished or cannot be pushed
         branches = finished_changes(finished_folders(self.plan))
         standings = {repo: self._look(repo) for repo in dict.fromkeys(change.repo for change in branches)}
         changes = [self._compare(change, standings[change.repo]) for change in branches]
@@ -99,7 +99,7 @@ class Pusher:
         if self.options.private and standing.is_private is not True:
             seen = "public" if standing.is_private is False else "there, and the hub does not say that it is private"
             raise HubInputError(
-                f"{repo}: is {seen}, and --private changes no repo that exists; make it private on the hub, or push "
+                f"{repo}: is {seen}, and --private changes no existing repo; make it private on the hub, or push "
                 "without --private"
             )
         self.reporter.say(f"{repo}: {standing}")
@@ -116,7 +116,7 @@ class Pusher:
             raise PushError(f"{repo}: somebody created it as a public repo meanwhile; make it private, then push again")
 
     def _push(self, change: BranchChange) -> bool:
-        """Bring one branch to what lies in dist; False where nothing had to be changed."""
+        """Update one branch to dist; False if nothing had to be changed."""
         needed = change.is_needed
         if needed:
             size = f"{change.upload_bytes / 1e9:.2f} GB"
@@ -149,7 +149,7 @@ class Pusher:
         return found
 
     def _is_untouched(self, change: BranchChange, head: str | None) -> bool:
-        """Whether a branch still is where a push begins one: at the repo's first commit, whose files are main's."""
+        """Whether a branch is still as a push creates it: at the repo's first commit, with main's files."""
         return change.branch != "main" and head is not None and head == self.hub.first_commit(change.repo)
 
     def _create_branch(self, change: BranchChange) -> None:
@@ -161,7 +161,7 @@ class Pusher:
         change.others, change.cards, change.remote = found.others, found.cards, found.remote
 
     def _apply(self, change: BranchChange) -> None:
-        """One commit, tried again where that is safe: the answer to a commit that was made can be lost."""
+        """Make one commit, retrying only if that is safe: the answer to a successful commit can be lost."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 self._commit(change)
@@ -170,24 +170,24 @@ class Pusher:
                 if (own := own_error(raised)) is not None:
                     raise own from None
                 error = cause_of(raised)
-                # an upload's address expires, and the storage may lose what it took: the next attempt begins anew
+                # upload addresses expire, and the storage may lose data: the next attempt starts from the beginning
                 stored = error is not None and isinstance(raised, RuntimeError) and status_of(error) in LOST
                 if error is None or not (is_passing(error) or stored):
-                    raise self._said(change, raised, stored) from None
+                    raise self._push_error(change, raised, stored) from None
                 now = self._again(change)
                 if not now.is_needed:
-                    return  # the commit was made, only its answer was lost
+                    return  # the commit succeeded, only its answer was lost
                 if now.head != change.head:
                     raise PushError(
                         f"{change.repo} {change.branch}: somebody else moved the branch meanwhile "
                         f"({str(change.head)[:12]} to {str(now.head)[:12]}); look at it, then push again"
                     ) from None
                 if attempt == ATTEMPTS:
-                    raise self._said(change, raised, stored) from None
+                    raise self._push_error(change, raised, stored) from None
                 try:
                     self.patience.wait(error, attempt, _stored(error) if stored else None)
                 except AskedToWait as asked:
-                    raise self._said(change, asked, False) from None
+                    raise self._push_error(change, asked, False) from None
 
     def _commit(self, change: BranchChange) -> None:
         from huggingface_hub import CommitOperationDelete
@@ -203,7 +203,7 @@ class Pusher:
                 parent_commit=change.head,
             )
 
-    def _said(self, change: BranchChange, raised: Exception, stored: bool) -> PushError:
+    def _push_error(self, change: BranchChange, raised: Exception, stored: bool) -> PushError:
         if stored:
             reason = _stored(cause_of(raised) or raised)
         else:
@@ -216,7 +216,7 @@ class Pusher:
 
 def _stored(error: Exception) -> str:
     told = server_text(error)
-    return f"the hub's storage did not keep what was uploaded (status {status_of(error)}{', ' + told if told else ''})"
+    return f"the hub's storage did not store the upload (status {status_of(error)}{', ' + told if told else ''})"
 
 
 def _stop_at_blocked(changes: Sequence[BranchChange]) -> None:

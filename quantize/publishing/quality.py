@@ -1,4 +1,4 @@
-"""What the manifests say of a release's measured quality: one point a variant, who is on the front, whom to take."""
+"""Measured quality of a release, from its manifests: points, their Pareto front, the recommended variant."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Point:
     """A measured variant.
 
     Attributes:
-        label: ``gptq/main``. method, name: ``gptq`` and ``main``; of a GGUF its level.
-        nbytes: of its weights. quality: its entry in the manifest.
+        label: such as ``gptq/main``. method, name: ``gptq`` and ``main``; for GGUF the name is the level.
+        nbytes: size of its weights. quality: its entry in the manifest.
     """
 
     label: str
@@ -33,12 +33,12 @@ class Point:
 
     @property
     def title(self) -> str:
-        """What readers call it."""
+        """Its name for readers."""
         return f"{NAMES[self.method]} {self.name}"
 
 
 def measured(plan: Plan) -> list[Point]:
-    """The measured variants of a release, those that were measured on the text that most were."""
+    """The measured variants of a release; only those measured on the most common text."""
     points = []
     for item in plan.everything:
         found = plan.finished(item)
@@ -52,7 +52,7 @@ def measured(plan: Plan) -> list[Point]:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both size and divergence, smallest first."""
+    """The points not beaten by another in both size and divergence, smallest first."""
     front: list[Point] = []
     for point in sorted(points, key=lambda point: (point.nbytes, point.kl_divergence)):
         if not front or point.kl_divergence < front[-1].kl_divergence:
@@ -61,7 +61,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 
 def recommended(points: Sequence[Point]) -> Point | None:
-    """The knee of the front: nearest to smallest size and least divergence at once, both on logarithmic scales."""
+    """The knee of the front: the point nearest to both smallest size and smallest divergence, on logarithmic scales."""
     front = pareto_front(points)
     if not front:
         return None
@@ -75,7 +75,7 @@ def recommended(points: Sequence[Point]) -> Point | None:
 
 
 def recommendation(points: Sequence[Point]) -> str | None:
-    """One sentence, from the data alone."""
+    """The recommendation as one sentence, from the data alone."""
     best = recommended(points)
     if best is None:
         return None
@@ -105,7 +105,7 @@ def cells(quality: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def loads_in(manifest: Mapping[str, Any], file: str | None = None) -> str:
-    """A card's column of the consumers that loaded a branch, or one file of it, as ``quantize verify`` noted."""
+    """A card's column of consumers that loaded a branch or one of its files, as recorded by ``quantize verify``."""
     found = []
     for consumer, outcome in (manifest.get("loads_in") or {}).items():
         name, _, of_file = consumer.partition(": ")
@@ -115,7 +115,7 @@ def loads_in(manifest: Mapping[str, Any], file: str | None = None) -> str:
 
 
 def summary(points: Sequence[Point]) -> dict[str, Any] | None:
-    """What a card says below its table; None where nothing was measured."""
+    """Data for the text below a card's table; None if nothing was measured."""
     if not points:
         return None
     first = points[0].quality
@@ -134,7 +134,7 @@ def summary(points: Sequence[Point]) -> dict[str, Any] | None:
 
 
 def alternative_text(points: Sequence[Point]) -> str:
-    """The picture in words, for who cannot see it."""
+    """The picture described in words, as its alternative text."""
     front = ", ".join(f"{point.title} ({point.nbytes / 1e9:.2f} GB, {point.kl_divergence:.4f})" for point in
                       pareto_front(points))  # fmt: skip
     return f"Size against KL divergence of {len(points)} variants; on the front from small to good: {front}"

@@ -1,6 +1,6 @@
-"""A release's figures as one HTML page: a table to sort, the picture, and how well every module came out.
+"""A release's figures as one HTML page: a sortable table, the picture, and every module's error.
 
-The page loads nothing from elsewhere. What comes from outside (names, branches) is escaped by the template engine.
+The page loads no other resources. Untrusted text (names, branches) is escaped by the template engine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FIGURES = (
 
 
 def render_report(plan: Plan) -> str:
-    """The page. What is not built or not measured is in the table, without figures."""
+    """Render the page. Items that are not built or not measured are in the table without figures."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     points = measured(plan)
@@ -41,7 +41,7 @@ def render_report(plan: Plan) -> str:
 
 
 def _map_title(item: PlannedVariant) -> str:
-    """Of another engine's branch only the error of the weights themselves is known."""
+    """Title of an item's heat map. For an external engine's branch only the error of the weights is known."""
     return f"{item.label} ({item.engine.title}: error of the weights)" if item.engine else item.label
 
 
@@ -93,7 +93,7 @@ def _cell(entry: Mapping[str, Any] | None, low: float, high: float) -> dict[str,
 
 
 def _error(entry: Mapping[str, Any]) -> float:
-    """Relative error of a module's output; of its weights where another engine made it; 0 where neither is known."""
+    """Relative error of a module's output, or of its weights for an external engine; 0 if neither is known."""
     known = (entry.get(name) for name in ("relative_error", "weight_error"))
     return float(next((error for error in known if error is not None), 0.0))
 

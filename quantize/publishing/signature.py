@@ -1,4 +1,4 @@
-"""The last line of a card tells whether anybody edited it since it was written; it needs no other record."""
+"""A card's last line shows whether the card was edited after it was written, without any other record."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ PATTERN = re.compile(re.escape(LINE).replace(r"\{\}", "([0-9a-f]{64})"))
 
 
 def sign(text: str) -> str:
-    """A card with its last line."""
+    """Add the last line to a card."""
     text = text if text.endswith("\n") else text + "\n"
     return text + LINE.format(hashlib.sha256(text.encode()).hexdigest())
 
 
 def is_unedited(data: bytes) -> bool:
-    """Whether a card is as :func:`sign` left it."""
+    """Whether a card is unchanged since :func:`sign`."""
     text = data.decode("utf-8", errors="replace")
     start = text.rstrip("\n").rfind("\n") + 1
     match = PATTERN.fullmatch(text[start:])
@@ -24,6 +24,6 @@ def is_unedited(data: bytes) -> bool:
 
 
 def is_blank(data: bytes) -> bool:
-    """Whether a card is the hub's own first one: front matter at most, and no text."""
+    """Whether a card is the hub's initial one: at most front matter, and no text."""
     text = data.decode("utf-8", errors="replace").strip()
     return re.sub(r"\A---\n.*?\n---\s*", "", text, count=1, flags=re.DOTALL).strip() in {"", "---"}

@@ -1,6 +1,6 @@
-"""What the source's own card says: front matter, text, links that still lead somewhere.
+"""Read the source's own card: front matter, text, and links made absolute.
 
-All of it is untrusted, and none of it breaks a release.
+All of it is untrusted, and nothing in it may break a release.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, TypeGuard
 
 HUB = "https://huggingface.co"
 MOST_TEXT = 200_000  # characters of an original card that are appended
-MOST_FRONT = 100_000  # characters of front matter, which PyYAML takes two seconds for
+MOST_FRONT = 100_000  # characters of front matter, for which PyYAML needs two seconds
 MOST_ITEMS = 200  # of a list in the front matter
-MOST_VALUES = 50_000  # of front matter whose aliases are written out; YAML can give ten lines a billion
+MOST_VALUES = 50_000  # of front matter with aliases expanded; ten lines of YAML can expand to a billion
 MOST_DEPTH = 50
 IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4")
 
@@ -24,9 +24,9 @@ _HTML = re.compile(r"""(\b(?:src|href)\s*=\s*["'])([^"']+)""", re.IGNORECASE)
 
 
 def front_matter(text: str) -> tuple[dict[str, Any] | None, str]:
-    """Front matter of a card, None where it is missing or broken, and the text below it.
+    """Front matter of a card, None if it is missing or broken, and the text below it.
 
-    The only door to front matter: what comes through it has a bounded number of values, aliases written out.
+    All front matter is read here, so that the number of its values, with aliases expanded, is always bounded.
     """
     import yaml
 
@@ -36,7 +36,7 @@ def front_matter(text: str) -> tuple[dict[str, Any] | None, str]:
 
     class Loader(yaml.SafeLoader):
         def flatten_mapping(self, node: yaml.MappingNode) -> None:
-            """Merge keys (``<<``) stay keys, which the loader then refuses: merged in turn they grow without end."""
+            """Leave merge keys (``<<``) alone, so that the loader refuses them: nested merges can grow without end."""
 
         def get_single_node(self) -> yaml.Node | None:
             node: yaml.Node | None = super().get_single_node()
@@ -47,34 +47,34 @@ def front_matter(text: str) -> tuple[dict[str, Any] | None, str]:
     try:
         front = yaml.load(match[1], Loader) if len(match[1]) <= MOST_FRONT else None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError):
-        front = None  # the loader raises all of these, where a tag does not fit its value
+        front = None  # raised by the loader if a tag does not fit its value
     return front if isinstance(front, dict) else None, text[match.end() :]
 
 
 def _values(node: Any, known: dict[int, int], depth: int) -> int:
-    """How many values a YAML node has with its aliases written out, counted without writing them out.
+    """Number of values of a YAML node with aliases expanded, counted without expanding them.
 
     Raises:
-        RecursionError: it is nested deeper than ``depth``, as one that holds itself is.
+        RecursionError: it is nested deeper than ``depth``, for example because it contains itself.
     """
     if not depth:
         raise RecursionError
     if id(node) not in known:
-        parts = node.value if isinstance(node.value, list) else []  # of a scalar it is a text
+        parts = node.value if isinstance(node.value, list) else []  # a scalar's value is a string
         inner = [part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,))]
         known[id(node)] = 1 + sum(_values(part, known, depth - 1) for part in inner)
     return known[id(node)]
 
 
 def source_card(folder: Path | None) -> tuple[dict[str, Any], str]:
-    """Front matter and text of the README in ``folder``; what is missing or broken comes out empty."""
+    """Front matter and text of the README in ``folder``; empty if missing or broken."""
     text = read_start(folder / "README.md", 4 * (MOST_FRONT + MOST_TEXT)) if folder else ""
     front, body = front_matter(text)
     return front or {}, _shortened(body)
 
 
 def read_start(path: Path, most: int) -> str:
-    """At most so many bytes of a file as text; empty where there is no file."""
+    """At most ``most`` bytes of a file as text; empty if there is no file."""
     try:
         if not path.is_file():
             return ""
@@ -85,7 +85,7 @@ def read_start(path: Path, most: int) -> str:
 
 
 def is_text(value: Any) -> TypeGuard[str]:
-    """Whether it is a string that a file can hold: YAML and JSON can spell halves of characters."""
+    """Whether a value is a string without lone surrogates, which YAML and JSON can contain but files cannot."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -103,7 +103,7 @@ def texts_of(front: Mapping[str, Any], key: str) -> list[str]:
 
 
 def absolute_links(text: str, hub_id: str, revision: str) -> str:
-    """Relative links and images of a card, as links to the repo that it came from."""
+    """Replace relative links and images of a card by links to its original repo."""
 
     def fixed(match: re.Match[str]) -> str:
         target = match[2]

@@ -1,5 +1,5 @@
-"""A branch's files as the hub client takes them, each read once: its bytes are hashed on their way, by us and not by
-the client, and the last of them leave only if they are those of the manifest.
+"""A branch's files for the hub client, each read once: we hash the bytes while the client sends them, and the last ones
+are sent only if the hash is the manifest's.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from quantize.publishing.finished import SMALL, LocalFile
 
 
 class Checked(io.RawIOBase):
-    """A file that is hashed as it is read, and refuses to give its last bytes where the hash is not the right one.
+    """A file that is hashed while it is read, and withholds its last bytes if the hash is wrong.
 
-    It can be read again from an earlier place, as an upload that is repeated does.
+    It can be read again from an earlier position, for repeated uploads.
     """
 
     def __init__(self, inner: BinaryIO, file: LocalFile) -> None:
@@ -55,7 +55,7 @@ def addition(name: str, file: LocalFile) -> Any:
     """The operation that adds a file to a commit.
 
     Raises:
-        ReleaseError: a small file is not what was built. Of a large one it is raised while it is sent.
+        ReleaseError: a small file is not what was built; for a large file it is raised while the file is sent.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -65,12 +65,12 @@ def addition(name: str, file: LocalFile) -> Any:
 
 
 def _large() -> type:
-    """The operation for a large file; made here, as the client is imported on use."""
+    """The operation class for a large file; defined here because the client is imported on use."""
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.lfs import UploadInfo
 
     class Info(UploadInfo):
-        """Knows the SHA-256 without reading. Xet computes it anew while it reads, and that must be the same."""
+        """Knows the SHA-256 without reading. Xet computes it again while reading, and must get the same."""
 
         def __init__(self, size: int, sample: bytes, file: LocalFile) -> None:
             self.size, self.sample, self.file = size, sample, file

@@ -1,11 +1,11 @@
-"""In a child: a chat template rendered for one user message; imports nothing of ours.
+"""Child process: render a chat template for one user message; imports nothing from quantize.
 
-Keys of the arguments: ``template``; ``place``, what stands for the user's message; ``tokens``, special tokens by name.
-The answer is ``{"text": ...}``, or ``{"reason": ...}`` where the template gives nothing that can be shown.
+Keys of the arguments: ``template``; ``place``, the placeholder for the user's message; ``tokens``, special tokens by
+name. The answer is ``{"text": ...}``, or ``{"reason": ...}`` if the template has no output that can be shown.
 
-The template is somebody else's program. Jinja's sandbox keeps it from Python's objects, not from running for ever or
-from filling the memory, so it gets a process with little of both. It may print plain values only: what else Python has
-shows where it lies in memory, which is another place in every run.
+The template is an untrusted program. Jinja's sandbox protects Python's objects, but does not limit time or memory, so
+it runs in a process with small limits on both. It may print plain values only: other Python objects print their memory
+address, which differs in every run.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import json
 from typing import Any
 
 MOST_CHARACTERS = 4000
-"""Of a rendered template; a card shows it whole."""
+"""Limit of a rendered template, which the card shows in full."""
 PLAIN = (str, int, float, bool, type(None))
 
 
 class ObjectPrinted(ValueError):
-    """A template prints something that is no text, number, list or mapping."""
+    """A template prints something other than text, numbers, lists and mappings."""
 
 
 def run(arguments: dict[str, Any]) -> dict[str, str]:
@@ -29,7 +29,7 @@ def run(arguments: dict[str, Any]) -> dict[str, str]:
         return {"reason": "it needs too much memory"}
     except ObjectPrinted as error:
         return {"reason": str(error)}
-    except Exception as error:  # whatever a template can do wrong
+    except Exception as error:  # a template can raise anything
         return {"reason": f"it fails for one user message ({type(error).__name__})"}
     if arguments["place"] not in text:
         return {"reason": "it does not show the user's message"}
@@ -52,7 +52,7 @@ def render(template: str, place: str, tokens: dict[str, str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What is printed, if it is plain."""
+    """The value to print, if it is plain."""
     from jinja2 import Undefined
     from markupsafe import Markup
 

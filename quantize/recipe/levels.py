@@ -1,4 +1,4 @@
-"""GGUF levels: names, llama.cpp's number for each, what they are for. Pure data.
+"""GGUF levels: their names, llama.cpp's numbers and uses. Pure data.
 
 Source: ``llama_ftype`` and the option table of llama-quantize (llama.cpp of llama-cpp-python 0.3.36).
 """
@@ -14,9 +14,9 @@ class Level:
 
     Attributes:
         ftype: llama.cpp's ``llama_ftype``.
-        use: what it is good for, in a few words.
-        needs_imatrix: llama.cpp refuses it without an importance matrix.
-        wide: embedding and output stay at Q8_0 (the ``_L`` levels).
+        use: recommended use, in a few words.
+        needs_imatrix: whether llama.cpp refuses it without an importance matrix.
+        wide: whether embedding and output stay at Q8_0 (the ``_L`` levels).
     """
 
     ftype: int
@@ -71,7 +71,7 @@ TENSOR_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K", "IQ4_NL",
     "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0", "MXFP4",
 )  # fmt: skip
-"""Types that a single tensor may have."""
+"""Types allowed for single tensors."""
 
 LEVEL_SETS: dict[str, tuple[str, ...]] = {
     "published": (
@@ -83,4 +83,4 @@ LEVEL_SETS: dict[str, tuple[str, ...]] = {
         "IQ2_S",
     ),
 }  # fmt: skip
-"""Named sets: what the published GGUF repos of 2023 carried, and what imatrix publishers carry today."""
+"""Named sets: the levels of published GGUF repos in 2023, and those of imatrix publishers today."""

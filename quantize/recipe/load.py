@@ -1,6 +1,6 @@
-"""From a recipe file to a validated :class:`~quantize.recipe.schema.Recipe`.
+"""Load a recipe file into a validated :class:`~quantize.recipe.schema.Recipe`.
 
-The order: read the YAML with its lines, lay it on what it ``extends``, apply ``--set``, validate, expand
+The order: read the YAML with line numbers, merge it over what it ``extends``, apply ``--set``, validate, expand
 the matrix and name the branches. Each error names file, line and key.
 """
 
@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 
 from quantize.engines import NATIVE, find_engine
 from quantize.errors import RecipeError, shortened, shortly
-from quantize.recipe.foreign import fitted
+from quantize.recipe.engine_fit import fitted
 from quantize.recipe.located import Key, Located, merge, read_located, set_value
 from quantize.recipe.methods import Awq, AwqVariant, Gptq, GptqVariant, Method, Strict, Variant
 from quantize.recipe.presets import PRESETS
@@ -30,18 +30,18 @@ from quantize.recipe.shipped import find_shipped
 BOTH = (True, False)
 MOST_VARIANTS = 256  # a matrix of long lists multiplies quickly
 MOST_PARENTS = 16
-MOST_SAID = 300  # characters of what a check of the schema says, which repeats the value
+MOST_SAID = 300  # characters of a validation message, which repeats the value
 
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A valid recipe and the tree it came from, which later errors use to name file and line.
+    """A valid recipe and the tree it came from, with which later errors name file and line.
 
     Attributes:
         recipe: the validated data; every variant is explicit and has its ``branch``.
         located: the merged tree with the place of each value.
-        variant_places: by method, for each variant the key path of what caused it.
-        name: what messages call the recipe.
+        variant_places: by method, the key path that each variant comes from.
+        name: the recipe's name in messages.
     """
 
     recipe: Recipe
@@ -61,7 +61,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         overrides: ``key.path=value`` assignments, applied last.
 
     Raises:
-        RecipeError: anything wrong with it, in one sentence that names file, line and key.
+        RecipeError: it is invalid; the message is one sentence that names file, line and key.
     """
     file = _find(os.fspath(path))
     located = _read_extended(file, ())
@@ -85,7 +85,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def _find(path: str) -> Path:
-    if os.path.isfile(path):  # unlike pathlib's, it takes a name of any length
+    if os.path.isfile(path):  # unlike pathlib's, it accepts names of any length
         return Path(path)
     shipped = find_shipped(path)
     if shipped is not None:
@@ -115,7 +115,7 @@ def _read_extended(file: Path, chain: tuple[Path, ...]) -> Located:
 
 
 def _resolve_paths(located: Located) -> None:
-    """Make relative local paths absolute: they are relative to the file that they are written in."""
+    """Make local paths absolute; they are relative to the recipe file that contains them."""
 
     def resolve(path: tuple[Key, ...], value: str) -> str:
         origin = located.place(path).origin
@@ -188,7 +188,7 @@ def _first_error(located: Located, error: ValidationError) -> RecipeError:
 
 
 def _known(located: Located, loc: Sequence[Key]) -> tuple[Key, ...]:
-    """The part of a pydantic location that exists in the YAML; union tags and made-up indices fall out."""
+    """The part of a pydantic location that exists in the YAML, without union tags and added indices."""
     path: tuple[Key, ...] = ()
     for key in loc:
         if (*path, key) in located.places:
@@ -213,7 +213,7 @@ def _sentence(details: ErrorDetails) -> str:
 
 
 def _fields(loc: Sequence[Key]) -> list[str]:
-    """The keys that the schema knows at a pydantic location."""
+    """The keys that the schema allows at a pydantic location."""
     model: Any = Recipe
     for key in loc:
         if isinstance(key, int):
@@ -245,7 +245,7 @@ VARIANTS: dict[Method, type[Variant]] = {"gptq": GptqVariant, "awq": AwqVariant}
 
 
 def _expand(located: Located, recipe: Recipe, method: Method) -> tuple[list[Variant], tuple[tuple[Key, ...], ...]]:
-    """Explicit variants, then the matrix's combinations that none of them already is; all with a branch."""
+    """Explicit variants, then the matrix's other combinations; all with a branch."""
     section, kind = recipe.section(method), VARIANTS[method]
     defaults = {name: getattr(section, name) for name in kind.model_fields if name != "branch"}
     found: list[tuple[Variant, tuple[Key, ...]]] = []
@@ -281,7 +281,7 @@ def _expand(located: Located, recipe: Recipe, method: Method) -> tuple[list[Vari
             raise located.error(
                 place,
                 f"gives the branch '{branch}', as line {located.place(named[other]).line} does; "
-                "give one of them a `branch:` of its own or remove it",
+                "give one of them another `branch:`, or remove it",
             )
         named[branch] = place
         variants.append(variant.model_copy(update={"branch": branch}))
@@ -289,7 +289,7 @@ def _expand(located: Located, recipe: Recipe, method: Method) -> tuple[list[Vari
 
 
 def branch_name(variant: Variant, defaults: Gptq | Awq) -> str:
-    """The published forms, ``gptq-4bit-32g-actorder_True`` and ``awq-4bit-64g``; unusual choices are appended."""
+    """The customary names, ``gptq-4bit-32g-actorder_True`` and ``awq-4bit-64g``, with unusual choices appended."""
     if isinstance(variant, GptqVariant):
         order = "static" if variant.desc_act == "static" else str(variant.desc_act)
         name = f"gptq-{variant.bits}bit-{variant.group_size}g-actorder_{order}"
@@ -298,7 +298,7 @@ def branch_name(variant: Variant, defaults: Gptq | Awq) -> str:
         name = f"awq-{variant.bits}bit-{variant.group_size}g"
         name += "" if variant.zero_point else "-sym"
     method: Method = "gptq" if isinstance(variant, GptqVariant) else "awq"
-    # what another engine has its own ways in, its name tells
+    # settings that an external engine fixes are implied by its name
     own_ways = {} if variant.engine == NATIVE else find_engine(variant.engine).methods[method].values
     if isinstance(variant, AwqVariant) and variant.rounding != getattr(defaults, "rounding", None) and not own_ways:
         name += f"-rounding_{variant.rounding}"

@@ -1,8 +1,8 @@
-"""YAML whose every value remembers the file and line it came from.
+"""YAML with the file and line of every value.
 
 The tree is plain data (dicts, lists, scalars); a side table maps the path of each value
-(``("gptq", "variants", 1, "bits")``) to its :class:`Place`, so that an error found much later, by the
-schema, can still point at the line that caused it.
+(``("gptq", "variants", 1, "bits")``) to its :class:`Place`, so that a later error, such as one of the schema,
+can still name the line that caused it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Key = str | int
 KeyPath = tuple[Key, ...]
 
 MAX_RECIPE_BYTES = 100_000
-MAX_NODES = 10_000  # aliases can blow a small file up; a real recipe has a few hundred
+MAX_NODES = 10_000  # aliases can expand a small file; a real recipe has a few hundred
 MAX_DEPTH = 16  # a real recipe has five levels
-MAX_BITS = 64  # of a whole number; Python refuses to print much larger ones
-SHOWN = 120  # characters of an override that a message repeats
+MAX_BITS = 64  # of an integer; Python refuses to print much larger ones
+SHOWN = 120  # characters of an override shown in a message
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Located:
 
 
 def dotted(path: Iterable[Key]) -> str:
-    """``("gptq", "variants", 1, "bits")`` as a person writes it: ``gptq.variants[1].bits``."""
+    """Format ``("gptq", "variants", 1, "bits")`` as ``gptq.variants[1].bits``."""
     text = ""
     for key in path:
         name = f"[{key}]" if isinstance(key, int) else shortened(key, MOST_SHOWN)
@@ -71,7 +71,7 @@ def read_located(path: Path, shown: str | None = None) -> Located:
     """Parse a YAML file into a :class:`Located` tree whose top level is a mapping.
 
     Raises:
-        RecipeError: the file cannot be read, is not UTF-8 or not YAML, repeats a key, or is no mapping.
+        RecipeError: the file cannot be read, is not UTF-8 or not YAML, repeats a key, or is not a mapping.
     """
     origin = shown or str(path)
     try:
@@ -86,13 +86,13 @@ def read_located(path: Path, shown: str | None = None) -> Located:
 
 
 def parse_located(text: str, origin: str) -> Located:
-    """Parse YAML text; ``origin`` is what error messages call it. Raises as :func:`read_located`."""
+    """Parse YAML text; ``origin`` is its name in messages. Raises the errors of :func:`read_located`."""
     try:
         loader = yaml.SafeLoader(text)
     except yaml.reader.ReaderError as error:
         number = text.count("\n", 0, error.position) + 1
         raise RecipeError(
-            f"{origin}:{number}: is not valid YAML: it holds the character {error.character:#x}"
+            f"{origin}:{number}: is not valid YAML: it contains the character {error.character:#x}"
         ) from None
     try:
         node = loader.get_single_node()
@@ -146,7 +146,7 @@ class _Reader:
             value = self.loader.construct_object(node)
         except ValueError as error:
             raise RecipeError(f"{place}: is not a valid value: {error}") from None
-        except (LookupError, AttributeError, ArithmeticError):  # an explicit tag on what it does not fit
+        except (LookupError, AttributeError, ArithmeticError):  # an explicit tag that does not fit the value
             raise RecipeError(f"{place}: is not a valid value for its tag {node.tag.rpartition(':')[2]}") from None
         if isinstance(value, int) and value.bit_length() > MAX_BITS:
             raise RecipeError(f"{place}: is not a valid value: it is a number of more than {MAX_BITS} bits")
@@ -167,7 +167,7 @@ class _Reader:
 
 
 def merge(base: Located, over: Located) -> Located:
-    """``over`` laid on ``base``: mappings merge key by key, anything else (lists too) is replaced."""
+    """Merge ``over`` into ``base``: mappings merge key by key, anything else (lists too) is replaced."""
     places: dict[KeyPath, Place] = {(): over.places.get((), Place("recipe"))}
 
     def taken(tree: Located, value: Any, path: KeyPath) -> Any:
@@ -236,9 +236,9 @@ def set_value(tree: Located, assignment: str) -> None:
 
 
 def _text(value: str, place: Place) -> str:
-    """The text itself, unless half of a surrogate pair is in it (``"\\ud800"``): no file and no name can hold that."""
+    """Return the text, unless it contains a lone surrogate (``"\\ud800"``), which files and names cannot contain."""
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise RecipeError(f"{place}: is not a valid value: it holds half of a character (a lone surrogate)")
+        raise RecipeError(f"{place}: is not a valid value: it contains half of a character (a lone surrogate)")
     return value
 
 

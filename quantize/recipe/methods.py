@@ -1,4 +1,4 @@
-"""The methods' part of a recipe: what a variant of GPTQ or AWQ and a level of GGUF may ask for."""
+"""The methods' part of a recipe: the parameters of GPTQ and AWQ variants and GGUF levels."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from quantize.engines import NATIVE, engine_names
 from quantize.recipe.levels import LEVEL_SETS, LEVELS, TENSOR_TYPES
 
 BITS = (2, 3, 4, 8)
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # what the GPTQ loaders have kernels for
-AWQ_GROUP_SIZES = (-1, 32, 64, 128)  # what the AWQ loaders have kernels for
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)  # those that GPTQ loaders have kernels for
+AWQ_GROUP_SIZES = (-1, 32, 64, 128)  # those that AWQ loaders have kernels for
 COMMIT_ID = re.compile(r"[0-9a-fA-F]{40}|[0-9a-fA-F]{64}")
 RESERVED = frozenset({"HEAD", "FETCH_HEAD", "ORIG_HEAD", "MERGE_HEAD", "REFS"})
-"""Names that git takes for something else than a branch, and commits are called by their hash."""
+"""Names that git does not take for a branch, such as commit hashes."""
 BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 Bits = Literal[2, 3, 4, 8]
 
 
 def _size(value: Any) -> Any:
-    # pydantic would also take a float, and its own message names no example
+    # pydantic would also accept a float, and its message gives no example
     try:
         return int(TypeAdapter(ByteSize).validate_python(value if isinstance(value, str) else str(value)))
     except ValidationError:
@@ -62,8 +62,8 @@ def _expert_tokens(value: Any) -> Any:
 
 
 ExpertTokens = Annotated[int | Literal["in_features"], BeforeValidator(_expert_tokens)]
-"""Fewest tokens that an expert's linear is to see. With fewer than it has inputs, its Hessian is singular: what the
-damping says then stands for the directions that no token had."""
+"""Minimum of tokens for an expert's linear. With fewer tokens than inputs its Hessian is singular, and only the damping
+determines the directions that no token covers."""
 
 
 def _known_group_size(value: int, known: tuple[int, ...]) -> int:
@@ -77,13 +77,13 @@ def _known_group_size(value: int, known: tuple[int, ...]) -> int:
 
 
 class Strict(BaseModel):
-    """Base of every part of the recipe: unknown keys are errors, values are frozen once read."""
+    """Base of every part of the recipe: unknown keys are errors, instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Made(Strict):
-    """By whom: our own solvers, or another tool in an environment of its own."""
+class EngineChoice(Strict):
+    """The choice between our own solvers and an external engine."""
 
     engine: str = NATIVE
 
@@ -98,19 +98,19 @@ class Made(Strict):
 
 
 class GptqParameters(Strict):
-    """The parameters of one GPTQ solve, as the loaders and the papers name them."""
+    """The parameters of one GPTQ solve, with the names of the loaders and papers."""
 
     bits: Bits = 4
     group_size: int = Field(default=128, strict=True)
     desc_act: DescAct = False
     act_group_aware: bool = True
-    """Where ``desc_act`` is false: solve groups, and columns in them, by activation. Files are the same kind."""
+    """If ``desc_act`` is false: solve groups, and the columns in them, by activation. The file format is the same."""
     sym: bool = True
     damp_percent: float = Field(default=0.1, gt=0, lt=1)
     mse: bool = True
-    """Search each group's range for the least error, weighed as the solve weighs it."""
+    """Search for each group's range with the smallest error, weighted as in the solve."""
     propagate: Propagate = "auto"
-    """Whose activations the statistics are of: the source model's, or those of the blocks quantized so far."""
+    """Activations for the statistics: those of the source model, or of the blocks quantized so far."""
 
     @field_validator("bits", mode="before")
     @classmethod
@@ -125,7 +125,7 @@ class GptqParameters(Strict):
         return _known_group_size(value, GROUP_SIZES)
 
 
-class Named(Made):
+class Named(EngineChoice):
     """A variant is a branch of its method's repo. ``branch`` is always set once a recipe is loaded."""
 
     branch: str | None = None
@@ -136,9 +136,9 @@ class Named(Made):
         if value is None:
             return None
         if value.upper() in RESERVED or COMMIT_ID.fullmatch(value):
-            raise ValueError(f"{value!r} is what git calls something else by; give the branch another name")
+            raise ValueError(f"{value!r} has another meaning in git; give the branch another name")
         if not BRANCH.fullmatch(value) or ".." in value or value.endswith((".", ".lock")):
-            raise ValueError(f"{value!r} is no branch name for the hub; use letters, digits, '.', '_' and '-' only")
+            raise ValueError(f"{value!r} is not a valid branch name; use only letters, digits, '.', '_' and '-'")
         return value
 
 
@@ -158,8 +158,8 @@ class GptqMatrix(Strict):
     engine: list[str] = Field(default=[], min_length=1)
 
 
-class Gptq(GptqParameters, Made):
-    """Defaults for all GPTQ variants, the variants, and how the method behaves as a whole."""
+class Gptq(GptqParameters, EngineChoice):
+    """Defaults for all GPTQ variants, the variants, and settings of the whole method."""
 
     variants: list[GptqVariant] = []
     matrix: GptqMatrix | None = None
@@ -171,16 +171,16 @@ class Gptq(GptqParameters, Made):
 
 
 class AwqParameters(Strict):
-    """The parameters of one AWQ variant, as the loaders and the paper name them."""
+    """The parameters of one AWQ variant, with the names of the loaders and the paper."""
 
     bits: Literal[4] = 4
     group_size: int = Field(default=128, strict=True)
     zero_point: bool = True
     rounding: Literal["gptq", "nearest"] = "gptq"
-    """How the scaled weights are rounded: by GPTQ from the same statistics, or each to its nearest code."""
+    """Rounding of the scaled weights: by GPTQ with the same statistics, or to the nearest code."""
     damp_percent: float = Field(default=0.1, gt=0, lt=1)
     mse: bool = True
-    """Search each group's range for the least error: what AWQ calls weight clipping."""
+    """Search for each group's range with the smallest error, which AWQ calls weight clipping."""
 
     @field_validator("group_size")
     @classmethod
@@ -202,8 +202,8 @@ class AwqMatrix(Strict):
     engine: list[str] = Field(default=[], min_length=1)
 
 
-class Awq(AwqParameters, Made):
-    """Defaults for all AWQ variants, the variants, and how the method behaves as a whole."""
+class Awq(AwqParameters, EngineChoice):
+    """Defaults for all AWQ variants, the variants, and settings of the whole method."""
 
     variants: list[AwqVariant] = []
     matrix: AwqMatrix | None = None
@@ -214,13 +214,13 @@ class Awq(AwqParameters, Made):
 
 
 def _levels(value: Any) -> Any:
-    """A level, a named set, or a list of both, as a list of levels without repetition."""
+    """Expand a level, a named set, or a list of both to a list of distinct levels."""
     found: list[Any] = []
     for item in value if isinstance(value, list) else [value]:
         if not isinstance(item, str) or (item not in LEVEL_SETS and item.upper() not in LEVELS):
             near = difflib.get_close_matches(str(item).upper(), LEVELS, n=1, cutoff=0.5)
             hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"{item!r} is no level of GGUF and no set ({', '.join(LEVEL_SETS)}){hint}")
+            raise ValueError(f"{item!r} is neither a GGUF level nor a set ({', '.join(LEVEL_SETS)}){hint}")
         found += LEVEL_SETS.get(item, (item.upper(),))
     return list(dict.fromkeys(found))
 
@@ -232,13 +232,13 @@ class Gguf(Strict):
     imatrix: bool | str = True
     """An importance matrix from the calibration pass, none, or one from a GGUF file of llama-imatrix."""
     intermediate: Literal["auto", "F16", "BF16", "F32"] = "auto"
-    """Width of the conversion that all levels are made from; auto is the source's."""
+    """Type of the full-width conversion that all levels are quantized from; auto follows the source."""
     tensor_types: dict[str, str] = {}
     """Regex of GGUF tensor names -> type, for all levels."""
     max_file_size: Size = 50_000_000_000
-    """Larger levels are split into files of at most so many bytes: the hub takes no larger ones."""
+    """Larger levels are split into files of at most this size, because the hub accepts no larger ones."""
     logits_tolerance: float = Field(default=0.02, gt=0)
-    """Most that the conversion's mean KL divergence from the source may be, in nats."""
+    """Largest allowed mean KL divergence of the conversion from the source, in nats."""
 
     @field_validator("tensor_types")
     @classmethod
@@ -247,11 +247,11 @@ class Gguf(Strict):
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+                raise ValueError(f"'{pattern}' is not a regular expression: {error}") from None
             if kind.upper() not in TENSOR_TYPES:
                 near = difflib.get_close_matches(kind.upper(), TENSOR_TYPES, n=1, cutoff=0.5)
                 raise ValueError(
-                    f"'{kind}' is no type of a GGUF tensor" + (f"; did you mean {near[0]}?" if near else "")
+                    f"'{kind}' is not a type of GGUF tensors" + (f"; did you mean {near[0]}?" if near else "")
                 )
         return {pattern.lower(): kind.upper() for pattern, kind in value.items()}
 
@@ -266,4 +266,4 @@ class Gguf(Strict):
 Variant = GptqVariant | AwqVariant
 Method = Literal["gptq", "awq"]
 METHODS: tuple[Method, ...] = ("gptq", "awq")
-"""In the order in which their repos are shown; each is a section of a recipe."""
+"""The methods, in the order in which their repos are shown; each is a section of a recipe."""

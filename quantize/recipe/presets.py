@@ -1,4 +1,4 @@
-"""Named calibration texts: what ``calibration.dataset: wikitext`` stands for."""
+"""Named calibration texts, such as ``wikitext`` in ``calibration.dataset: wikitext``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """A text by name: a hub dataset's split and column, or (``hub`` None) one that needs no network.
+    """A named text: a hub dataset's split and column, or (``hub`` None) one that needs no network.
 
-    ``split`` is the training text but for presets that are there to measure on.
+    ``split`` is the training split, except for presets meant for measuring.
     """
 
     title: str
@@ -37,5 +37,5 @@ PRESETS: dict[str, Preset] = {
     "pydoc": Preset("pydoc", "https://docs.python.org/3/reference/"),
     "docstrings": Preset("docstrings", "https://docs.python.org/3/library/"),
 }
-"""``pydoc`` is the language reference that every CPython carries in ``pydoc_data.topics``; ``docstrings`` are those
-of its library's larger modules, another text in the same language, to measure on."""
+"""``pydoc`` is the language reference that every CPython ships in ``pydoc_data.topics``; ``docstrings`` are those of
+larger modules of its library: another text in the same language, for measuring."""

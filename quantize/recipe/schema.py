@@ -1,6 +1,6 @@
-"""The schema of a recipe: what may be written, the defaults, and what no loader could read.
+"""The schema of a recipe: allowed keys and values, and defaults.
 
-Pure data; no torch, no files. Field names are the keys of the YAML, and the field's own terms.
+Pure data; no torch, no files. Field names are the keys of the YAML and the usual terms of the field.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from quantize.recipe.methods import METHODS, Awq, Gguf, Gptq, Method, Size, Stri
 from quantize.recipe.presets import PRESETS
 
 REPO_NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
-"""One half of a hub id, as the hub and its client take it."""
+"""One half of a hub id, as accepted by the hub and its client."""
 MOST_NAME = 200
 
 
@@ -25,17 +25,17 @@ def _line(value: str) -> str:
 
 
 Line = Annotated[str, AfterValidator(_line)]
-"""A name that cards show in headings, tables and links."""
+"""A name shown in the headings, tables and links of cards."""
 
 
 class Model(Strict):
-    """The source model, and what the card says of it."""
+    """The source model, and what the card says about it."""
 
     source: str = Field(min_length=1)
     """Hub id (``org/name``), local directory, ``.gguf`` file, or ``package:NAME`` (a GGUF in a Python package)."""
     revision: str = "main"
     base_model: str | None = None
-    """Hub id that the card names as the original; by default the source, if that is one."""
+    """Hub id of the original model in the card; by default the source, if it is a hub id."""
     name: Line | None = None
     creator: Line | None = None
     prompt_template: str | None = None
@@ -46,21 +46,21 @@ class Model(Strict):
     @classmethod
     def _base_model(cls, value: str | None) -> str | None:
         if value is not None and not (value.count("/") == 1 and all(map(REPO_NAME.fullmatch, value.split("/")))):
-            raise ValueError(f"{value!r} is no hub id; write org/name")
+            raise ValueError(f"{value!r} is not a hub id; write org/name")
         return value
 
 
 class Release(Strict):
-    """Who publishes, under which names, in shards of which size."""
+    """Owner and names of the repos, size of shards, and contents of cards."""
 
     owner: str = "local"
     quantized_by: Line | None = None
     repo: str = "{owner}/{model}-{METHOD}"
     max_shard_size: Size = 5_000_000_000
     templates: str | None = None
-    """Folder whose ``gptq.md.j2``, ``_head.md.j2`` and so on take the place of the shipped ones."""
+    """Folder whose ``gptq.md.j2``, ``_head.md.j2`` and so on replace the shipped ones."""
     card_header: str | None = None
-    """Markdown file of the publisher's own that opens each card; ``card_footer`` stands before the original card."""
+    """The publisher's Markdown file at the top of each card; ``card_footer`` is placed before the original card."""
     card_footer: str | None = None
 
     @field_validator("owner")
@@ -80,22 +80,22 @@ class Release(Strict):
                 raise
             raise ValueError("may only use {owner}, {model}, {METHOD} and {method}") from None
         if "{METHOD}" not in value and "{method}" not in value:
-            raise ValueError("must contain {METHOD}, so that the methods get repos of their own")
+            raise ValueError("must contain {METHOD}, so that each method has its own repo")
         return value
 
 
 class RepoNameError(ValueError):
-    """A repo name that the hub would not take, or that would leave the dist folder."""
+    """A repo name that the hub would not accept, or that would leave the dist folder."""
 
 
 def repo_id(template: str, owner: str, model: str, method: str) -> str:
-    """Fill a repo template. Raises :class:`RepoNameError` for a name that is no ``owner/name``."""
+    """Fill a repo template. Raises :class:`RepoNameError` if the result is not of the form ``owner/name``."""
     if re.search(r"\{[^{}]*[.\[!:]", template):
         raise KeyError(template)
     name = template.format(owner=owner, model=model, METHOD=method.upper(), method=method.lower())
     parts = name.split("/")
     if len(parts) > 2 or not all(REPO_NAME.fullmatch(part) for part in parts):
-        raise RepoNameError(f"gives '{name}', which is no hub repo name of the form owner/name")
+        raise RepoNameError(f"gives '{name}', which is not a hub repo name of the form owner/name")
     return name
 
 
@@ -129,7 +129,7 @@ class Corpus(Strict):
 
 
 def _corpora(value: Any) -> Any:
-    """``wikitext``, ``./notes.txt``, ``org/name`` or a mapping, alone or in a list, as a list of mappings."""
+    """Turn ``wikitext``, ``./notes.txt``, ``org/name`` or a mapping, alone or in a list, into a list of mappings."""
     return [_corpus(item) for item in value] if isinstance(value, list) else [_corpus(value)]
 
 
@@ -142,7 +142,7 @@ def _corpus(value: Any) -> Any:
 
 
 class Calibration(Strict):
-    """The calibration text and how it is cut: ``samples`` windows of ``sequence_length`` tokens."""
+    """The calibration text, and its ``samples`` windows of ``sequence_length`` tokens."""
 
     dataset: Annotated[list[Corpus], BeforeValidator(_corpora), Field(min_length=1)] = Field(
         default_factory=lambda: [Corpus(preset="wikitext")]
@@ -159,16 +159,16 @@ def _held_out(value: Any) -> Any:
 
 
 class Measure(Strict):
-    """The held-out text that finished branches are measured on, and how much of it."""
+    """The held-out text for measuring finished branches, and how much of it is used."""
 
     dataset: Annotated[list[Corpus] | None, BeforeValidator(_held_out)] = None
-    """``auto`` (None): the test part of wikitext where the calibration text comes from a hub, else a text that
-    CPython carries."""
+    """``auto`` (None): the test split of wikitext if the calibration text comes from a hub, else a text shipped with
+    CPython."""
     samples: int = Field(default=16, ge=1, le=1_000_000, strict=True)
     sequence_length: int = Field(default=512, ge=8, le=1_000_000, strict=True)
     seed: int = Field(default=0, ge=0, lt=2**32, strict=True)
     allow_calibration_text: bool = False
-    """Measure on the calibration text all the same; the card then says so."""
+    """Allow measuring on the calibration text; the card then says so."""
 
     def corpora(self, calibration: Calibration) -> list[Corpus]:
         """The texts, with ``auto`` resolved."""
@@ -190,16 +190,16 @@ class Recipe(Strict):
     gguf: Gguf | None = None
 
     def section(self, method: Method) -> Gptq | Awq:
-        """The section of a method that this recipe has."""
+        """The section of a method, which this recipe must have."""
         section: Gptq | Awq | None = getattr(self, method)
         assert section is not None
         return section
 
     def variants(self, method: Method) -> list[Variant]:
-        """The variants of a method, as the recipe lists them."""
+        """The variants of a method, in the recipe's order."""
         return list(self.section(method).variants)
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """The methods with branches of their own that this recipe has a section for."""
+        """The methods with their own branches for which this recipe has a section."""
         return tuple(method for method in METHODS if getattr(self, method) is not None)

@@ -1,4 +1,4 @@
-"""The recipes that come with the package."""
+"""The recipes shipped with the package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import quantize
 
 
 def shipped_folder() -> Path:
-    """Where the shipped recipes lie: inside an installed wheel, or at the top of a checkout."""
+    """The folder of the shipped recipes: inside an installed wheel, or at the top of a checkout."""
     package = Path(quantize.__file__).parent
     installed = package / "_recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
@@ -26,7 +26,7 @@ def find_shipped(name: str) -> Path | None:
 
 
 def headline(path: Path) -> str:
-    """The first comment line of a recipe: what it is for."""
+    """The first comment line of a recipe, which states its purpose."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             return line.lstrip("# ").strip()

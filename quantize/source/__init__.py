@@ -1,4 +1,4 @@
-"""Reading a model: hub or local snapshot, GGUF, safetensors headers, and its blocks streamed one at a time."""
+"""Read a source model: hub or local snapshot, GGUF, safetensors headers; stream its blocks one at a time."""
 
 from quantize.source.checkpoint import Checkpoint, read_checkpoint
 from quantize.source.resolve import resolve

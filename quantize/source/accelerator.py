@@ -1,4 +1,4 @@
-"""Settings under which this process computes the same bytes again, and how it computes."""
+"""Settings that make this process compute reproducible bytes, and a description of how it computes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 @contextlib.contextmanager
 def settled(threads: int | None = None) -> Iterator[None]:
-    """While inside, this process computes alike whatever it was set to; afterwards all is as the caller had it.
+    """Context in which this process computes reproducibly; on exit the caller's settings are restored.
 
-    One number of threads holds for torch, the compiled kernels and child processes. Products of float32 are full
-    float32 ones, independent of that number. float32 is the default dtype and the CPU the default device.
+    Torch, the compiled kernels and child processes use the same number of threads. float32 products are computed in
+    full float32, independent of that number. The default dtype is float32 and the default device the CPU.
 
     Args:
-        threads: how many; None takes :func:`thread_count`, or fewer where the caller set torch to fewer.
+        threads: number of threads; None means :func:`thread_count`, or torch's present number if that is smaller.
     """
     before = torch.get_num_threads()
     if threads is None:
@@ -46,7 +46,7 @@ def settled(threads: int | None = None) -> Iterator[None]:
 
 
 def compute_of(device: torch.device, dtype: torch.dtype, kernel: str) -> dict[str, Any]:
-    """How this process computes, for a manifest."""
+    """Description of how this process computes, for the manifest."""
     return {
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
@@ -58,12 +58,12 @@ def compute_of(device: torch.device, dtype: torch.dtype, kernel: str) -> dict[st
 
 @contextlib.contextmanager
 def _environment(threads: int) -> Iterator[None]:
-    """Variables that libraries read when they start, and that children inherit."""
+    """Set environment variables that libraries read at start-up and child processes inherit."""
     wanted = {
         VARIABLE: str(threads),
-        # cuBLAS is repeatable with a fixed workspace, whose size it reads when it starts
+        # cuBLAS is deterministic with a fixed workspace, whose size it reads at start-up
         CUBLAS: os.environ.get(CUBLAS, ":4096:8"),
-        # compiled kernels belong into our cache, not beside the source, which may be read-only
+        # compiled kernels go into our cache, because the package folder may be read-only
         "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR", str(cache_folder() / "numba")),
     }
     before = {name: os.environ.get(name) for name in wanted}
@@ -81,14 +81,14 @@ def _environment(threads: int) -> Iterator[None]:
 
 
 def _reread_by_numba() -> None:
-    """numba looks for its cache where the environment said when it was imported."""
+    """Update numba's cache folder, which numba reads from the environment only when it is imported."""
     if numba := sys.modules.get("numba"):
         numba.config.CACHE_DIR = os.environ.get("NUMBA_CACHE_DIR", "")
 
 
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
-    """torch's settings of the whole process. On a GPU an operation that has no repeatable version warns."""
+    """Set torch's process-wide settings. On a GPU, operations without a deterministic version give a warning."""
     dtype, state = torch.get_default_dtype(), torch.get_rng_state()
     repeatable = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -96,7 +96,7 @@ def _settings() -> Iterator[None]:
     filled = memory.fill_uninitialized_memory
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(torch.cuda.is_available(), warn_only=True)
-    memory.fill_uninitialized_memory = False  # nothing here reads what it did not write
+    memory.fill_uninitialized_memory = False  # nothing here reads uninitialized memory
     try:
         with _full_precision():
             yield
@@ -109,15 +109,15 @@ def _settings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """float32 operations in float32, on a CPU too: narrow products keep 8 or 10 bits of each factor, with which X^T X
-    is no Hessian of X any more."""
+    """Compute float32 products in float32, also on a CPU: reduced-precision products keep 8 or 10 bits of each factor,
+    so that X^T X would no longer be the Hessian of X."""
     backends: Any = torch.backends
     switches = [backends.mkldnn.matmul, backends.mkldnn.conv, backends.cuda.matmul, backends.cudnn.conv]
     switches = [one for one in switches if hasattr(one, "fp32_precision")]
     before = [one.fp32_precision for one in switches]
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the caller went by the switches
+    except RuntimeError:  # the caller has used torch's older switches
         precision = None
     torch.set_float32_matmul_precision("highest")
     for one in switches:

@@ -1,4 +1,4 @@
-"""An architecture as transformers builds it, without weights, and what its parameters are called in a checkpoint."""
+"""An architecture built by transformers without weights, and the names of its parameters in a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) -> 
     """The architecture of a source, its parameters on the meta device.
 
     Raises:
-        SourceError: transformers does not know it. SourceChanged: its files are not what was hashed.
+        SourceError: transformers does not support it. SourceChanged: its files changed after they were hashed.
     """
     with guarded(source):
         return _empty_model(source, dtype, trust_remote_code)
@@ -29,11 +29,11 @@ def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) ->
 
     try:
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # what a config's values do to somebody else's code, no list can name
+    except Exception as error:  # a bad config can raise anything in model code
         if is_memory_shortage(error):
             raise
         raise SourceError(_unsupported(source, error)) from None
-    # sdpa leaves out Gemma 2's soft-capping of attention scores; eager does what the model was trained with
+    # sdpa omits Gemma 2's soft-capping of attention scores; eager computes what the model was trained with
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     try:
         with init_empty_weights(include_buffers=False):
@@ -52,10 +52,10 @@ def _empty_model(source: Source, dtype: torch.dtype, trust_remote_code: bool) ->
 
 @contextmanager
 def running(source: Source) -> Iterator[None]:
-    """For the first run of an architecture's code: what it raises, it raises about the source's config.
+    """Context for the first run of an architecture's code: its errors are reported as errors of the source.
 
     Raises:
-        SourceError: naming what it said.
+        SourceError: the code failed; the message quotes its error.
     """
     try:
         yield
@@ -66,22 +66,22 @@ def running(source: Source) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise SourceError(
-            f"{source.named}: the model cannot be run ({type(error).__name__}: {reason}); see whether its config.json "
-            "fits its weights and its transformers"
+            f"{source.named}: the model cannot be run ({type(error).__name__}: {reason}); check that its config.json "
+            "matches its weights and the transformers version"
         ) from None
 
 
 def _unsupported(source: Source, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
     kind = source.checkpoint.model_type
-    return f"{source.named}: transformers knows no causal language model '{kind}': {reason}"
+    return f"{source.named}: transformers has no causal language model '{kind}': {reason}"
 
 
 def match_names(model: Any, source: Source) -> dict[str, str]:
-    """Model parameter name -> checkpoint tensor name, by transformers' own table of renamed tensors.
+    """Map parameter names to checkpoint tensor names, with transformers' own table of renamed tensors.
 
-    Only plain renamings count; a tensor that has to be split or merged on loading stays unmatched, and the
-    build then says which one is missing.
+    Only plain renames are applied; a tensor that has to be split or merged on loading stays unmatched, and loading
+    then reports it as missing.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

@@ -1,7 +1,7 @@
-"""A model that lies complete in the hub's own cache, for when the hub cannot be asked.
+"""Open a model from the hub client's cache when the hub cannot be reached.
 
 Layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache; ``trees/COMMIT.json`` lists a commit's files,
-and a blob is called by its SHA-256 (LFS) or git's blob id, so that the hashes are those that the hub tells.
+and a blob's name is its SHA-256 (LFS) or git blob id, the hashes that the hub reports too.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from quantize.source.resolved import Source, safe_name
 
 
 def open_cached(model: Model, *, weights: bool) -> Source | None:
-    """The model's revision from the cache; None where the cache has nothing of it.
+    """The model's revision from the cache; None if the cache has nothing of it.
 
     Args:
-        weights: whether the weights' bytes are held against their hashes.
+        weights: whether to check the weights against their hashes.
 
     Raises:
-        SourceError: it is there in parts only, or damaged.
+        SourceError: it is incomplete or damaged.
     """
     root = _root(model)
     commit = _commit(root, model.revision)
@@ -44,8 +44,8 @@ def open_cached(model: Model, *, weights: bool) -> Source | None:
     missing = next((name for name in needed if name not in here), None)
     if missing:
         raise SourceError(
-            f"{model.source}: the hub cannot be asked, and of commit {commit[:12]} the HF cache has only a part "
-            f"({missing} is missing); run this once with a network, or name a local directory"
+            f"{model.source}: the hub cannot be reached, and the HF cache has only a part of commit {commit[:12]} "
+            f"({missing} is missing); run this once with a network connection, or name a local directory"
         )
     hashes = {name: (listed or {}).get(name) or _hash(folder / name) for name in needed}
     for name in needed if weights else ():
@@ -57,10 +57,10 @@ def open_cached(model: Model, *, weights: bool) -> Source | None:
 
 
 def remember(model: Model, commit: str) -> None:
-    """Note in the hub's cache which commit a branch or tag is, as its own client does where it is asked for by name."""
+    """Record in the hub's cache which commit a branch or tag points to, as the hub's client does."""
     if COMMIT_ID.fullmatch(model.revision) or not is_file_name(model.revision):
         return
-    with contextlib.suppress(OSError):  # a cache that is shared and read-only serves all the same
+    with contextlib.suppress(OSError):  # a shared, read-only cache works too
         write_atomically(_root(model) / "refs" / model.revision, commit.encode())
 
 
@@ -71,7 +71,7 @@ def _root(model: Model) -> Path:
 
 
 def _commit(root: Path, revision: str) -> str | None:
-    """The commit that a revision is, or last was when the hub was asked for it."""
+    """The commit that a revision points to, as of the last answer of the hub."""
     if COMMIT_ID.fullmatch(revision):
         return revision
     try:
@@ -82,7 +82,7 @@ def _commit(root: Path, revision: str) -> str | None:
 
 
 def _listing(root: Path, commit: str) -> dict[str, str] | None:
-    """Hash of every file of a commit as the hub listed them; None where no listing was kept."""
+    """Hash of every file of a commit as listed by the hub; None if no listing is cached."""
     try:
         files = json.loads((root / "trees" / f"{commit}.json").read_text(encoding="utf-8"))["files"]
         return {
@@ -99,7 +99,7 @@ def _shards(folder: Path, here: set[str]) -> list[str]:
 
 
 def _hash(path: Path) -> str:
-    """A file's hash as the hub tells it: from its blob's name, else from its bytes."""
+    """A file's hash in the hub's form: from its blob's name, else computed from its bytes."""
     name = path.resolve().name
     if SHA256.fullmatch(name):
         return name

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read from its headers alone: no torch, no weights.
+"""The content of a checkpoint, read from its config and headers only: no torch, no weights.
 
 Format: https://github.com/huggingface/safetensors (8 bytes length, a JSON header, the data).
 """
@@ -19,14 +19,14 @@ from quantize.formats.safetensors_header import file_header
 from quantize.formats.tensors import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, TensorSpec
 
 MOST_JSON = 100_000_000
-"""Bytes of a config or an index that are read; the longest real ones take 10 MB."""
+"""Largest accepted config or index, in bytes; the largest real ones take 10 MB."""
 MOST_CARRIED = 5_000_000_000
-"""Bytes of a file that is no weight; the longest real ones, of tokenizers, take 40 MB."""
+"""Largest accepted file other than weights, in bytes; the largest real ones, of tokenizers, take 40 MB."""
 MOST_SIZES = {
     "hidden_size": 2**24, "n_embd": 2**24, "vocab_size": 2**31, "num_hidden_layers": 10_000, "n_layer": 10_000,
     "num_experts_per_tok": 100_000, "max_position_embeddings": 2**40, "n_positions": 2**40,
 }  # fmt: skip
-"""Numbers of a config that are counted with here, and more than any of them can be."""
+"""Config values used in computations here, each with an upper limit above any real one."""
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".npz",
     ".tflite", ".mlmodel", ".ot",
@@ -43,7 +43,7 @@ class Checkpoint:
     Attributes:
         config: ``config.json`` as data.
         tensors: every tensor by its name in the files.
-        folder: where the files lie, or None when only headers were fetched from the hub.
+        folder: the files' folder, or None if only headers were fetched from the hub.
     """
 
     config: Mapping[str, Any]
@@ -62,7 +62,7 @@ class Checkpoint:
         return nested if isinstance(nested, dict) else self.config
 
     def size(self, *names: str) -> int | None:
-        """The first of these numbers of the config that is set; each is one of ``MOST_SIZES``, and checked."""
+        """The first of these config values that is set. Names must be in ``MOST_SIZES``, whose limits were checked."""
         found = (self.text_config.get(name) for name in names)
         return next((int(value) for value in found if value is not None), None)
 
@@ -72,11 +72,11 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read config and headers of a local checkpoint and check that it is whole.
+    """Read config and headers of a local checkpoint and check that it is complete.
 
     Raises:
-        SourceError: no config, no safetensors weights, a shard missing or truncated, an already quantized
-            model, an index that disagrees with its shards, a link that leads out of the folder.
+        SourceError: there is no config or no safetensors weights, a shard is missing or truncated, the model is
+            already quantized, the index disagrees with the shards, or a link leads out of the folder.
     """
     non_weight_files(folder)
     config = read_config(folder)
@@ -85,18 +85,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     for name in names:
         for key, spec in read_header(folder / name).items():
             if key in tensors:
-                raise SourceError(f"{folder}: tensor {key} lies in both {tensors[key].file} and {name}")
+                raise SourceError(f"{folder}: tensor {key} is in both {tensors[key].file} and {name}")
             tensors[key] = spec
     if not tensors:
-        raise SourceError(f"{folder}: its safetensors files hold no tensors")
+        raise SourceError(f"{folder}: its safetensors files contain no tensors")
     _check_index(folder, tensors)
     return Checkpoint(config, tensors, folder, tuple(names))
 
 
 def check_files(folder: Path) -> dict[str, Path]:
-    """Every file of a model's folder by relative name, but hidden ones, none of which is anything but a file of it.
+    """Every file in a model's folder except hidden ones, by relative name, checked to be a regular file of the folder.
 
-    Tokenizers, converters and engines are handed the folder as a whole, so this holds for what is not read here, too.
+    Tokenizers, converters and engines get the whole folder, so files that are not read here are checked too.
 
     Raises:
         SourceError: a link that leads out of the folder (or, for a snapshot in the hub's cache, out of its repo), a
@@ -112,10 +112,14 @@ def check_files(folder: Path) -> dict[str, Path]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a folder, refused where it is missing, damaged, or of a quantized model."""
+    """Read ``config.json`` of a folder.
+
+    Raises:
+        SourceError: it is missing, damaged, or of a quantized model.
+    """
     path = folder / "config.json"
     if not path.is_file():
-        raise SourceError(f"{folder}: has no config.json, so it is no Hugging Face model directory")
+        raise SourceError(f"{folder}: has no config.json, so it is not a Hugging Face model directory")
     if (reason := stray(path, folder)) is not None:
         raise SourceError(f"{path}: {reason}; put the file itself there")
     try:
@@ -132,7 +136,11 @@ def _read_json(path: Path) -> Any:
 
 
 def check_config(config: Any, where: str) -> dict[str, Any]:
-    """The config itself, if it describes a model that can be quantized."""
+    """Return the config if it describes a model that can be quantized.
+
+    Raises:
+        SourceError: it does not.
+    """
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise SourceError(f"{where}: names no model_type, so the architecture is unknown")
     if config.get("quantization_config"):
@@ -141,7 +149,7 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
         method = shortened(method, 80) if isinstance(method, str) else shortly(method)
         raise SourceError(
             f"{where}: the model is already quantized ({method or 'unknown method'}); "
-            "name the unquantized model it was made from"
+            "name the unquantized model instead"
         )
     nested = config.get("text_config")
     if nested is not None and not isinstance(nested, dict):
@@ -156,21 +164,21 @@ def _check_sizes(config: Mapping[str, Any], where: str) -> None:
         value = config.get(name)
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         if value is not None and (isinstance(value, bool) or not whole or not 1 <= value <= most):
-            raise SourceError(f"{where}: {name}: must be a whole number from 1 to {most:,}, not {shortly(value)}")
+            raise SourceError(f"{where}: {name}: must be an integer from 1 to {most:,}, not {shortly(value)}")
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
-    """Tensor table of one safetensors file, whose length is checked against its header.
+    """Tensor table of a safetensors file; the file's length is checked against its header.
 
     Raises:
-        SourceError: missing, truncated, or not a safetensors file.
+        SourceError: the file is missing, truncated, or not a safetensors file.
     """
-    if not os.path.isfile(path):  # opening a pipe would wait for ever
+    if not os.path.isfile(path):  # opening a pipe would block forever
         raise SourceError(f"{path}: shard is missing; download the model again")
     try:
         header, size = file_header(path), path.stat().st_size
         if header.nbytes != size:
-            raise ValueError(f"it has {size:,} bytes, its header speaks of {header.nbytes:,}")
+            raise ValueError(f"it has {size:,} bytes, but its header claims {header.nbytes:,}")
     except (OSError, ValueError) as error:
         raise SourceError(f"{path}: is truncated or damaged ({_reason(error)}); download the model again") from None
     check_dtypes(header.tensors, str(path))
@@ -178,7 +186,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
 
 
 def check_dtypes(table: Mapping[str, TensorSpec], where: str) -> None:
-    """Refuse a tensor table with a dtype that a release cannot carry."""
+    """Raise :class:`SourceError` if a tensor has a dtype that a release cannot contain."""
     unknown = next((key for key, spec in table.items() if spec.dtype not in DTYPE_BYTES), None)
     if unknown:
         raise SourceError(
@@ -187,26 +195,26 @@ def check_dtypes(table: Mapping[str, TensorSpec], where: str) -> None:
 
 
 def non_weight_files(folder: Path) -> list[str]:
-    """Relative names of the files to carry over byte for byte: all but weights, hidden files and our own.
+    """Relative names of the files to copy unchanged: all except weights, hidden files and files that releases write.
 
     Raises:
-        SourceError: a name that no repo could hold, or as :func:`check_files`.
+        SourceError: a name is not valid in a repo, a file is too large, or see :func:`check_files`.
     """
     names = []
     for name, path in check_files(folder).items():
         if is_carried_over(name):
             if not is_file_name(name):
-                raise SourceError(f"{path}: has a name that no release can hold; rename or remove the file")
+                raise SourceError(f"{path}: its name is not valid in a release; rename or remove the file")
             if path.stat().st_size > MOST_CARRIED:
                 raise SourceError(
-                    f"{path}: has {path.stat().st_size / 1e9:.0f} GB, and would go into every branch; remove it"
+                    f"{path}: has {path.stat().st_size / 1e9:.0f} GB and would be copied into every branch; remove it"
                 )
             names.append(name)
     return names
 
 
 def is_carried_over(name: str) -> bool:
-    """Whether a source file of this relative name belongs into a release as it is."""
+    """Whether a source file with this relative name is copied into a release unchanged."""
     base = name.rsplit("/", 1)[-1]
     weight = base.lower().endswith((*WEIGHT_SUFFIXES, ".index.json"))
     return not weight and name not in NOT_COPIED
@@ -224,19 +232,23 @@ def _shard_names(folder: Path) -> list[str]:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if pickles:
         raise SourceError(
-            f"{folder}: holds its weights only as pickle ({pickles[0]}), which can run code when it is read; "
+            f"{folder}: has its weights only as pickle ({pickles[0]}), which can run code when it is read; "
             "convert it to safetensors first (transformers: model.save_pretrained)"
         )
-    raise SourceError(f"{folder}: holds no .safetensors weights")
+    raise SourceError(f"{folder}: contains no .safetensors weights")
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> shard name of an index; refused where it is no index, or points outside its folder."""
+    """Read an index: tensor name -> shard name.
+
+    Raises:
+        SourceError: it is not an index, or names a shard outside its folder.
+    """
     try:
         table = _read_json(index)["weight_map"]
         names = {str(key): str(value) for key, value in table.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise SourceError(f"{index}: is no safetensors index ({_reason(error)})") from None
+        raise SourceError(f"{index}: is not a safetensors index ({_reason(error)})") from None
     outside = next(
         (name for name in names.values() if "/" in name or name.startswith(".") or not is_file_name(name)), None
     )
@@ -251,7 +263,7 @@ def _check_index(folder: Path, tensors: Mapping[str, TensorSpec]) -> None:
         return
     for key, shard in read_index(index).items():
         if key not in tensors or tensors[key].file != shard:
-            raise SourceError(f"{index}: says that {shortened(key, 200)} lies in {shard}, but it does not")
+            raise SourceError(f"{index}: says that {shortened(key, 200)} is in {shard}, but it is not")
 
 
 def _reason(error: Exception) -> str:

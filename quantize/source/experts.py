@@ -1,9 +1,9 @@
-"""Mixtures of experts with a linear of its own for every projection of every expert, as checkpoints store them.
+"""Mixtures of experts with one linear for every projection of every expert, as in checkpoints.
 
 transformers 5 stacks the experts of a block into three-dimensional parameters when it loads a checkpoint. Here each
-such module is replaced by one that holds plain linears under the checkpoint's own names, so that loading, statistics,
-solving and measuring meet them like any others. Which modules those are, and what was stacked into what, is read from
-transformers' own table of conversions; no architecture is known by name.
+such module is replaced by one with plain linears under the checkpoint's names, so that loading, statistics, solving
+and measuring treat them like all others. The modules and their stacked parameters are found in transformers' own table
+of conversions; no architecture is named here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Expert(nn.Module):
     """One expert: ``down(act(gate(x)) * up(x))``, with its linears under the checkpoint's names.
 
     Attributes:
-        tokens: which rows of the mixture's input it was last handed, rising, int64 [rows].
+        tokens: indices, ascending, of the rows of the mixture's input in the last call, int64 [rows].
         outer: the linear that reads the gated product; the others read the expert's input.
     """
 
@@ -42,16 +42,16 @@ class Expert(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows`` [rows, width] -> [rows, width]."""
-        # all of the first linears are handed the very same tensor: that is how their shared input is seen
+        # the inner linears get the same tensor object, by which statistics recognize their shared input
         hidden = torch.cat([self.get_submodule(name)(rows) for name in self._inner], dim=-1)
         output: torch.Tensor = self.outer(self._gate(hidden))
         return output
 
 
 class Experts(nn.ModuleList):
-    """The experts of one block, called as transformers calls the module that stacks them.
+    """The experts of one block, with the call signature of transformers' stacked module.
 
-    Experts run in their order and add to the output in that order; an expert that no token is sent to does not run.
+    Experts run in order and add to the output in that order; an expert without tokens does not run.
     """
 
     def forward(
@@ -71,9 +71,9 @@ class Experts(nn.ModuleList):
 
 @contextlib.contextmanager
 def pinned_routing(block: nn.Module) -> Iterator[None]:
-    """While inside, every run of a block sends its tokens where the first run sent them, with the same weights.
+    """Context in which every run of a block routes its tokens like the first run, with the same weights.
 
-    For comparing runs that ought to be equal: rounding alone can turn a close choice of the router.
+    For comparing runs that should be equal: rounding alone can change a close choice of the router.
     """
     chosen: dict[nn.Module, tuple[torch.Tensor, ...]] = {}
 
@@ -88,13 +88,13 @@ def pinned_routing(block: nn.Module) -> Iterator[None]:
 
 
 def split_experts(model: Any, stored: Iterable[str]) -> None:
-    """Replace every module of stacked experts, on the meta device, by :class:`Experts`.
+    """Replace every module of stacked experts by :class:`Experts` on the meta device.
 
     Args:
         model: a transformers model. stored: names of the checkpoint's tensors.
 
-    A module that does something else than ``down(gate(inner(x)))`` without biases stays as it is; its tensors are then
-    found missing when the blocks are loaded.
+    A module that computes anything other than ``down(gate(inner(x)))``, or has biases, is not replaced; loading its
+    block then reports missing tensors.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -130,7 +130,7 @@ def split_experts(model: Any, stored: Iterable[str]) -> None:
 
 
 def _split(stacked: nn.Module, leaves: dict[str, list[str]]) -> Experts | None:
-    """The experts of one module; ``leaves`` are the linears that went into each of its parameters, in their order."""
+    """The experts of one module; ``leaves`` are the linears stacked into each of its parameters, in order."""
     plain = getattr(stacked, "has_gate", False) and not any(
         getattr(stacked, name, False) for name in ("has_bias", "has_post_expert_norm", "is_transposed")
     )

@@ -1,4 +1,4 @@
-"""Hashes of a source's files and of the tensors in them, remembered. Imports no torch."""
+"""Cached hashes of a source's files and tensors. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from quantize.files import digest
 from quantize.formats.safetensors_digests import Fingerprint, fingerprint
 
 _read_here: dict[str, str] = {}
-"""SHA-256 of files that this process has really read, by :func:`digest.identity_of`."""
+"""SHA-256 of files that this process has really read, by file identity (:func:`digest.identity_of`)."""
 _seen_here: dict[str, set[str]] = defaultdict(set)
-"""Tensors of a file that this process has read and found to be right, by the file's identity."""
+"""Names of tensors that this process has read and verified, by file identity."""
 
 
 def cached_fingerprint(path: Path) -> Fingerprint:
-    """The fingerprint of a safetensors file, remembered for as long as it seems untouched.
+    """The fingerprint of a safetensors file, cached until the file's identity changes.
 
     Raises:
-        OSError, ValueError: as :func:`fingerprint`. SourceError: it is being written to.
+        OSError, ValueError: see :func:`fingerprint`. SourceError: the file is being written.
     """
 
     def find(real: Path) -> Mapping[str, Any]:
@@ -33,22 +33,22 @@ def cached_fingerprint(path: Path) -> Fingerprint:
 
 
 def cached_sha256(path: Path) -> str:
-    """As :func:`digest.cached_sha256`; of a safetensors file its tensors' hashes are found in the same reading."""
+    """:func:`digest.cached_sha256`, which for a safetensors file hashes its tensors in the same reading."""
     if path.suffix == ".safetensors":
         return cached_fingerprint(path).sha256
     return digest.cached_sha256(path)
 
 
 def note_tensor(identity: str, name: str, whole: Fingerprint) -> None:
-    """Note that a tensor was read and is right; a file all of whose tensors are has been read as a whole."""
+    """Record that a tensor was read and verified; once all its tensors are, the whole file counts as read."""
     seen = _seen_here[identity]
     seen.add(name)
     if len(seen) == len(whole.tensors):
         _read_here[identity] = whole.sha256
 
 
-def really_read_sha256(path: Path) -> str:
-    """SHA-256 of a file as this process has read it, since which it was not touched; else it is read now."""
+def sha256_read_here(path: Path) -> str:
+    """SHA-256 of a file from this process's own reading, if the file is unchanged since; otherwise it is read now."""
     real = path.resolve()
     identity = digest.identity_of(real)
     if identity not in _read_here:

@@ -1,7 +1,7 @@
-"""A GGUF file as a source: turned once into a float16 Hugging Face checkpoint in the cache.
+"""A GGUF file as a source: converted once to a float16 Hugging Face checkpoint in the cache.
 
-transformers reads and dequantizes the file. Its ``save_pretrained`` refuses a model that came out of a
-GGUF, so the state dict is saved with a clean config and the tokenizer of the file.
+transformers reads and dequantizes the file. Its ``save_pretrained`` refuses a model loaded from a GGUF file, so
+the state dict is saved here, with a clean config and the file's tokenizer.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from quantize.source.checkpoint import read_checkpoint
 from quantize.source.resolved import Source, safe_name
 from quantize.source.unchanged import changed
 
-CONVERSION = "1"  # raise when the conversion's result changes
+CONVERSION = "1"  # raise it when the conversion's result changes
 
 
 def find_in_package(name: str) -> Path:
     """The ``.gguf`` file that an installed Python package ships; ``PACKAGE/FILE`` chooses among several.
 
     Raises:
-        SourceError: package not installed, no GGUF in it, or more than one.
+        SourceError: the package is not installed, has no GGUF file, or more than one.
     """
     package, _, wanted = name.partition("/")
     try:
@@ -56,13 +56,13 @@ def open_gguf(path: Path, named: str, reporter: Reporter) -> Source:
     """The converted checkpoint of a GGUF file, converting it first if the cache does not have it.
 
     Raises:
-        SourceError: not a GGUF file, or an architecture that transformers cannot read.
-        SourceChanged: it was replaced in the middle of the conversion.
+        SourceError: it is not a GGUF file, or transformers cannot read its architecture.
+        SourceChanged: it was replaced during the conversion.
     """
     try:
         check_gguf(path)
     except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: is not a GGUF file that can be read: {error}") from None
+        raise SourceError(f"{path}: is not a readable GGUF file: {error}") from None
     digest = cached_sha256(path)
     folder = cache_folder() / "sources" / f"{safe_name(path.stem)}-{digest[:16]}-{CONVERSION}"
     if not (folder / "config.json").is_file():
@@ -93,11 +93,11 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
                 output_loading_info=True,
                 **where,
             )
-            model, told = loaded
-            if told["missing_keys"]:  # transformers would go on with random numbers
-                raise ValueError(f"it lacks the tensor {min(told['missing_keys'])}")
+            model, report = loaded
+            if report["missing_keys"]:  # transformers would initialize them randomly
+                raise ValueError(f"it lacks the tensor {min(report['missing_keys'])}")
             tokenizer = AutoTokenizer.from_pretrained(beside, **where)
-    except Exception as error:  # what a header's values do to a model's constructor, no list can name
+    except Exception as error:  # a bad header can raise anything in model code
         if is_memory_shortage(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -112,7 +112,7 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
     try:
         try:
             save_file({k: v.contiguous() for k, v in state.items()}, temporary / "model.safetensors", {"format": "pt"})
-        except SafetensorError as error:  # a full disk, say
+        except SafetensorError as error:  # for example, a full disk
             raise as_os_error(error, temporary) or error from None
         _write_json(temporary / "config.json", _clean_config(model.config))
         if model.generation_config is not None:
@@ -133,14 +133,14 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[str]:
-    """A folder with nothing but this file: what lies beside it (a chat template, a link) is no part of the source."""
+    """A folder with only this file, because its neighbours (a chat template, a link) are not part of the source."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, path.name).symlink_to(path.resolve())
         yield folder
 
 
 def _check_sizes(reader: Any) -> None:
-    """Sizes that the header gives the model, against its tensors: a false one would build a model of any size."""
+    """Check the header's model sizes against the tensors: a false size would build a model of any size."""
 
     def value(key: str) -> Any:
         field = reader.get_field(key)
@@ -150,16 +150,16 @@ def _check_sizes(reader: Any) -> None:
     blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
     count = value(f"{architecture}.block_count")
     if count != len(blocks):
-        raise ValueError(f"its header speaks of {shortly(count)} blocks, its tensors of {len(blocks)}")
+        raise ValueError(f"its header claims {shortly(count)} blocks, but its tensors have {len(blocks)}")
     lengths = {int(length) for tensor in reader.tensors for length in tensor.shape}
     for name in ("embedding_length", "feed_forward_length", "vocab_size"):
         length = value(f"{architecture}.{name}")
         if isinstance(length, int) and length not in lengths:
-            raise ValueError(f"its header gives a {name} of {length:,}, which no tensor has")
+            raise ValueError(f"its header claims a {name} of {length:,}, which no tensor has")
 
 
 def _clean_config(config: Any) -> dict[str, Any]:
-    """What ``config.json`` of a published checkpoint says, in the words of transformers 5 and of 4."""
+    """``config.json`` as published checkpoints have it, with the keys of both transformers 5 and 4."""
     data: dict[str, Any] = config.to_diff_dict()
     for key in ("_name_or_path", "_model_name_or_path", "quantization_config", "name_or_path"):
         data.pop(key, None)
@@ -185,7 +185,7 @@ def _clean_generation(config: Any) -> dict[str, Any]:
 
 def _clean_tokenizer_config(path: Path) -> None:
     data = json.loads(path.read_text(encoding="utf-8"))
-    # PreTrainedTokenizerFast takes tokenizer.json as it is; other classes may replace its pre-tokenizer.
+    # PreTrainedTokenizerFast uses tokenizer.json unchanged; other classes may replace its pre-tokenizer
     data["tokenizer_class"] = "PreTrainedTokenizerFast"
     for key in ("name_or_path", "gguf_file", "local_files_only", "is_local"):
         data.pop(key, None)

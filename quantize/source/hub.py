@@ -31,10 +31,11 @@ from quantize.source.resolved import Source, safe_name
 def open_hub(model: Model, *, weights: bool, small_files: bool = False, reporter: Reporter) -> Source:
     """Resolve a hub id to a commit and read it: headers alone, or the files it needs.
 
-    Where the hub cannot be asked, a revision that lies complete in the hub's cache serves as well.
+    If the hub cannot be reached, a complete revision in the hub's cache is used.
 
     Raises:
-        SourceError: unknown or private repo, no such revision, no network, no safetensors weights.
+        SourceError: the repo is unknown or private, the revision does not exist, there is no network, or there are
+            no safetensors weights.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
@@ -60,7 +61,7 @@ def open_hub(model: Model, *, weights: bool, small_files: bool = False, reporter
                     f"{model.source}: {reason}; using commit {str(cached.commit)[:12]} as it lies in the HF cache"
                 )
                 return cached
-            reason += f"; {model.revision!r} does not lie in the HF cache either; a local directory works too"
+            reason += f"; {model.revision!r} is not in the HF cache either; a local directory works too"
             raise SourceUnreachableError(f"{model.source}: {reason}") from None
         raise SourceError(f"{model.source}: {reason}") from None
 
@@ -120,10 +121,10 @@ def _shards(repo: str, api: Any, commit: str, files: dict[str, Any]) -> list[str
         return [SINGLE_NAME]
     if any(name.endswith((".bin", ".pt", ".pth")) for name in files):
         raise SourceError(
-            f"{repo}: holds its weights only as pickle, which can run code when it is read; "
+            f"{repo}: has its weights only as pickle, which can run code when it is read; "
             "use a safetensors revision of the model"
         )
-    raise SourceError(f"{repo}: holds no safetensors weights")
+    raise SourceError(f"{repo}: contains no safetensors weights")
 
 
 def _hash(file: Any) -> str:
@@ -131,7 +132,7 @@ def _hash(file: Any) -> str:
 
 
 def _check_downloads(folder: Path, wanted: dict[str, str]) -> None:
-    """The hub client does not hash what it downloads; a silently damaged shard would ruin every branch."""
+    """Check downloaded files, which the hub client does not hash: a damaged shard would ruin every branch."""
     for name, digest in wanted.items():
         if not digest.startswith("git:") and cached_sha256(folder / name) != digest:
             raise SourceError(
@@ -158,7 +159,7 @@ def _headers(repo: str, api: Any, commit: str) -> Checkpoint:
 
 
 def _explain(model: Model, endpoint: str, error: Exception) -> str | None:
-    """Why the hub did not give the model; None for a defect of ours."""
+    """The reason why the hub did not return the model; None for any other error."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -171,7 +172,7 @@ def _explain(model: Model, endpoint: str, error: Exception) -> str | None:
     if is_missing(error) and not isinstance(error, GatedRepoError):
         return "no such repo on the hub, or it is private; check the name, or log in (`hf auth login`)"
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is None:
-        return "the hub could not be reached, and not all files lie in the HF cache"
+        return "the hub could not be reached, and not all files are in the HF cache"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return "the repo has no config.json"
     return why(error, endpoint, model.source)

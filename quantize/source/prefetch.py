@@ -1,8 +1,8 @@
-"""The next block's tensors, read in the background while the present block is in use.
+"""Read the next block's tensors in the background while the present block is in use.
 
-On a GPU they go through pinned host memory and cross on a stream of their own, which the computing stream waits for
-when they are taken. On a CPU reading is two or three per cent of a build (docs/benchmarks.md) and would take memory
-and cores from it, so only a GPU asks for this.
+For a GPU they are copied from pinned host memory on a separate stream, which the computing stream waits for when they
+are taken. On a CPU reading is two or three per cent of a build (docs/benchmarks.md) and prefetching would take memory
+and cores from it, so it is used for GPUs only.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Prefetch:
-    """Reads the tensors of one block ahead; at most one block is under way or waiting to be taken.
+    """Reads the tensors of one block ahead; at most one block is pending.
 
     Args:
-        read: a tensor in host memory by its name; called in a thread of its own.
-        device: where the tensors are wanted; those for a CPU stay where they were read.
+        read: returns a tensor in host memory by name; called in a separate thread.
+        device: the tensors' target device.
     """
 
     def __init__(self, read: Callable[[str], torch.Tensor], device: torch.device) -> None:
@@ -34,17 +34,17 @@ class Prefetch:
         self._coming: Future[tuple[Tensors, torch.cuda.Event | None]] | None = None
 
     def start(self, key: int, names: Sequence[str]) -> None:
-        """Begin to read ``names`` for block ``key``; what was begun before and not taken is given up."""
+        """Start reading ``names`` for block ``key``; cancels a pending read."""
         self.drop()
         self._stop = Event()
         self._key = key
         self._coming = self._pool.submit(self._fetch, tuple(names), self._stop)
 
     def take(self, key: int) -> Mapping[str, torch.Tensor]:
-        """The tensors of block ``key`` by name, once they are there; none if another block or none was begun.
+        """Wait for the tensors of block ``key`` and return them by name; none if no read of this block is pending.
 
         Raises:
-            SourceError: as ``read`` raised it.
+            SourceError: raised by ``read``.
         """
         if self._coming is None or self._key != key:
             self.drop()
@@ -55,11 +55,11 @@ class Prefetch:
             computing = torch.cuda.current_stream(self._device)
             computing.wait_event(crossed)
             for tensor in tensors.values():
-                tensor.record_stream(computing)  # its memory is not taken again before the computing is done with it
+                tensor.record_stream(computing)  # its memory is not reused before the computation is done with it
         return tensors
 
     def drop(self) -> None:
-        """Give up what is under way, which ends after the tensor that is being read; an error in it is of no one."""
+        """Cancel the pending read after the current tensor; discard its errors."""
         self._stop.set()
         if self._coming is not None:
             self._coming.cancel()

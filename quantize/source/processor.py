@@ -1,4 +1,4 @@
-"""What this machine computes with, known without torch: the processor, and whether torch will see a GPU."""
+"""The machine's processor, and whether torch will find a GPU. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDEST = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "sve", "asimd")
 
 
 def processor_name() -> str:
-    """Architecture, vendor and widest instructions, which decide the last bits: ``x86_64 GenuineIntel avx512f``."""
+    """Architecture, vendor and widest instructions, which affect the last bits: ``x86_64 GenuineIntel avx512f``."""
     vendor, flags = "", set()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
@@ -29,7 +29,7 @@ def processor_name() -> str:
 
 
 def sees_gpu() -> bool:
-    """Whether torch as it is installed will find a CUDA device."""
+    """Whether the installed torch will find a CUDA device."""
     try:
         if metadata.version("torch").endswith("+cpu"):
             return False
@@ -41,16 +41,16 @@ def sees_gpu() -> bool:
 
 
 def forward_dtype(asked: str, device: str) -> str:
-    """The dtype of the forward pass on ``cpu`` or ``cuda``, where the recipe may ask for ``auto``.
+    """The dtype of the forward pass on ``cpu`` or ``cuda`` for a recipe's choice, which may be ``auto``.
 
-    float32 on every CPU, with or without instructions for bfloat16: all CPUs then build alike, and the largest
-    activations of some models do not bear 8 bits. bfloat16 on a GPU.
+    ``auto`` is float32 on every CPU, so that all CPUs build the same and because the largest activations of some
+    models need more than bfloat16's 8 bits; on a GPU it is bfloat16.
     """
     return asked if asked != "auto" else "bfloat16" if device == "cuda" else "float32"
 
 
 def decides_bytes(compute: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a manifest's ``compute`` the bytes depend on: on the number of threads only where a CPU runs the forward
-    in other than float32."""
+    """The entries of a manifest's ``compute`` that affect the bytes. The number of threads does so only if a CPU runs
+    the forward pass in a dtype other than float32."""
     independent = compute.get("dtype") == "float32" or compute.get("device") != "cpu"
     return {name: value for name, value in compute.items() if not (independent and name == "threads")}

@@ -1,4 +1,4 @@
-"""From what the recipe names to a readable model: a folder, a hub id, a GGUF file, a package that ships one."""
+"""Resolve a recipe's model: a folder, a hub id, a GGUF file, or a package that ships one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def resolve(model: Model, *, weights: bool, small_files: bool = False, reporter:
         reporter: hears of it before anything slow begins.
 
     Raises:
-        SourceError: not found, not reachable, damaged, or no model that can be quantized.
+        SourceError: the model is not found, not reachable, damaged, or cannot be quantized.
     """
     source = _find(model, weights=weights, small_files=small_files, reporter=reporter)
     return replace(source, base_model=model.base_model or source.hub_id)

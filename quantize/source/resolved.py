@@ -1,4 +1,4 @@
-"""A source model once it is found: its files, its hashes, what it was made of."""
+"""A resolved source model: its files, hashes and origin."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Source:
     """A resolved source model.
 
     Attributes:
-        named: what the recipe says.
+        named: the source as written in the recipe.
         short_name: the model's name in repo names: the last part of the id, folder or file name.
         checkpoint: config and tensor table; ``checkpoint.folder`` is None if only headers were fetched.
-        commit: the hub commit, where there is one.
-        hub_id: the hub id, where there is one.
+        commit: the hub commit, if there is one.
+        hub_id: the hub id, if there is one.
         base_model: the hub id of the original that a release is derived from: the recipe's, else ``hub_id``.
-        origin: what a converted source was made of, for the manifest (GGUF file name and SHA-256).
-        remote_hashes: hash by file name as the hub tells it (SHA-256 of LFS files, ``git:`` and the blob id of
+        origin: what a converted source was converted from, for the manifest (GGUF file name and SHA-256).
+        remote_hashes: hash by file name as reported by the hub (SHA-256 of LFS files, ``git:`` and the blob id of
             others), so that planning from headers and building from files see the same source.
-        small_files: a folder with all files but the weights, where only those were fetched.
-        known_fingerprints: of the weights, where they were found elsewhere, and are not to be found here again.
+        small_files: a folder with all files except the weights, if only those were fetched.
+        known_fingerprints: fingerprints of the weights computed in another process, which are not computed again.
     """
 
     named: str
@@ -46,12 +46,12 @@ class Source:
     @property
     def folder(self) -> Path:
         if self.checkpoint.folder is None:
-            raise SourceError(f"{self.named}: only its headers were read so far")
+            raise SourceError(f"{self.named}: only its headers have been read")
         return self.checkpoint.folder
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """Hash of every file that determines the artefacts: weights, config and all files carried over."""
+        """Hash of every file that determines the artefacts: weights, config and all files copied unchanged."""
         if self.remote_hashes is not None:
             return self.remote_hashes
         names = [*self.checkpoint.shards, "config.json", *non_weight_files(self.folder)]
@@ -59,10 +59,10 @@ class Source:
 
     @cached_property
     def fingerprints(self) -> Mapping[str, Fingerprint]:
-        """What the weights were when they were hashed, by the names of their files.
+        """Fingerprints of the weights' files, by file name.
 
         Raises:
-            SourceError: a file is another than the one in :attr:`hashes`, or cannot be read.
+            SourceError: a file cannot be read, or differs from its hash in :attr:`hashes`.
         """
         if self.known_fingerprints is not None:
             return self.known_fingerprints
@@ -72,14 +72,14 @@ class Source:
             try:
                 found[name] = cached_fingerprint(path)
             except (OSError, ValueError) as error:
-                raise SourceError(f"{path}: cannot be read any more: {error}") from None
+                raise SourceError(f"{path}: can no longer be read: {error}") from None
             wanted = self.hashes[name]
             if not wanted.startswith("git:") and found[name].sha256 != wanted:
                 raise SourceChanged(f"{path}: changed after it was hashed; start again")
         return found
 
     def for_other_processes(self) -> Source:
-        """The same source, whose files are held against the hashes that were taken here wherever they are read."""
+        """A copy for other processes, where files are checked against the hashes taken in this one."""
         return replace(
             self,
             checkpoint=replace(self.checkpoint, folder=self.folder.absolute()),
@@ -89,11 +89,11 @@ class Source:
 
     @property
     def carried_over(self) -> list[str]:
-        """Names of the files that go into every branch byte for byte."""
+        """Names of the files that are copied into every branch unchanged."""
         return [name for name in self.hashes if is_carried_over(name)]
 
 
 def safe_name(text: str) -> str:
-    """A name from outside, reduced to what a repo or folder may be called."""
+    """Reduce a name from outside to characters that are valid in the name of a repo or folder."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip(".-")
     return re.sub(r"([.-])\1+", r"\1", name) or "model"

@@ -1,7 +1,7 @@
-"""Mixtures of experts by the names and shapes of their tensors: which are routers. Imports no torch.
+"""Find the routers of mixtures of experts by the names and shapes of their tensors. Imports no torch.
 
-A router scores the experts of its block; a shared expert's gate weighs that expert's output. Both are small, decide
-over everything that follows, and every loader keeps them in full width, so they are never quantized.
+A router scores the experts of its block; a shared expert's gate scales that expert's output. Both are small, everything
+downstream depends on them, and every loader expects them unquantized, so they are never quantized.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def expert_of(name: str) -> tuple[str, int, str] | None:
 def find_routers(tensors: Mapping[str, TensorSpec]) -> frozenset[str]:
     """Names of the weights of routers and of shared experts' gates.
 
-    Every two-dimensional weight that lies beside numbered experts and has one output for each of them, or one in all.
+    These are the two-dimensional weights beside numbered experts with one output per expert, or just one output.
     """
     experts: dict[str, set[int]] = defaultdict(set)
     for name in tensors:

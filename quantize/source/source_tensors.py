@@ -1,4 +1,4 @@
-"""The tensors of a source by name, each held against the hash of the file that it was planned from."""
+"""Read a source's tensors by name, each checked against its hash from planning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SourceTensors:
         """A tensor as stored.
 
         Raises:
-            SourceChanged: it is not what was hashed. SourceError: its file cannot be read any more.
+            SourceChanged: it differs from its hash. SourceError: its file can no longer be read.
         """
         shard = self._source.checkpoint.tensors[name].file
         path, whole = self._source.folder / shard, self._source.fingerprints[shard]

@@ -1,9 +1,9 @@
-"""A model that is never whole in memory: its blocks are read, run and dropped one at a time.
+"""A model that is never completely in memory: its blocks are read, run and dropped one at a time.
 
-The model is built on torch's meta device, which costs no memory. Everything outside the blocks (embeddings,
-rotary tables, final norm, head) is read for real; each block's weights are read when its turn comes. One
-run of the real ``forward`` with the blocks replaced by recorders tells how the architecture calls its
-blocks, with which masks and position embeddings, so no architecture needs code of its own.
+The model is built on torch's meta device, which needs no memory. Everything outside the blocks (embeddings,
+rotary tables, final norm, head) is loaded; each block's weights are read only while it is in use. One run of the real
+``forward`` with the blocks replaced by recorders shows how the architecture calls its blocks, with which masks and
+position embeddings, so no architecture needs special code.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of a loaded block. ``weight`` is [out_features, in_features] whatever the module stores.
+    """A linear of a loaded block. ``weight`` is [out_features, in_features], whatever layout the module stores.
 
     Attributes:
-        local: its name in the block. expert: the expert that it is part of, which only some tokens reach.
+        local: its name in the block. expert: the expert that it belongs to, which only some tokens reach, or None.
     """
 
     local: str
@@ -59,13 +59,13 @@ class StreamedModel:
     Args:
         source: a resolved source with local weights.
         compute_dtype: dtype of weights and activations in the forward pass.
-        device: where blocks run; activations stay where the caller keeps them.
+        device: where blocks run; activations stay on the caller's device.
         trust_remote_code: run the model code of the repo.
         head: also read the output head, which only :meth:`logits` needs.
-        prefetch: read the next block while one is in use, for which its memory is needed too; None does so on a GPU.
+        prefetch: read the next block while one is in use, which needs memory for both; None means only on a GPU.
 
     Raises:
-        SourceError: an architecture that transformers does not know, or tensors that do not fit it.
+        SourceError: transformers does not support the architecture, or the tensors do not fit it.
     """
 
     def __init__(
@@ -101,18 +101,18 @@ class StreamedModel:
         """A tensor as stored, by its name in the checkpoint.
 
         Raises:
-            SourceChanged: it is not what was hashed.
-            SourceError: it holds NaN or infinity, or its file cannot be read any more.
+            SourceChanged: it differs from its hash.
+            SourceError: it contains NaN or infinity, or its file can no longer be read.
         """
         tensor = self._tensors.read(name)
         if tensor.is_floating_point() and not _is_finite(tensor):
             path = self.source.folder / self.source.checkpoint.tensors[name].file
-            raise SourceError(f"{path}: {name} holds NaN or infinity; the source is damaged")
+            raise SourceError(f"{path}: {name} contains NaN or infinity; the source is damaged")
         return tensor
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """The block ``index`` with its weights in memory; they are dropped on leaving."""
+        """Context with block ``index`` loaded; its weights are dropped on exit."""
         ahead = self._ahead
         with self._loaded(index, ahead.take(index) if ahead else {}) as module:
             if ahead and index + 1 < len(self):
@@ -134,13 +134,13 @@ class StreamedModel:
             _drop(module)
 
     def _stored_names(self, index: int) -> list[str]:
-        """Names in the checkpoint of what :meth:`_load` reads for a block."""
+        """Checkpoint names of the tensors that :meth:`_load` reads for a block."""
         prefix, block = f"{self.block_prefix}{index}.", self.blocks[index]
         own = [prefix + name for name, _ in [*block.named_parameters(), *block.named_buffers()]]
         return [self.names[name] for name in own if name in self.names]
 
     def linears(self, block: nn.Module) -> list[Linear]:
-        """The quantizable linears of a loaded block, in module order. Routers are none."""
+        """The quantizable linears of a loaded block, in module order, without routers."""
         modules = dict(block.named_modules())
         found = []
         for name, module in modules.items():
@@ -150,23 +150,23 @@ class StreamedModel:
         return found
 
     def checkpoint_name(self, index: int, local: str) -> str:
-        """The name that a module of block ``index`` has in the checkpoint."""
+        """The checkpoint name of a module of block ``index``."""
         return self.names[f"{self.block_prefix}{index}.{local}.weight"].removesuffix(".weight")
 
     def checkpoint_prefix(self, index: int) -> str:
-        """What the names of block ``index`` begin with in the checkpoint, as in ``model.layers.0.``"""
+        """The prefix of block ``index`` in the checkpoint, such as ``model.layers.0.``"""
         inside = f"{self.block_prefix}{index}."
-        kept = (name for name in self.names if name.startswith(inside))
-        name = next(name for name in kept if self.names[name].endswith(name.removeprefix(inside)))  # not renamed
+        members = (name for name in self.names if name.startswith(inside))
+        name = next(name for name in members if self.names[name].endswith(name.removeprefix(inside)))  # not renamed
         return self.names[name].removesuffix(name.removeprefix(inside))
 
     def _local_names(self, tensors: Collection[str]) -> frozenset[str]:
-        """Names inside their block of the modules whose weights are these tensors of the checkpoint."""
+        """Names, inside their block, of the modules with these checkpoint tensors as weights."""
         inside = [name.removeprefix(self.block_prefix) for name, stored in self.names.items() if stored in tensors]
         return frozenset(name.partition(".")[2].removesuffix(".weight") for name in inside)
 
     def stored_weight(self, index: int, linear: Linear) -> torch.Tensor:
-        """The weight [N, K] in float32, exact even where the forward pass runs in less."""
+        """The weight [N, K] in float32, exact even if the forward pass uses a narrower dtype."""
         if linear.weight.dtype == torch.float32:
             return linear.weight.contiguous()
         name = self.checkpoint_name(index, linear.local)
@@ -179,29 +179,29 @@ class StreamedModel:
 
     @torch.inference_mode()
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states that enter block 0, [batch, length, width], for token ids [batch, length].
+        """Input of block 0, [batch, length, width], for token ids [batch, length].
 
-        Also learns, once per batch size, how the architecture calls each of its blocks.
+        Also records, once per batch size, how the architecture calls each of its blocks.
         """
         rows, largest = self.model.get_input_embeddings().num_embeddings, int(input_ids.max())
         if largest >= rows or int(input_ids.min()) < 0:
             raise SourceError(
                 f"{self.source.named}: its tokenizer gives the token {largest}, its embeddings have {rows} rows; "
-                "tokenizer and weights are not of one model"
+                "tokenizer and weights belong to different models"
             )
         batch = input_ids.shape[0]
         with running(self.source):
             if self._returns_tuple is None:
                 self._returns_tuple = self._probe(input_ids[:1, :8])
-            entered, calls = self._record(input_ids)
+            hidden, calls = self._record(input_ids)
         known = self._calls.setdefault(batch, calls)
         if known is not calls:
             self._same_calls(known, calls)
-        return entered
+        return hidden
 
     @torch.inference_mode()
     def run(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """One block's output for its input, both [batch, length, width]; ``embed`` has run for this batch size."""
+        """A block's output for its input, both [batch, length, width]; call :meth:`embed` at this batch size first."""
         arguments, keywords = self._calls[hidden.shape[0]][index]
         output = block(hidden, *arguments, **keywords)
         states: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -209,7 +209,7 @@ class StreamedModel:
 
     @torch.inference_mode()
     def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, length, vocabulary] from what the last block put out."""
+        """Logits [batch, length, vocabulary] from the last block's output."""
 
         def inject(index: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
             return hidden
@@ -219,7 +219,7 @@ class StreamedModel:
         return logits
 
     def _probe(self, input_ids: torch.Tensor) -> bool:
-        """Whether this architecture's blocks return a tuple: block 0 is asked, the rest is cut off."""
+        """Whether this architecture's blocks return a tuple: run block 0 and stop."""
         seen: list[bool] = []
 
         def stop(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -236,14 +236,14 @@ class StreamedModel:
         return seen[0]
 
     def _record(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
-        entered: list[torch.Tensor] = []
+        inputs: list[torch.Tensor] = []
         calls: list[BlockCall] = []
 
         def record(index: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
             keywords = dict(keywords)
             hidden: torch.Tensor = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
             if not calls:
-                entered.append(hidden)
+                inputs.append(hidden)
             calls.append((tuple(arguments[1:]), keywords))
             return hidden
 
@@ -256,14 +256,14 @@ class StreamedModel:
                 f"{self.source.named}: the model ran {len(calls)} of its {len(self.blocks)} blocks; "
                 "this architecture cannot be streamed"
             )
-        return entered[0], calls
+        return inputs[0], calls
 
     def _same_calls(self, known: list[BlockCall], calls: list[BlockCall]) -> None:
         for index, (before, now) in enumerate(zip(known, calls, strict=True)):
             if not _equal(before, now):
                 raise SourceError(
-                    f"{self.source.named}: block {index} gets inputs that depend on the tokens beside its hidden "
-                    "states; this architecture cannot be streamed"
+                    f"{self.source.named}: block {index} has inputs besides its hidden states that depend on "
+                    "the tokens; this architecture cannot be streamed"
                 )
 
     @contextlib.contextmanager
@@ -287,13 +287,13 @@ class StreamedModel:
         raise SourceError(f"{self.source.named}: transformers has no blocks at '{prefix}N'")
 
     def load_outside(self, read: Callable[[str], torch.Tensor] | None = None) -> None:
-        """Read everything outside the blocks (embeddings, final norm, head) anew.
+        """Load everything outside the blocks (embeddings, final norm, head), replacing what was loaded before.
 
         Args:
-            read: tensors by their names in the checkpoint, such as a quantized branch's; None is the source itself.
+            read: returns tensors by checkpoint name, such as those of a quantized branch; None reads the source.
 
         Raises:
-            SourceError: a tensor is missing, or of another shape than the config asks for.
+            SourceError: a tensor is missing, or its shape does not match the config.
         """
         read = read or self.read
         inside = self.block_prefix
@@ -311,7 +311,7 @@ class StreamedModel:
                 self._set_buffer(self.model, name, buffer.to(self.device))
 
     def drop_outside(self) -> None:
-        """Give the memory of everything outside the blocks back; :meth:`embed` and :meth:`logits` need it no more."""
+        """Free everything outside the blocks; :meth:`embed` and :meth:`logits` cannot be used afterwards."""
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
             if not name.startswith(self.block_prefix):
                 owner, _, leaf = name.rpartition(".")
@@ -340,7 +340,7 @@ class StreamedModel:
         if tuple(expected.shape) != tuple(tensor.shape):
             raise SourceError(
                 f"{self.source.named}: {name} is {list(tensor.shape)} in the checkpoint, "
-                f"but the config asks for {list(expected.shape)}"
+                f"but the config requires {list(expected.shape)}"
             )
         if leaf in module._buffers:
             module._buffers[leaf] = tensor.to(self.device)
@@ -355,7 +355,7 @@ class StreamedModel:
 
 
 class _Stop(Exception):
-    """Cuts a forward pass short."""
+    """Ends a forward pass early."""
 
 
 def _drop(module: nn.Module) -> None:
@@ -375,7 +375,7 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # min and max carry NaN and infinity and need no temporary of the tensor's size
+    # min and max propagate NaN and infinity and need no temporary of the tensor's size
     low, high = torch.aminmax(tensor.reshape(-1)) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
     return bool(torch.isfinite(low) & torch.isfinite(high))
 

@@ -1,4 +1,4 @@
-"""A source held against its hashes whenever its bytes are used. Imports no torch."""
+"""Check a source's files against their hashes whenever they are used. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any
 
 from quantize.errors import SourceChanged
 from quantize.files.digest import HASH_CHUNK, forget
-from quantize.source.fingerprints import really_read_sha256
+from quantize.source.fingerprints import sha256_read_here
 from quantize.source.resolved import Source
 
 GIT = "git:"
-"""What the hash of a small file on the hub begins with: the id of its blob follows."""
+"""Prefix of the hash of a small file on the hub, followed by its blob id."""
 
 
 def changed(path: Path, what: str = "") -> SourceChanged:
-    """The error where a file of the source, or a tensor ``what`` in it, is not what its hash says."""
-    forget(path)  # whatever it is by now, it is hashed anew for the next plan
+    """Build the error for a source file, or a tensor ``what`` in it, that differs from its hash."""
+    forget(path)  # the next plan hashes the file again
     return SourceChanged(
         f"{path}: {what + ' ' if what else ''}changed after the file was hashed, so nothing made of it is published; "
-        "put the old file back to go on, or build again for a release of the new one"
+        "restore the old file to continue, or build again to release the new one"
     )
 
 
 @contextmanager
 def guarded(source: Source) -> Iterator[None]:
-    """Whatever is read of the small files while inside is what their hashes say.
+    """Context that checks, before and after, that the small files match their hashes.
 
     Raises:
-        SourceChanged: one of them is another file than the one that was hashed.
+        SourceChanged: a file differs from its hash.
     """
     check_small_files(source)
     yield
@@ -40,10 +40,10 @@ def guarded(source: Source) -> Iterator[None]:
 
 
 def check_small_files(source: Source) -> None:
-    """Read the config and all files that are carried over, and compare their hashes.
+    """Check the config and all files copied into releases against their hashes.
 
     Raises:
-        SourceChanged: one is gone, or another than the one that was hashed.
+        SourceChanged: a file is missing, or differs from its hash.
     """
     folder = source.small_files if source.checkpoint.folder is None else source.checkpoint.folder
     if folder is None:
@@ -53,16 +53,16 @@ def check_small_files(source: Source) -> None:
 
 
 def check_weights(source: Source) -> None:
-    """Hold all weights against their hashes. What this process has read and held against them already, and nobody has
-    touched since, is not read again.
+    """Check all weights against their hashes. Files that this process has already checked, and that are unchanged
+    since, are not read again.
 
     Raises:
-        SourceChanged: a file is another than the one that was hashed.
+        SourceChanged: a file differs from its hash.
     """
     for name, known in source.fingerprints.items():
         path = source.folder / name
         try:
-            found = really_read_sha256(path)
+            found = sha256_read_here(path)
         except OSError:
             raise changed(path) from None
         if found != known.sha256:
@@ -73,7 +73,7 @@ def copy_unchanged(source: Source, name: str, target: Path) -> None:
     """Copy a small file of the source and flush it; its times and permissions are not copied.
 
     Raises:
-        SourceChanged: it is another file than the one that was hashed.
+        SourceChanged: it differs from its hash.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as writer:

@@ -1,4 +1,4 @@
-"""Is a release what it says: files as hashed, tensors as the source's, loaded by real consumers that answer alike."""
+"""Verify a release: files match their hashes, tensors match the source, and real consumers load it and agree."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def verify(
             lists, and nothing else.
 
     Raises:
-        SourceError: no such target or source. PushError: the hub refuses, or cannot be reached.
+        SourceError: the target or source does not exist. PushError: the hub refuses, or cannot be reached.
     """
     options = options or VerifyOptions()
     original = resolve(Model(source=options.source), weights=True, reporter=reporter) if options.source else None
@@ -75,7 +75,7 @@ def _check_local(files: LocalFiles, source: Source | None, load: bool) -> list[C
 
 
 def _level_files(files: RepoFiles) -> dict[str, list[str]]:
-    """The GGUF files that a loader is given (whole ones, first parts), with all their parts; no importance matrix."""
+    """The GGUF files to load (unsplit files or first parts), with all their parts, without importance matrices."""
     found: dict[str, list[str]] = {}
     for name in sorted(name for name in files.sizes if name.endswith(".gguf") and "imatrix" not in name):
         match = PART.match(name)
@@ -85,7 +85,7 @@ def _level_files(files: RepoFiles) -> dict[str, list[str]]:
 
 
 def _check_strays(files: RepoFiles) -> list[Check]:
-    """A check that failed, where loaders would read what is no part of the folder, or wait at a pipe; else none."""
+    """A failed check if loaders would read something outside the folder, or block at a pipe; otherwise no check."""
     if not files.strays:
         return []
     name, reason = next(iter(files.strays.items()))
@@ -96,7 +96,7 @@ def _check_strays(files: RepoFiles) -> list[Check]:
 def _note(folder: Path, verdict: Verdict, reporter: Reporter) -> None:
     """Which consumers loaded the branch goes into its manifest, and from there into the card.
 
-    Only a branch in a dist is written to, and under its lock; a folder from elsewhere stays as it is.
+    Only a branch in a dist is written, under the dist's lock; other folders are not changed.
     """
     data = read_manifest(folder)
     loads: dict[str, Any] = {
@@ -110,9 +110,9 @@ def _note(folder: Path, verdict: Verdict, reporter: Reporter) -> None:
         reporter.say(f"{folder}: lies in no dist of `quantize build`, so what loaded it is not noted in its manifest")
         return
 
-    def noted(known: Manifest | None) -> Manifest:
+    def recorded(known: Manifest | None) -> Manifest:
         if known is None:
-            raise BuildError(f"{folder}: its manifest cannot be read any more")
+            raise BuildError(f"{folder}: its manifest can no longer be read")
         return with_loads(known, loads)
 
     try:

@@ -1,4 +1,4 @@
-"""What a verification finds out about a branch, one thing at a time."""
+"""The results of a verification."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Outcome = Literal["ok", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         name: ``hashes``, ``tensors``, or a consumer such as ``transformers 5.23.0 + gptqmodel 7.6.0``.
@@ -28,7 +28,7 @@ class Check:
         object.__setattr__(self, "detail", printable(self.detail)[:MOST_SHOWN])
 
     def as_data(self) -> dict[str, Any]:
-        """The check for machines."""
+        """The check as JSON data."""
         return asdict(self)
 
 
@@ -42,15 +42,15 @@ class Verdict:
 
     @property
     def is_good(self) -> bool:
-        """Something was looked at, and nothing failed."""
+        """Whether something was checked and nothing failed."""
         outcomes = {check.outcome for check in self.checks}
         return "ok" in outcomes and "failed" not in outcomes
 
     @property
     def is_empty(self) -> bool:
-        """Every check was skipped, so that nothing is known."""
+        """Whether every check was skipped."""
         return {check.outcome for check in self.checks} <= {"skipped"}
 
     def as_data(self) -> dict[str, Any]:
-        """The verdict for machines."""
+        """The verdict as JSON data."""
         return {"name": self.name, "branch": self.branch, "checks": [check.as_data() for check in self.checks]}

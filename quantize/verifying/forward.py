@@ -1,4 +1,4 @@
-"""Finished branches and levels run from their own bytes: tensors dequantized on reading, blocks streamed."""
+"""Run finished branches and levels from their files: tensors are dequantized on reading, blocks streamed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from quantize.source.streamed import StreamedModel
 
 
 class _Dequantized(StreamedModel):
-    """A streamed model whose weights come out of a branch's reader."""
+    """A streamed model whose weights come from a branch's reader."""
 
     def __init__(self, source: Source, prefix: str, reader: BranchReader, packed: set[str]) -> None:
         self._reader, self._packed = reader, packed
@@ -34,10 +34,10 @@ class _Dequantized(StreamedModel):
 
 
 def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
-    """Logits [length, vocabulary] of a branch for token ids; memory is one block at a time.
+    """Logits [length, vocabulary] of a branch for token ids, with one block in memory at a time.
 
     Raises:
-        SourceError, OSError, KeyError, ValueError: it cannot be read, or its architecture not be streamed.
+        SourceError, OSError, KeyError, ValueError: it cannot be read, or its architecture cannot be streamed.
     """
     reader = BranchReader(folder)
     stored: dict[str, TensorSpec] = {}
@@ -59,7 +59,7 @@ def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
 
 
 def level_logits(source: Source, files: Sequence[Path]) -> Callable[[list[int]], torch.Tensor]:
-    """A function from token ids to the logits of a GGUF level, whose tensors are brought in the source's order.
+    """A function from token ids to the logits of a GGUF level, with its tensors converted back to the source's layout.
 
     Raises:
         GgufError: llama.cpp is missing, or the source cannot be converted for the comparison.
@@ -67,7 +67,7 @@ def level_logits(source: Source, files: Sequence[Path]) -> Callable[[list[int]],
     conversion = Conversion(source, outtype_of(source.checkpoint, "auto"), source.short_name, {})
     prefix = find_linears(source.checkpoint).prefix
     model = StreamedModel(source, prefix, torch.float32, torch.device("cpu"), head=True)
-    readers = open_levels({"level": files}, conversion.make(), conversion.header().became, model.read)
+    readers = open_levels({"level": files}, conversion.make(), conversion.header().converted, model.read)
     return lambda ids: branch_logits(model, ids, readers["level"])
 
 

@@ -1,4 +1,4 @@
-"""Every file against the manifest: bytes and SHA-256. On the hub by the hashes it lists, without a download."""
+"""Check every file against the manifest: length and SHA-256. On the hub, listed hashes are used without a download."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from quantize.verifying.checks import Check
 
 
 def check_hashes(files: RepoFiles) -> Check:
-    """Files that the manifest names, one by one; others are counted."""
+    """Check every file in the manifest."""
     if MANIFEST_NAME not in files.sizes:
-        return Check("hashes", "skipped", f"there is no {MANIFEST_NAME}, so nobody knows what the files should be")
+        return Check("hashes", "skipped", f"there is no {MANIFEST_NAME} to check the files against")
     manifest = files.json(MANIFEST_NAME)
     if manifest is None or (wrong_at := problem(manifest)) is not None:
-        reason = wrong_at if manifest is not None else "it is no JSON object"
-        return Check("hashes", "failed", f"{MANIFEST_NAME} cannot be gone by ({reason})")
+        reason = wrong_at if manifest is not None else "it is not a JSON object"
+        return Check("hashes", "failed", f"{MANIFEST_NAME} is not a valid manifest ({reason})")
     entries = described_files(manifest)
     wrong, unread = [], 0
     for name, entry in sorted(entries.items()):
@@ -36,7 +36,7 @@ def check_hashes(files: RepoFiles) -> Check:
 
 
 def _sha256(files: RepoFiles, name: str) -> str | None:
-    """None where the hub does not tell it."""
+    """A file's SHA-256; None if the hub does not list it."""
     if isinstance(files, LocalFiles):
         return sha256_of_file(files.folder / name)
     return files.sha256.get(name) if isinstance(files, HubFiles) else None

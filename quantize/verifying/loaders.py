@@ -1,7 +1,7 @@
-"""Real consumers, each in a process of its own: does it load the branch, and does it say what the branch says?
+"""Load the branch in real consumers, each in its own process, and check their output.
 
-The consumer writes a few tokens greedily. They are then run through the branch's own dequantized weights, once: each
-has to be the most likely one there too, or so near to it that rounding decides.
+The consumer generates a few tokens greedily. They are then run once through the branch's dequantized weights: each must
+be the most likely token there too, or so close to it that rounding decides.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from quantize.verifying.checks import Check
 PROMPT = "The ship had been at sea for three weeks when the cook"
 TOKENS = 12
 SLACK = 0.5
-"""Nats below the most likely token at which a written one still counts as the same: loaders compute in 16 bits, and
-llama.cpp rounds activations to 8."""
+"""Largest distance, in nats, from the most likely token at which a generated one counts as equal: loaders compute in
+16 bits, and llama.cpp rounds activations to 8."""
 TIMEOUT = 1800.0
 
 
 def check_gptq_or_awq(folder: Path) -> list[Check]:
-    """transformers with what the branch's format needs, and vLLM where a GPU is.
+    """Load a branch in transformers, with the packages that its format needs, and in vLLM if there is a GPU.
 
-    transformers stacks the experts of a mixture before it replaces linears, so that it meets none to replace: such
-    branches are loaded by gptqmodel itself.
+    transformers stacks the experts of a mixture before it replaces linears, so it finds none to replace: such branches
+    are loaded by gptqmodel itself.
     """
     from quantize.verifying.forward import logits_of
 
@@ -49,7 +49,7 @@ def check_gptq_or_awq(folder: Path) -> list[Check]:
         (_named("vllm"), ("vllm",), "vllm"),
     ):
         if renamed and consumer == "gptqmodel":
-            checks.append(Check(name, "skipped", f"it knows the experts of {kind} by other names than their authors'"))
+            checks.append(Check(name, "skipped", f"it uses other tensor names for experts of {kind}"))
             continue
         missing = [package for package in packages if find_spec(package) is None]
         if missing:
@@ -63,7 +63,7 @@ def check_gptq_or_awq(folder: Path) -> list[Check]:
 
 
 def _experts(folder: Path) -> tuple[str, bool]:
-    """The model type of a mixture of experts (else nothing), and whether gptqmodel asks for other tensor names."""
+    """The model type of a mixture of experts (else empty), and whether gptqmodel expects other tensor names."""
     names = [name for file in sorted(folder.glob("*.safetensors")) for name in read_header(file)]
     if not any(expert_of(name) for name in names):
         return "", False
@@ -80,10 +80,10 @@ def _quant_method(folder: Path) -> str:
 
 
 def check_gguf(folder: Path, files: Mapping[str, Sequence[str]], source: Source | None) -> list[Check]:
-    """llama.cpp through llama-cpp-python, for each file (the first part of a split one).
+    """Load each GGUF file (by its first part if split) in llama.cpp, through llama-cpp-python.
 
     Args:
-        files: all parts by the first. source: what to run the dequantized tensors in; None compares nothing.
+        files: all parts by the first. source: the model to run the dequantized tensors in; None skips the comparison.
     """
     from quantize.verifying.forward import level_logits
 
@@ -99,27 +99,27 @@ def check_gguf(folder: Path, files: Mapping[str, Sequence[str]], source: Source 
 
 def _check(name: str, consumer: str, target: Path, logits: Any) -> Check:
     arguments = {"consumer": consumer, "target": str(target.resolve()), "prompt": PROMPT, "tokens": TOKENS}
-    # its real home, where loaders keep the kernels that they compile
+    # the real home folder, where loaders cache the kernels that they compile
     task = Task(
         Path(__file__).with_name("worker_load.py"), arguments, seconds=TIMEOUT, home=Path.home(),
         closed=[target if target.is_dir() else target.parent],
-        pickles=True,  # vLLM talks so to processes of its own
+        pickles=True,  # vLLM communicates with its own processes through pickles
     )  # fmt: skip
     try:
         answer = run_child(task)
     except ChildFailed as error:
         if error.wants_remote_code:
             return Check(
-                name, "failed", f"cannot load it without code of its repo ({error.refused[-1]}), which is not run"
+                name, "failed", f"cannot load it without code from its repo ({error.refused[-1]}), which is not run"
             )
         return Check(name, "failed", f"cannot load it: {error.reason}")
     ids, start, text = answer["ids"], answer["prompt"], " ".join(answer["text"].split())
     if logits is None:
-        return Check(name, "ok", f"loads, and writes '{text}'")
+        return Check(name, "ok", f"loads, and generates '{text}'")
     try:
         expected = logits(ids)
     except (QuantizeError, OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
-        return Check(name, "failed", f"loads, but its own tensors cannot be run: {error}")
+        return Check(name, "failed", f"loads, but its tensors cannot be run here: {error}")
     return _compared(name, expected, ids, start, text)
 
 
@@ -132,10 +132,10 @@ def _compared(name: str, logits: Any, ids: list[int], start: int, text: str) -> 
         place = next(number for number, gap in enumerate(behind) if gap > SLACK)
         return Check(
             name, "failed",
-            f"loads, but token {place + 1} of what it writes ('{text}') is not what the weights say "
+            f"loads, but token {place + 1} of its output ('{text}') is not what the weights give "
             f"({behind[place]:.2f} nats behind)",
         )  # fmt: skip
-    return Check(name, "ok", f"loads, and writes what the weights say: '{text}' ({same} of {len(written)} tokens)")
+    return Check(name, "ok", f"loads, and generates what the weights give: '{text}' ({same} of {len(written)} tokens)")
 
 
 def _named(*packages: str) -> str:

@@ -1,4 +1,4 @@
-"""Every tensor of a GPTQ or AWQ branch against its source: name, shape, finite, how far the values are off."""
+"""Compare every tensor of a GPTQ or AWQ branch with its source: name, shape, finite values, relative error."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from quantize.source.resolved import Source
 from quantize.verifying.checks import Check
 
 MOST_ERROR = {2: 0.9, 3: 0.5, 4: 0.3, 8: 0.05}
-"""||W - Q|| / ||W|| beyond which a linear was not quantized but destroyed; rounding alone gives half of it and less."""
+"""||W - Q|| / ||W|| above which a linear is considered destroyed; rounding alone gives at most half of it."""
 
 
 def check_tensors(folder: Path, source: Source | None) -> Check:
-    """Tensors of ``folder`` against the source's; skipped without one."""
+    """Compare the tensors of ``folder`` with the source's; skipped without a source."""
     if source is None:
-        return Check("tensors", "skipped", "the source is not at hand; name it with --source")
+        return Check("tensors", "skipped", "there is no source to compare with; name it with --source")
     try:
         reader = BranchReader(folder)
         stored = {name for file in sorted(folder.glob("*.safetensors")) for name in read_header(file)}
@@ -51,23 +51,23 @@ def check_tensors(folder: Path, source: Source | None) -> Check:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         return Check("tensors", "failed", ", ".join(wrong[:3]) + more)
-    tail = f", the farthest is {farthest} with a relative error of {worst:.3f}" if farthest else ""
-    return Check("tensors", "ok", f"{quantized} linears are those of the source{tail}; all others are equal")
+    tail = f", the largest relative error is {worst:.3f} in {farthest}" if farthest else ""
+    return Check("tensors", "ok", f"{quantized} linears match the source{tail}; all other tensors are equal")
 
 
 class _Folds:
-    """AWQ: whose inputs were multiplied by scales, and which modules were divided by them, as the ledger says."""
+    """AWQ: which linears' inputs were multiplied by scales, and which modules were divided by them, from the ledger."""
 
     def __init__(self, folder: Path, method: str) -> None:
         data = read_manifest(folder) or {}
         ledger = data.get("ledger", [])
-        # another engine does not tell what it scaled: any column, row and norm may be
+        # external engines do not report what they scaled: it may be any column, row or norm
         self.unknown = bool(data.get("engine")) and method == "awq"
         self.multiplied = {entry["module"] for entry in ledger if entry.get("scale_folded_into")}
         self.divided = {entry["scale_folded_into"] for entry in ledger if entry.get("scale_folded_into")}
 
     def undo(self, values: torch.Tensor, wanted: torch.Tensor, name: str) -> torch.Tensor:
-        """``values`` [N, K] with the best scale of each column, or row, taken out; a norm becomes the source's."""
+        """``values`` [N, K] with the best-fitting scale of each column or row removed; a norm becomes the source's."""
         module = name.rpartition(".")[0]
         if (module in self.divided or self.unknown) and values.dim() == 1:
             return wanted
@@ -79,7 +79,7 @@ class _Folds:
 
 
 def without_scales(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """``values`` [N, K] with the best scale of each column, and then of each row, taken out."""
+    """``values`` [N, K] with the best-fitting scale of each column, and then of each row, removed."""
     values = values * _fit(values, wanted, 0)
     return values * _fit(values, wanted, 1)
 
@@ -102,12 +102,12 @@ class _Original:
 
 
 def _compare(values: torch.Tensor, wanted: torch.Tensor, name: str, folds: _Folds) -> tuple[str, float]:
-    """What is wrong with a tensor, and how far it is off, as a share of the source's norm."""
+    """What is wrong with a tensor (empty if nothing), and its error relative to the source's norm."""
     if values.shape != wanted.shape:
         if values.shape != wanted.t().shape:
             return f"has shape {list(values.shape)}, the source {list(wanted.shape)}", 0.0
         wanted = wanted.t()  # a Conv1D stores its transpose
     if not bool(torch.isfinite(values).all()):
-        return "holds NaN or infinity", 0.0
+        return "contains NaN or infinity", 0.0
     off = folds.undo(values, wanted, name) - wanted
     return "", float(off.norm() / wanted.norm().clamp(min=1e-12))

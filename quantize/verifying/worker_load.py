@@ -1,7 +1,7 @@
-"""In a child: a real consumer loads a branch and writes greedily.
+"""Child process: load a branch in a real consumer and generate greedily.
 
-Keys of the arguments: ``consumer``, ``target`` (a folder, or a GGUF file), ``prompt``, ``tokens`` (how many to write).
-Answers with ``ids`` (prompt and what was written), ``prompt`` (how many of them are the prompt) and ``text``.
+Keys of the arguments: ``consumer``, ``target`` (a folder, or a GGUF file), ``prompt``, ``tokens`` (number to generate).
+The answer has ``ids`` (prompt and generated tokens), ``prompt`` (number of tokens of the prompt) and ``text``.
 """
 
 from __future__ import annotations

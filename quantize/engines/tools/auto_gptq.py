@@ -1,4 +1,4 @@
-"""AutoGPTQ 0.7.1, archived: GPTQ as its repos were published. https://github.com/AutoGPTQ/AutoGPTQ"""
+"""AutoGPTQ 0.7.1, archived: the original GPTQ tool. https://github.com/AutoGPTQ/AutoGPTQ"""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ENGINE: dict[str, Any] = {
                 "propagate": ("quantized",),
             },
             "reasons": {
-                "act_group_aware": "it is older than that",
-                "mse": "it never searches",
+                "act_group_aware": "it predates it",
+                "mse": "it has no range search",
                 "propagate": "it always calibrates on its own quantized activations",
             },
         },
@@ -31,7 +31,7 @@ ENGINE: dict[str, Any] = {
         "transformers==4.51.3", "torch==2.13.0", "peft<0.18", "datasets<4", "huggingface-hub<1", "accelerate",
         "sentencepiece", "rouge", "gekko", "safetensors", "tqdm",
     ),
-    # its own word asks for a CUDA build of torch of its day
+    # its own requirements ask for a CUDA build of a torch of its time
     "without_dependencies": ("auto-gptq==0.7.1",),
     "constraints": """
         accelerate==1.15.0 aiohappyeyeballs==2.7.1 aiohttp==3.14.5 aiosignal==1.4.0 attrs==26.1.0
@@ -49,7 +49,7 @@ ENGINE: dict[str, Any] = {
 
 
 def check() -> dict[str, Any]:
-    """What this environment can run."""
+    """Import the engine and report what this environment can run."""
     import auto_gptq
     import torch
 
@@ -57,7 +57,7 @@ def check() -> dict[str, Any]:
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Quantize; returns where and in what it computed."""
+    """Quantize; return the device and dtype used."""
     import numpy as np
     import torch
     from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig

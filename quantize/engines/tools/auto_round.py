@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 FORMATS = {"gptq": "auto_gptq", "awq": "auto_awq"}
-WHY = "it learns the rounding, and has no such setting"
+WHY = "it learns the rounding and has no such setting"
 
 ENGINE: dict[str, Any] = {
     "name": "auto-round",
@@ -24,7 +24,7 @@ ENGINE: dict[str, Any] = {
                 "propagate": ("quantized",),
             },
             "reasons": {
-                "desc_act": "it learns the rounding, and has no order of columns",
+                "desc_act": "it learns the rounding and has no column order",
                 "act_group_aware": WHY,
                 "damp_percent": WHY,
                 "mse": WHY,
@@ -56,7 +56,7 @@ ENGINE: dict[str, Any] = {
 
 
 def check() -> dict[str, Any]:
-    """What this environment can run."""
+    """Import the engine and report what this environment can run."""
     import auto_round
     import torch
 
@@ -64,7 +64,7 @@ def check() -> dict[str, Any]:
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Quantize; returns where and in what it computed."""
+    """Quantize; return the device and dtype used."""
     import numpy as np
     import torch
     from auto_round import AutoRound
@@ -72,7 +72,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
     asked, ids = request["parameters"], torch.from_numpy(np.load(request["ids"]))
     trust, device = request["trust_remote_code"], request["device"]
-    dtype = torch.float32 if device == "cpu" else "auto"  # on a CPU its own choice has no fast arithmetic
+    dtype = torch.float32 if device == "cpu" else "auto"  # its own choice is slow on a CPU
     model = AutoModelForCausalLM.from_pretrained(request["source"], dtype=dtype, trust_remote_code=trust)
     tokenizer = AutoTokenizer.from_pretrained(request["source"], trust_remote_code=trust)
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
@@ -90,7 +90,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lift(out: Path) -> None:
-    """It saves into a folder of its own inside; that folder's files go one up."""
+    """Move its files up from the subfolder into which it saves."""
     if (out / "config.json").is_file():
         return
     for folder in [path.parent for path in out.glob("*/config.json")]:

@@ -1,4 +1,4 @@
-"""AutoAWQ 0.2.9, the last: AWQ as its repos were published. https://github.com/casper-hansen/AutoAWQ"""
+"""AutoAWQ 0.2.9, the last version: the original AWQ tool. https://github.com/casper-hansen/AutoAWQ"""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ENGINE: dict[str, Any] = {
             "values": {
                 "zero_point": (True,), "rounding": ("nearest",), "mse": (True, False), "group_size": (32, 64, 128),
             },
-            "reasons": {"zero_point": "its GEMM layout writes no other", "rounding": "it has no other"},
+            "reasons": {"zero_point": "its GEMM layout requires it", "rounding": "it has no other"},
         },
     },
-    # what it needs itself, without triton, which it imports only on a GPU
+    # its own requirements without triton, which it imports only on a GPU
     "requirements": (
         "transformers==4.51.3", "torch==2.13.0", "tokenizers", "accelerate", "datasets<4", "huggingface-hub<1",
         "typing-extensions", "zstandard",
@@ -40,7 +40,7 @@ ENGINE: dict[str, Any] = {
 
 
 def check() -> dict[str, Any]:
-    """What this environment can run."""
+    """Import the engine and report what this environment can run."""
     import awq
     import torch
 
@@ -48,7 +48,7 @@ def check() -> dict[str, Any]:
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Quantize; returns where and in what it computed."""
+    """Quantize; return the device and dtype used."""
     import numpy as np
     import torch
     from awq import AutoAWQForCausalLM
@@ -70,8 +70,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _repair() -> None:
-    """On a CPU the copy of the weights that it goes back to between two grid points is the weights themselves, so that
-    the scales of all points pile up. A real copy gives what it gives on a GPU."""
+    """Patch its scale search on a CPU, where the copy of the weights restored after each grid point aliases the
+    weights, so that the scales of all points accumulate. A real copy gives the same results as on a GPU."""
     from awq.quantize.quantizer import AwqQuantizer
 
     search = AwqQuantizer._compute_best_scale

@@ -22,14 +22,14 @@ ENGINE: dict[str, Any] = {
                 "propagate": ("quantized",),
             },
             "reasons": {
-                "mse": "its own search is not driven from here",
+                "mse": "its own search is not supported here",
                 "propagate": "it always calibrates on its own quantized activations",
             },
         },
         "awq": {
             "layout": "awq",
             "values": {"zero_point": (True,), "rounding": ("nearest",), "mse": (True,), "group_size": (32, 64, 128)},
-            "reasons": {"mse": "it always searches for what to clip"},
+            "reasons": {"mse": "it always searches for the clipping range"},
         },
     },
     "requirements": ("gptqmodel==7.6.0", "torch==2.13.0"),
@@ -52,7 +52,7 @@ ENGINE: dict[str, Any] = {
 
 
 def check() -> dict[str, Any]:
-    """What this environment can run."""
+    """Import the engine and report what this environment can run."""
     import gptqmodel
     import torch
 
@@ -60,7 +60,7 @@ def check() -> dict[str, Any]:
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Quantize; returns where and in what it computed, and how each module came out."""
+    """Quantize; return the device and dtype used, and each module's outcome."""
     # it wants more workers than a small machine has cores, and refuses to run with one
     os.environ["GPTQMODEL_CPU_WORKERS"] = str(max(2, request["threads"]))
     import numpy as np
@@ -89,7 +89,7 @@ def _config(request: dict[str, Any]) -> tuple[Any, Any]:
               "offload_to_disk": False}  # fmt: skip
     if request["method"] == "awq":
         config = QuantizeConfig(sym=not asked["zero_point"], quant_method=METHOD.AWQ, format=FORMAT.GEMM, **common)
-        return config, torch.bfloat16  # it refuses float32
+        return config, torch.bfloat16  # it rejects float32
     natural = asked["desc_act"] or asked["group_size"] == -1
     config = QuantizeConfig(
         sym=asked["sym"], desc_act=asked["desc_act"], damp_percent=asked["damp_percent"],

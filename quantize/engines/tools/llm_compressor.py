@@ -21,9 +21,9 @@ ENGINE: dict[str, Any] = {
             },
             "reasons": {
                 "bits": "pack-quantized has kernels for no others",
-                "desc_act": "vLLM has dropped dynamic act-order, and so has it",
+                "desc_act": "like vLLM, it has dropped dynamic act-order",
                 "act_group_aware": "it has no such order",
-                "mse": "its observer takes the whole range",
+                "mse": "its observer uses the full range",
                 "propagate": "it always calibrates on its own quantized activations",
             },
         },
@@ -47,7 +47,7 @@ ENGINE: dict[str, Any] = {
 
 
 def check() -> dict[str, Any]:
-    """What this environment can run."""
+    """Import the engine and report what this environment can run."""
     import llmcompressor
     import torch
 
@@ -55,7 +55,7 @@ def check() -> dict[str, Any]:
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Quantize; returns where and in what it computed."""
+    """Quantize; return the device and dtype used."""
     import numpy as np
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset

@@ -1,4 +1,4 @@
-"""A variant that another engine makes: what it asks for is held against what that engine can do."""
+"""Check a variant for an external engine against what that engine supports."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def fitted(
     given: Collection[str],
     place: tuple[Key, ...],
 ) -> dict[str, Any]:
-    """A variant's parameters; where the recipe leaves them open, as its engine has them.
+    """A variant's parameters, with the engine's values for those that the recipe does not set.
 
     Args:
-        values: every parameter, with the section's and our defaults. given: those that stand at ``place`` itself.
+        values: every parameter, with the section's and our defaults. given: those set at ``place`` itself.
 
     Raises:
-        RecipeError: the recipe asks for what the engine cannot do.
+        RecipeError: the recipe sets something that the engine does not support.
     """
     if values["engine"] == NATIVE:
         return dict(values)
@@ -35,5 +35,5 @@ def fitted(
         name, message = misfit
         raise located.error((*place, name) if name in given else (method, name), message)
     if section.fail_on:
-        raise located.error((method, "fail_on"), f"{engine.title} does not tell what to fail on; leave it out")
+        raise located.error((method, "fail_on"), f"{engine.title} does not report what to fail on; remove it")
     return engine.fitted(method, values, stated)
