@@ -86,7 +86,7 @@ def test_a_branch_reads_each_header_once_and_keeps_no_file_open(branch: Path) ->
 
 def test_what_a_branch_cannot_give_is_told_with_its_file(branch: Path) -> None:
     reader = BranchReader(branch)
-    with pytest.raises(ValueError, match=r"b\.safetensors: holds no tensor c"):
+    with pytest.raises(ValueError, match=r"b\.safetensors: contains no tensor c"):
         reader.tensor("c")
     with pytest.raises(OSError, match=r"d\.safetensors"):
         reader.tensor("d")

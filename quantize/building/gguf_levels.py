@@ -123,7 +123,7 @@ def _importance(
             if sha256_of_file(temporary) != levels.imatrix_inputs["sha256"]:
                 raise GgufRunError(f"{given}: the importance matrix changed while the build was running; build again")
     elif diagonals is not None:
-        entries = targets_of(diagonals.by_linear, header.became)
+        entries = targets_of(diagonals.by_linear, header.converted)
         chunks = int(levels.imatrix_inputs["chunks"])
         tokens = max((count for _, count in diagonals.by_linear.values()), default=0)
         importance = Importance(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from quantize.calibration.states import Place, States
+from quantize.calibration.states import StateFiles, States
 from quantize.calibration.statistics import Collector, InputStatistics
 from quantize.errors import CalibrationError
 from quantize.reporter import SILENT, Reporter

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from quantize.calibration.forward import Activations, block_statistics
-from quantize.calibration.states import Place, States
+from quantize.calibration.states import StateFiles, States
 from quantize.calibration.statistics import InputStatistics, panels
 from quantize.errors import CalibrationError
 from quantize.reporter import SILENT, Reporter
@@ -23,7 +23,7 @@ from quantize.source.streamed import Linear, StreamedModel
 
 
 def cut(ids: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:
-    """Windows [samples, length] in so many runs of neighbours, as even as can be; the first are the longer ones."""
+    """Split windows [samples, length] into contiguous parts of nearly equal size; the first are the larger ones."""
     return np.array_split(ids, parts)
 
 
@@ -38,14 +38,16 @@ class Part:
         self.streams = list(streams)
 
     @classmethod
-    def at_start(cls, model: StreamedModel, ids: NDArray[np.int64], batch: int, places: Sequence[Place | None]) -> Part:
-        """Windows that enter the first block, one stream for each of ``places``."""
+    def start(
+        cls, model: StreamedModel, ids: NDArray[np.int64], batch: int, places: Sequence[StateFiles | None]
+    ) -> Part:
+        """A part at the input of the first block, with one stream for each of ``places``."""
         source = Activations(model, ids, batch, places[0])
         return cls([source, *(source.copy(place.name if place else "") for place in places[1:])])
 
     @classmethod
-    def going_on(cls, model: StreamedModel, ids: NDArray[np.int64], batch: int, states: Sequence[States]) -> Part:
-        """Windows that have come as far as ``states``, which are one for each stream."""
+    def resume(cls, model: StreamedModel, ids: NDArray[np.int64], batch: int, states: Sequence[States]) -> Part:
+        """A part that resumes from ``states``, one for each stream."""
         source = Activations(model, ids, batch, states=states[0])
         return cls([source, *map(source.of, states[1:])])
 

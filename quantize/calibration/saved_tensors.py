@@ -1,4 +1,4 @@
-"""Tensors written to a file of the cache, whole or not at all, with the digest of each."""
+"""Save tensors atomically to a file of the cache, with the digest of each."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from quantize.formats.tensors import TensorSpec
 
 
 def save_whole(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file whole, or not at all: under a temporary name, flushed, renamed.
+    """Write a safetensors file atomically: under a temporary name, flushed, renamed.
 
-    The digest of every tensor goes with it, for :meth:`quantize.formats.tensor_file.TensorFile.guarded`.
+    It includes the digest of every tensor, for :meth:`quantize.formats.tensor_file.TensorFile.guarded`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -32,7 +32,7 @@ def save_whole(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     try:
         try:
             save_file(plain, temporary, {DIGESTS: json.dumps(digests)})
-        except SafetensorError as error:  # a full disk, say
+        except SafetensorError as error:  # for example, a full disk
             raise as_os_error(error, path) or error from None
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())

@@ -104,7 +104,7 @@ def _windows(
 
 
 def _ids(corpus: Corpus, tokenizer: Any, most: int) -> NDArray[np.int64]:
-    """Token ids of a text, int64; no more of it is read than gives ``most``."""
+    """Token ids of a text, int64; reading stops once there are ``most``."""
     found: list[NDArray[np.int64]] = []
     count = 0
     for piece in read_pieces(corpus):

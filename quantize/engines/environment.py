@@ -94,37 +94,37 @@ class Environment:
         return None
 
     def install(self, reporter: Reporter, force: bool = False) -> None:
-        """Make the environment, unless it is there.
+        """Create the environment, unless it is complete.
 
         Raises:
-            EngineError: the packages cannot be had, or the disk is full; nothing half-made is taken for finished.
+            EngineError: the packages cannot be installed, or the disk is full; the environment then stays incomplete.
         """
         with self._locked():
             self.__dict__.pop("mark", None)
             if self.mark is not None and not force:
-                reporter.say(f"{self.engine.title} is installed already: {self.mark['python']}")
+                reporter.say(f"{self.engine.title} is already installed: {self.mark['python']}")
                 return
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             log, installer = self.folder / "install.log", find_installer()
-            reporter.say(f"{self.engine.title}: making an environment with {installer.name} in {self.folder}")
+            reporter.say(f"{self.engine.title}: creating an environment with {installer.name} in {self.folder}")
             try:
                 python = installer.create(Path(os.path.abspath(self.folder / "python")), log)
                 self._fill(installer, python, reporter, log)
             except CannotInstall as error:
                 raise EngineRunError(
-                    f"{self.engine.title}: its environment cannot be made: {error}; see {log}. "
-                    f"`{self.how} --python PATH` takes a Python that has the engine"
+                    f"{self.engine.title}: its environment cannot be created: {error}; see {log}. "
+                    f"`{self.how} --python PATH` uses a Python that has the engine"
                 ) from None
             except OSError as error:
                 raise EngineRunError(
-                    f"{self.engine.title}: its environment cannot be made ({error}); see {log}"
+                    f"{self.engine.title}: its environment cannot be created ({error}); see {log}"
                 ) from None
             self._write_mark({"python": str(python), "version": self.engine.version, "own": None})
             reporter.say(f"{self.engine.title} is installed: {python}")
 
     def adopt(self, python: Path, reporter: Reporter) -> None:
-        """Take an interpreter of the user's own, which has the engine, for its environment.
+        """Use the user's own interpreter, in which the engine is installed.
 
         Raises:
             EngineError: it cannot run the engine.
@@ -139,7 +139,7 @@ class Environment:
             versions = {name: version or "none" for name, version in sorted(answer["packages"].items())}
             own = " ".join(f"{name}=={version}" for name, version in versions.items())
             self._write_mark({"python": str(python), "version": versions[self.engine.package], "own": own})
-            reporter.say(f"{self.engine.name} {versions[self.engine.package]} of {python} is taken")
+            reporter.say(f"{self.engine.name} {versions[self.engine.package]} of {python} is used")
 
     def ask(self, python: Path | None = None) -> dict[str, Any]:
         """Import the engine in its environment and return its answer, with the versions of its packages.
@@ -175,7 +175,7 @@ class Environment:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the only installation of this engine."""
+        """Hold the lock on installing this engine."""
         with ExitStack() as stack:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)

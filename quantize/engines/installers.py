@@ -1,4 +1,4 @@
-"""What makes an engine's environment and fills it: uv where it can be had, else Python's own venv and pip."""
+"""Create an engine's environment and install packages: with uv if available, else with Python's venv and pip."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quantize.files.child import computing_environment
 _PIP_SOURCES = (
     "INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX", "TRUSTED_HOST", "CERT", "CLIENT_CERT", "PROXY",
 )  # fmt: skip
-"""Settings of pip that say where packages come from, as its variables spell them after ``PIP_``."""
+"""pip's settings for package sources, as spelled in its variables after ``PIP_``."""
 _PIP_LINE = re.compile(rf"^\s*({'|'.join(_PIP_SOURCES)})\s*[=:]".replace("_", "[-_]"), re.IGNORECASE | re.MULTILINE)
 _UV_SOURCES = ("UV_INDEX", "UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_CONFIG_FILE")
 _NO_NETWORK = (
@@ -28,7 +28,7 @@ _NO_NETWORK = (
 
 
 class CannotInstall(Exception):
-    """An environment cannot be made. Its text says why, and what to do about it."""
+    """An environment cannot be created. The text says why, and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Pip:
     name = "pip"
 
     def create(self, folder: Path, log: Path) -> Path:
-        """Make an empty environment; its interpreter.
+        """Create an empty environment and return its interpreter.
 
         Raises:
-            CannotInstall: Python brings no pip along. OSError: the folder cannot be written.
+            CannotInstall: this Python has no pip. OSError: the folder cannot be written.
         """
         venv.create(folder, symlinks=True)
         python = folder / "bin" / "python"
-        # -P: a stranger's checkout may be the current folder, and hold a pip.py
+        # -P: the current folder may be an untrusted checkout with a pip.py
         if _logged([str(python), "-P", "-m", "ensurepip", "--upgrade", "--default-pip"], log):
             raise CannotInstall(
                 f"{sys.executable} cannot put pip into it (its ensurepip is missing or fails); install uv, or the "
@@ -54,7 +54,7 @@ class Pip:
         return python
 
     def install(self, python: Path, wanted: list[str], log: Path) -> bool:
-        """Install what is asked for, in the words of ``pip install``; whether it worked."""
+        """Install ``wanted``, arguments of ``pip install``; return whether it worked."""
         command = [str(python), "-P", "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off"]
         return not _logged([*command, *wanted], log)
 
@@ -71,30 +71,30 @@ class Uv:
     name = "uv"
 
     def create(self, folder: Path, log: Path) -> Path:
-        """As :meth:`Pip.create`."""
+        """See :meth:`Pip.create`."""
         if self._run(["venv", "--no-project", "--python", sys.executable, str(folder)], log):
-            raise CannotInstall(f"uv cannot make one for {sys.executable}: {reason(log)}")
+            raise CannotInstall(f"uv cannot create one for {sys.executable}: {reason(log)}")
         return folder / "bin" / "python"
 
     def install(self, python: Path, wanted: list[str], log: Path) -> bool:
-        """As :meth:`Pip.install`."""
+        """See :meth:`Pip.install`."""
         return not self._run(["pip", "install", "--python", str(python), *wanted], log)
 
     def _run(self, arguments: list[str], log: Path) -> int:
-        # from the root: uv obeys a uv.toml in the current folder and above it, which may be a stranger's checkout
+        # from the root: uv reads a uv.toml in the current folder or above, which may be an untrusted checkout
         return _logged([self.program, *arguments], log, Path(log.absolute().anchor))
 
 
 def find_installer() -> Pip | Uv:
-    """uv where it is on the PATH. pip where uv is not, or where only pip is told where packages come from: uv does not
-    read pip's settings, and must not ask a public index in place of a private one."""
+    """uv if it is on the PATH, else pip. Also pip if only pip's settings name package sources: uv does not read them, and
+    must not use a public index instead of a private one."""
     program = shutil.which("uv")
-    told = any(os.environ.get(name) for name in _UV_SOURCES)
-    return Uv(os.path.abspath(program)) if program and (told or not _pip_has_sources()) else Pip()
+    configured = any(os.environ.get(name) for name in _UV_SOURCES)
+    return Uv(os.path.abspath(program)) if program and (configured or not _pip_has_sources()) else Pip()
 
 
 def reason(log: Path) -> str:
-    """The installer's own last error, or that there was no network."""
+    """The installer's error, or that the package index cannot be reached."""
     text = log.read_text(encoding="utf-8", errors="replace")
     if any(word in text for word in _NO_NETWORK):
         return "the package index cannot be reached"
@@ -133,7 +133,7 @@ def _pip_files() -> Iterator[Path]:
 
 
 def _logged(command: list[str], log: Path, folder: Path | None = None) -> int:
-    """Run an installer, which needs the network and the user's settings for it, and no tokens; its exit code."""
+    """Run an installer, with network and the user's network settings but no tokens; return its exit code."""
     environment = {**computing_environment(network=True), "HOME": str(Path.home())}  # its cache is there
     with log.open("a", encoding="utf-8") as file:
         return subprocess.run(

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from quantize.calibration.states import Place, States
+from quantize.calibration.states import StateFiles, States
 from quantize.calibration.statistics import InputStatistics
 from quantize.dist.resume import Unfinished
 from quantize.executors.quantizers import Quantizers

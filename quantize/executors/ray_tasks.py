@@ -98,9 +98,9 @@ class ShardWorker:
                 )
         self.model = StreamedModel(request.source, request.prefix, request.dtype, device, request.trust_remote_code)
         if request.block:
-            self.part = Part.going_on(self.model, request.ids, request.batch, _restored(request))
+            self.part = Part.resume(self.model, request.ids, request.batch, _restored(request))
         else:
-            self.part = Part.at_start(self.model, request.ids, request.batch, request.places)
+            self.part = Part.start(self.model, request.ids, request.batch, request.places)
         self.model.drop_outside()
         self.loading = contextlib.ExitStack()
         return self.part.source.states.shape[-1]

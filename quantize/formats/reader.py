@@ -38,7 +38,7 @@ def decode(
 class BranchReader:
     """Reads the tensors of a branch's folder one at a time, and dequantizes its linears.
 
-    The header of each shard is read once, when the first of its tensors is asked for. No file stays open.
+    The header of each shard is read once, with the first of its tensors. No file stays open.
 
     Raises:
         OSError, KeyError, ValueError: the folder is not a branch in a format of :data:`PARTS`.
@@ -88,11 +88,11 @@ class BranchReader:
         """A tensor as stored.
 
         Raises:
-            OSError: its file cannot be read. ValueError: that holds no such tensor, or is damaged.
+            OSError: its file cannot be read. ValueError: the file lacks the tensor, or is damaged.
         """
         file = self._file(self._shard_of.get(name, SINGLE_NAME))
         if name not in file:
-            raise ValueError(f"{file.path}: holds no tensor {name}")
+            raise ValueError(f"{file.path}: contains no tensor {name}")
         try:
             return file.read(name)
         except KeyError as error:

@@ -57,7 +57,7 @@ class TensorFile:
 
     @classmethod
     def guarded(cls, path: Path) -> TensorFile:
-        """A file with digests, held against the digests that it carries.
+        """Open a file that contains digests, against which reads are checked.
 
         Raises:
             OSError, ValueError: it cannot be read, is not a safetensors file, or has no digests.

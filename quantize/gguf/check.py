@@ -86,7 +86,7 @@ def _compare(source: Source, prefix: str, path: Path, trust_remote_code: bool) -
 
 
 def _run_llama(source: Source, path: Path, ids: NDArray[np.int64]) -> tuple[NDArray[np.float32], list[int]]:
-    """llama.cpp's logits for ``ids``, and the ids that it makes of the text itself."""
+    """llama.cpp's logits for ``ids``, and its own token ids of the text."""
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch) / "ids.npy", Path(scratch) / "logits.npy"
         np.save(asked, ids)

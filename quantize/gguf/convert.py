@@ -105,7 +105,7 @@ class Conversion:
         return Header(path, data["became"], data["header_bytes"], frozenset(data["keys"]), data["architecture"])
 
     def make(self, reporter: Reporter = SILENT) -> Path:
-        """The file itself, from the cache or converted now.
+        """The file, from the cache or converted now.
 
         Raises:
             GgufError: see :meth:`header`; or there is not enough disk space.
@@ -118,7 +118,7 @@ class Conversion:
                     f"{self.folder}: the intermediate {self.outtype} file takes {needed / 1e9:.2f} GB, but only "
                     f"{free / 1e9:.2f} GB are free; free some space or set QUANTIZE_CACHE to another disk"
                 )
-            reporter.say(f"converting {self.source.named} to one {self.outtype} GGUF (once; kept in the cache)")
+            reporter.say(f"converting {self.source.named} to one {self.outtype} GGUF (only once; it is cached)")
             self._run(self.path, "full", reporter)
         return self.path
 

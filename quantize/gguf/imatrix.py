@@ -25,7 +25,7 @@ class Importance:
 
     Attributes:
         sums: float32 [M, K] each. counts: tokens, int64 [M].
-        dataset: what the text is called. chunks, chunk_size: windows and their tokens.
+        dataset: name of the text. chunks, chunk_size: number of windows, and tokens in each.
     """
 
     sums: Mapping[str, NDArray[np.float32]]
@@ -35,7 +35,7 @@ class Importance:
     chunk_size: int
 
     def means(self) -> dict[str, NDArray[np.float32]]:
-        """Mean squares, float32 [M * K]: what the quantizer takes. A matrix that no token reached gets ones."""
+        """Mean squares for the quantizer, float32 [M * K]. A matrix that no token reached gets ones."""
         found: dict[str, NDArray[np.float32]] = {}
         for name, sums in self.sums.items():
             counts = self.counts[name][:, None].astype(np.float32)

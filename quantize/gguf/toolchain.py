@@ -49,7 +49,7 @@ def require_library() -> None:
 
 
 def tree(reporter: Reporter = SILENT) -> Path:
-    """The folder that holds ``convert_hf_to_gguf.py``, ``conversion/`` and ``gguf-py/``.
+    """The folder with ``convert_hf_to_gguf.py``, ``conversion/`` and ``gguf-py/``.
 
     Raises:
         GgufError: LLAMA_CPP_DIR is not such a tree, or the source distribution cannot be downloaded.
@@ -65,7 +65,7 @@ def tree(reporter: Reporter = SILENT) -> Path:
         return folder
     folder = cache_folder() / "llama.cpp" / VERSION
     if not (folder / "conversion").is_dir():
-        reporter.say(f"fetching llama.cpp's converter out of llama-cpp-python {VERSION} (77 MB, once)")
+        reporter.say(f"downloading llama.cpp's converter from llama-cpp-python {VERSION} (77 MB, only once)")
         _provision(folder)
     return folder
 

@@ -95,7 +95,7 @@ class Patience:
 
 
 def _failure(plain: Callable[..., Any], request: Any, options: Mapping[str, Any]) -> Any:
-    """The answer to a request, or the error for which it may be sent again."""
+    """The answer to a request, or the error after which it may be sent again."""
     from huggingface_hub import hf_raise_for_status
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -138,7 +138,7 @@ def asked_wait(headers: Mapping[str, str], *, rate_limited: bool = False) -> flo
 
 @contextmanager
 def patient(patience: Patience) -> Iterator[None]:
-    """Let the hub client's shared session send every request by this rule, uploads in threads included."""
+    """Context in which the hub client's shared session sends every request by this rule, also from upload threads."""
     from huggingface_hub import get_session
 
     client = get_session()

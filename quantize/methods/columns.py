@@ -74,7 +74,7 @@ def round_columns(state: Columns, first: int, last: int) -> torch.Tensor:
     if state.kernel == "numba":
         _round_numba(state, errors, first, last)
     elif state.kernel == "triton":
-        from quantize.methods.triton_columns import round_columns as on_gpu  # triton may not be there
+        from quantize.methods.triton_columns import round_columns as on_gpu  # triton may not be installed
 
         on_gpu(state, errors, first, last)
     else:

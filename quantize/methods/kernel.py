@@ -17,12 +17,12 @@ Floats = NDArray[np.float32] | NDArray[np.float64]  # of the weight's dtype, as 
 Integers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
-LANES = 64  # rows walked together: enough to fill the vector units, few enough to stay in the nearest cache
+LANES = 64  # rows processed together: enough to fill the vector units, few enough to stay in the L1 cache
 
 
 @numba.njit(inline="always", cache=True)
 def _half(value: float) -> float:
-    """Rounded to float16, ties to even, in the wider dtype."""
+    """Round to float16, ties to even; the result has the input's dtype."""
     if not value > 0:
         return value - value + 1
     if value > HALF_MAX:
@@ -48,7 +48,7 @@ def _between(low: float, high: float, top: float, sym: bool) -> tuple[float, flo
 def _fit(
     members: Floats, importance: Floats, top: float, sym: bool, reaches: Floats, scale: Floats, zero: Floats
 ) -> None:
-    """Grids of LANES rows at once: ``members`` is [group, LANES], ``scale`` and ``zero`` [LANES] are filled."""
+    """Fit the grids of LANES rows: ``members`` is [group, LANES]; results go into ``scale`` and ``zero`` [LANES]."""
     low, high = np.zeros_like(scale), np.zeros_like(scale)
     for member in range(len(members)):
         for lane in range(LANES):
@@ -85,7 +85,7 @@ def fit_groups(
     size: int,
     sym: bool,
 ) -> None:
-    """Grids of the contiguous groups of ``weight`` [N, K] into ``scales`` and ``zeros`` [G, N]."""
+    """Fit the grids of contiguous groups of ``weight`` [N, K] into ``scales`` and ``zeros`` [G, N]."""
     rows, columns = weight.shape
     for tile in numba.prange((rows + LANES - 1) // LANES):
         row = tile * LANES

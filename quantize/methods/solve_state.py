@@ -10,7 +10,7 @@ import torch
 from quantize.methods.grid import Grid
 
 Kernel = Literal["numba", "triton", "torch"]
-"""Who runs the inner loop."""
+"""The implementation of the inner loop."""
 
 
 @dataclass
@@ -18,17 +18,17 @@ class Columns:
     """The state of a solve of V variants over N rows and K columns in solve order.
 
     Attributes:
-        original: the weight, [N, K]. work: its copy for each variant, [V, N, K], taking the errors.
-        upper: U, [K, K]. importance: 1 / U[j, j]^2, what an error at each column costs, [K].
-        order: natural place of each column, [K] int64.
+        original: the weight, [N, K]. work: its copy for each variant, updated with the errors, [V, N, K].
+        upper: U, [K, K]. importance: 1 / U[j, j]^2, the weight of a squared error in each column, [K].
+        order: position of each column in the natural order, [K] int64.
         groups: group of each column, [V, K] int64.
-        sizes: group size of the variants whose grids are fitted on the way, 0 where they are fixed, [V] int64.
+        sizes: group size of variants whose grids are fitted during the solve, 0 for fixed grids, [V] int64.
         scales, zeros: [V, G, N] in the weight's dtype.
         grids: the grid of each variant.
         codes: [V, N, K] uint8, in natural order.
         squares: sum of squared errors e^2, [V, N] float64. spread: sum of (w - q)^2, [V, N] float64.
-        kernel: who runs the inner loop.
-        settings: what the GPU kernel has to know of the variants, put there once a solve.
+        kernel: the implementation of the inner loop.
+        settings: the variants' parameters on the GPU, copied there once per solve.
     """
 
     original: torch.Tensor

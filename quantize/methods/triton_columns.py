@@ -30,7 +30,7 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _code(value: tl.tensor, scale: tl.tensor, zero: tl.tensor, top: tl.tensor) -> tl.tensor:
-    # clamped before it is rounded, as MAGIC wants small numbers: the bounds are whole, so the code is the same
+    # clamped before rounding, because MAGIC needs small numbers; the bounds are integers, so the code is the same
     return tl.minimum(tl.maximum(tl.div_rn(value, scale), -zero), top - zero) + MAGIC - MAGIC + zero
 
 
@@ -55,7 +55,7 @@ def _fit(
     rows: tl.tensor, inside: tl.tensor, importance: tl.tensor, size: tl.tensor,
     top: tl.tensor, sym: tl.tensor, mse: tl.tensor, reaches: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Grids of the groups whose ``size`` members begin at the pointers ``rows`` [ROWS]; the lanes ``inside`` exist."""
+    """Fit the grids of groups of ``size`` members starting at the pointers ``rows`` [ROWS]; ``inside`` masks lanes."""
     low = tl.zeros(inside.shape, tl.float32)
     high = tl.zeros(inside.shape, tl.float32)
     for member in range(size):

@@ -50,7 +50,7 @@ def identity_of(variant: Variant) -> dict[str, str] | None:
 
 
 def obstacles(items: Iterable[Branch]) -> dict[str, str]:
-    """For each branch that its engine cannot make here as things are, by label: why, in one sentence."""
+    """The reason, in one sentence, for each branch whose engine cannot run here at present, by label."""
     found = {}
     for item in items:
         engine = engine_of(item.variant)
@@ -61,6 +61,6 @@ def obstacles(items: Iterable[Branch]) -> dict[str, str]:
 
 
 def require_engines(items: Iterable[Branch]) -> None:
-    """Raises :class:`EngineError` for the first branch that its engine cannot make here."""
+    """Raise :class:`EngineError` for the first branch whose engine cannot run here."""
     for label, reason in obstacles(items).items():
         raise EngineError(f"{label}: {reason}")

@@ -1,4 +1,4 @@
-"""What a plan is made of: branches and GGUF levels, under one protocol."""
+"""The items of a plan: branches and GGUF levels, with one protocol."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quantize.planning.sizes import Layout
 from quantize.recipe.methods import Method, Variant
 
 State = Literal["missing", "stale", "fresh", "taken"]
-"""``taken``: its place holds the release of another model."""
+"""``taken``: its folder contains another model's release."""
 
 
 class Item(Protocol):
@@ -31,30 +31,30 @@ class Item(Protocol):
 
     @property
     def branch(self) -> str:
-        """What ``--only`` matches: a branch of the repo, or a level."""
+        """The name that ``--only`` matches: a branch of the repo, or a level."""
 
     @property
     def label(self) -> str:
-        """What commands and reports call it: ``gptq/main``, ``gguf/Q4_K_M``."""
+        """Its name in commands and reports, such as ``gptq/main`` or ``gguf/Q4_K_M``."""
 
     @property
     def folder(self) -> Path:
-        """Where it will lie in dist."""
+        """Its folder in dist."""
 
     @property
     def nbytes(self) -> int:
-        """Its exact size; 0 where that is not known."""
+        """Its exact size in bytes; 0 if unknown."""
 
     @property
     def state(self) -> State:
-        """Whether it is built, and of what this recipe says."""
+        """Whether it is built, and up to date with the recipe."""
 
     @property
     def why(self) -> str:
-        """The reason of the state, in one line."""
+        """The reason for the state, in one line."""
 
     def recorded(self, manifest: Manifest) -> Manifest:
-        """What the manifest of its folder says of it."""
+        """Its part of the manifest of its folder."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class PlannedVariant:
         method: the method, whose repo ``repo`` it belongs to.
         variant: its parameters.
         layout: its tensors, shard by shard; ``layout.nbytes`` is exact.
-        folder: where it will lie, ``dist/<repo name>/<branch>``.
-        state: ``missing``, ``stale``, ``fresh`` or ``taken`` (its place holds the release of another model); ``why``
-            says why in one line.
+        folder: its folder, ``dist/<repo name>/<branch>``.
+        state: ``missing``, ``stale``, ``fresh`` or ``taken`` (its folder contains another model's release); ``why``
+            gives the reason in one line.
     """
 
     method: Method
@@ -85,7 +85,7 @@ class PlannedVariant:
 
     @property
     def label(self) -> str:
-        """What commands and reports call it: ``gptq/main``. Every method's repo has a ``main``."""
+        """Its name in commands and reports, such as ``gptq/main``; every method's repo has a ``main``."""
         return f"{self.method}/{self.branch}"
 
     @property
@@ -94,16 +94,16 @@ class PlannedVariant:
 
     @property
     def format(self) -> str:
-        """The checkpoint format that it is published in: ``gptq``, ``awq`` or ``compressed-tensors``."""
+        """The checkpoint format in which it is published: ``gptq``, ``awq`` or ``compressed-tensors``."""
         return layout_of(self.variant)
 
     @property
     def engine(self) -> Engine | None:
-        """What makes it; None for our own solvers."""
+        """The external engine that makes it; None for our own solvers."""
         return engine_of(self.variant)
 
     def recorded(self, manifest: Manifest) -> Manifest:
-        """What the manifest of its folder says of it."""
+        """Its part of the manifest of its folder."""
         return manifest
 
 
@@ -112,12 +112,12 @@ class PlannedLevel:
     """One GGUF file to build.
 
     Attributes:
-        repo, level: where it belongs and what it is.
+        repo: name of its repo. level: such as ``Q4_K_M``.
         folder: ``dist/<repo name>/main``; ``file`` is its name there.
-        outcome: types, fallbacks, exact size; None where llama.cpp could not be asked, which ``why`` then says.
+        outcome: types, fallbacks, exact size; None if llama.cpp could not be run, with the reason in ``why``.
         key_inputs: what its bytes depend on.
-        state: ``missing``, ``stale``, ``fresh`` or ``taken`` (its place holds the release of another model); ``why``
-            says why in one line.
+        state: ``missing``, ``stale``, ``fresh`` or ``taken`` (its folder contains another model's release); ``why``
+            gives the reason in one line.
     """
 
     repo: str
@@ -135,7 +135,7 @@ class PlannedLevel:
 
     @property
     def branch(self) -> str:
-        """What ``--only`` matches."""
+        """The name that ``--only`` matches."""
         return self.level
 
     @property
@@ -144,7 +144,7 @@ class PlannedLevel:
 
     @property
     def wants_imatrix(self) -> bool:
-        """Whether it is made with an importance matrix."""
+        """Whether it is quantized with an importance matrix."""
         return self.key_inputs["imatrix"] is not None
 
     @property
@@ -152,6 +152,6 @@ class PlannedLevel:
         return self.outcome.nbytes if self.outcome else 0
 
     def recorded(self, manifest: Manifest) -> Manifest:
-        """What the manifest of its folder says of it."""
+        """Its part of the manifest of its folder."""
         entry: Manifest = (manifest.get("levels") or {}).get(self.level) or {}
         return entry

@@ -112,7 +112,7 @@ def plan_levels(
     if lacking is None:
         try:
             outcomes = _outcomes(blank, conversion.header(reporter))
-        except GgufError as error:  # the other methods of the recipe can be built all the same
+        except GgufError as error:  # the recipe's other methods can still be built
             blank = dataclasses.replace(blank, lacking=str(error))
     levels = tuple(
         _planned(blank, level, outcomes.get(level), bool(inputs) and _uses_imatrix(level)) for level in section.levels

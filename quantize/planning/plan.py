@@ -129,7 +129,7 @@ class Plan:
         return calibration_identity(self.recipe.calibration)
 
     def finished(self, item: Item) -> dict[str, Any]:
-        """What the manifest on disk says of an item; empty where there is none, or it is another model's."""
+        """An item's manifest on disk; empty if there is none, or it is another model's."""
         if item.state == "taken":
             return {}
         return item.recorded(read_manifest(item.folder) or {})

@@ -43,9 +43,9 @@ def plan_recipe(
 
     Args:
         loaded: a recipe from :func:`quantize.load_recipe`.
-        options: where finished branches lie, which are meant, and of :class:`PlanOptions` how a build would run.
-        weights: fetch a hub model's weights too (a build), not only its headers (a plan).
-        reporter: hears of it before anything slow begins.
+        options: the folder of finished branches, the selection, and in :class:`PlanOptions` how a build would run.
+        weights: fetch a hub model's weights too (to build), not only its headers (to plan).
+        reporter: gets one line before any slow step.
 
     Raises:
         SourceError: the model cannot be read. PlanError: recipe and model do not fit together.

@@ -197,7 +197,7 @@ LICENCE_FILES = ("license", "licence", "notice", "use_policy", "copying")
 
 
 def check_dist(plan: Plan, reporter: Reporter = SILENT) -> None:
-    """Hold every file of the finished branches against its manifest, each read once.
+    """Check every file of the finished branches against its manifest, reading each once.
 
     Raises:
         ReleaseError: a file differs from what was built.
@@ -213,7 +213,7 @@ def check_dist(plan: Plan, reporter: Reporter = SILENT) -> None:
                 file.check()
                 file._content = None
             elif name not in CARD_FILES and name != MANIFEST_NAME:
-                reporter.say(f"{file.path}: is no part of this branch, so it will not be published")
+                reporter.say(f"{file.path}: does not belong to this branch, so it will not be published")
 
 
 def commit_message(plan: Plan, branch: str) -> str:

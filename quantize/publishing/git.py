@@ -56,7 +56,7 @@ class WrittenBranch:
 
 
 def write_repos(plan: Plan, out: Path, reporter: Reporter = SILENT) -> list[WrittenBranch]:
-    """Bring the git repos below ``out`` to what lies finished in dist.
+    """Update the git repos below ``out`` to the finished branches in dist.
 
     A new branch starts without a parent, a branch that differs gets one more commit, an equal branch stays.
 

@@ -65,7 +65,7 @@ class Pusher:
         return found
 
     def push(self) -> list[BranchChange]:
-        """Bring the hub to what lies in dist.
+        """Update the hub to dist.
 
         Returns:
             The changes that were made.
@@ -87,7 +87,7 @@ class Pusher:
         return [change for change in changes if self._push(change)]
 
     def _look(self, repo: str) -> Standing | None:
-        """What is there, said before anything is changed."""
+        """The repo's present state, reported before anything is changed."""
         standing = self.hub.look(repo)
         if standing is None:
             if not self.options.create:
@@ -97,7 +97,7 @@ class Pusher:
                 )
             return None
         if self.options.private and standing.is_private is not True:
-            seen = "public" if standing.is_private is False else "there, and the hub does not say that it is private"
+            seen = "public" if standing.is_private is False else "there, but the hub does not say that it is private"
             raise HubInputError(
                 f"{repo}: is {seen}, and --private changes no existing repo; make it private on the hub, or push "
                 "without --private"
@@ -107,11 +107,11 @@ class Pusher:
 
     def _create(self, repo: str) -> None:
         private = self.options.private
-        self.reporter.say(f"{repo}: is not there yet; creating it{' as a private repo' if private else ''}")
+        self.reporter.say(f"{repo}: does not exist yet; creating it{' as a private repo' if private else ''}")
         self.hub.create(repo, private=private)
         standing = self.hub.look(repo)
         if standing is None:
-            raise PushError(f"{repo}: could not be created, or this account may not see it; is it somebody else's?")
+            raise PushError(f"{repo}: could not be created, or this account cannot see it; is it somebody else's?")
         if self.options.private and standing.is_private is False:
             raise PushError(f"{repo}: somebody created it as a public repo meanwhile; make it private, then push again")
 
@@ -124,7 +124,7 @@ class Pusher:
             if change.head is None:
                 self._create_branch(change)
             for name in change.deletes:
-                self.reporter.say(f"deleting {change.repo} {change.branch} {name}, which the release has no more")
+                self.reporter.say(f"deleting {change.repo} {change.branch} {name}, which is no longer in the release")
             self._apply(change)
         left = self._again(change)
         if left.is_needed:

@@ -43,7 +43,7 @@ def measured(plan: Plan) -> list[Point]:
     for item in plan.everything:
         found = plan.finished(item)
         quality = found.get("quality")
-        if quality and item.nbytes:  # without llama.cpp a level's size is not known
+        if quality and item.nbytes:  # without llama.cpp a level's size is unknown
             name = item.branch
             points.append(Point(item.label, item.method, name, item.nbytes, quality))
     keys = [point.quality["key"] for point in points]

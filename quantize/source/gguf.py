@@ -66,7 +66,7 @@ def open_gguf(path: Path, named: str, reporter: Reporter) -> Source:
     digest = cached_sha256(path)
     folder = cache_folder() / "sources" / f"{safe_name(path.stem)}-{digest[:16]}-{CONVERSION}"
     if not (folder / "config.json").is_file():
-        reporter.say(f"converting {path.name} to a float16 checkpoint (once; kept in the cache)")
+        reporter.say(f"converting {path.name} to a float16 checkpoint (only once; it is cached)")
         _convert(path, folder, digest)
     touch(folder)
     origin = {"file": path.name, "sha256": digest}
@@ -81,7 +81,7 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    hidden = io.StringIO()  # the reader's own progress bars; the user was told what happens
+    hidden = io.StringIO()  # hides the reader's progress bars; notify has told the user
     where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
         _check_sizes(open_reader(path))

@@ -29,7 +29,7 @@ from quantize.source.resolved import Source, safe_name
 
 
 def open_hub(model: Model, *, weights: bool, small_files: bool = False, reporter: Reporter) -> Source:
-    """Resolve a hub id to a commit and read it: headers alone, or the files it needs.
+    """Resolve a hub id to a commit and read it: only headers, or all files that are needed.
 
     If the hub cannot be reached, a complete revision in the hub's cache is used.
 
@@ -57,9 +57,7 @@ def open_hub(model: Model, *, weights: bool, small_files: bool = False, reporter
         if cause is not None and (status_of(cause) or 500) >= 500:
             cached = open_cached(model, weights=weights)
             if cached is not None:
-                reporter.say(
-                    f"{model.source}: {reason}; using commit {str(cached.commit)[:12]} as it lies in the HF cache"
-                )
+                reporter.say(f"{model.source}: {reason}; using commit {str(cached.commit)[:12]} from the HF cache")
                 return cached
             reason += f"; {model.revision!r} is not in the HF cache either; a local directory works too"
             raise SourceUnreachableError(f"{model.source}: {reason}") from None
@@ -170,7 +168,7 @@ def _explain(model: Model, endpoint: str, error: Exception) -> str | None:
     if isinstance(error, RevisionNotFoundError):
         return f"the repo has no revision '{model.revision}'"
     if is_missing(error) and not isinstance(error, GatedRepoError):
-        return "no such repo on the hub, or it is private; check the name, or log in (`hf auth login`)"
+        return "the repo does not exist on the hub, or it is private; check the name, or log in (`hf auth login`)"
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is None:
         return "the hub could not be reached, and not all files are in the HF cache"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):

@@ -19,9 +19,9 @@ def resolve(model: Model, *, weights: bool, small_files: bool = False, reporter:
 
     Args:
         model: the recipe's ``model`` section.
-        weights: False reads only config and tensor headers of a hub model, which is enough to plan.
-        small_files: without weights, fetch at least all other files of a hub model.
-        reporter: hears of it before anything slow begins.
+        weights: False reads only the config and tensor headers of a hub model, which suffices for planning.
+        small_files: without ``weights``, still fetch all other files of a hub model.
+        reporter: gets one line before any slow step.
 
     Raises:
         SourceError: the model is not found, not reachable, damaged, or cannot be quantized.
@@ -35,7 +35,7 @@ def _find(model: Model, *, weights: bool, small_files: bool, reporter: Reporter)
     if named.startswith("package:"):
         file = gguf.find_in_package(named.removeprefix("package:"))
         return gguf.open_gguf(file, named, reporter)
-    path = Path(os.path.expanduser(named))  # a home that does not exist is no path, and so no error here
+    path = Path(os.path.expanduser(named))  # an unknown ~user is left as it is, without an error
     if os.path.isfile(path) and path.suffix == ".gguf":
         return gguf.open_gguf(path, named, reporter)
     if os.path.isdir(path):

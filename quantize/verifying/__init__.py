@@ -30,8 +30,8 @@ def verify(
 
     Args:
         target: a branch's folder, a folder of branches, ``owner/name`` or ``owner/name@branch``.
-        options: what is compared and loaded. A hub repo that is not downloaded is checked by the hashes that the hub
-            lists, and nothing else.
+        options: what to compare and load. A hub repo that is not downloaded is checked only by the hashes that the hub
+            lists.
 
     Raises:
         SourceError: the target or source does not exist. PushError: the hub refuses, or cannot be reached.
@@ -45,7 +45,7 @@ def verify(
         strays = _check_strays(local)
         checks = [*strays, check_hashes(local)]
         if strays:
-            reporter.say(f"{files.name}: nothing more of it is read")
+            reporter.say(f"{files.name}: the rest of it is not read")
         elif isinstance(local, LocalFiles):
             checks += _check_local(local, original, options.load)
         else:
@@ -94,7 +94,7 @@ def _check_strays(files: RepoFiles) -> list[Check]:
 
 
 def _note(folder: Path, verdict: Verdict, reporter: Reporter) -> None:
-    """Which consumers loaded the branch goes into its manifest, and from there into the card.
+    """Record in the manifest, and so in the card, which consumers loaded the branch.
 
     Only a branch in a dist is written, under the dist's lock; other folders are not changed.
     """
@@ -107,7 +107,7 @@ def _note(folder: Path, verdict: Verdict, reporter: Reporter) -> None:
         return
     dist = dist_of(folder)
     if dist is None:
-        reporter.say(f"{folder}: lies in no dist of `quantize build`, so what loaded it is not noted in its manifest")
+        reporter.say(f"{folder}: is not in a dist of `quantize build`, so what loaded it is not recorded")
         return
 
     def recorded(known: Manifest | None) -> Manifest:
@@ -117,6 +117,6 @@ def _note(folder: Path, verdict: Verdict, reporter: Reporter) -> None:
 
     try:
         with locked(dist) as held:
-            update(held, folder.resolve(), noted)
-    except QuantizeError as error:  # the checks stand without the note
-        reporter.say(f"what loaded it is not noted in its manifest: {error}")
+            update(held, folder.resolve(), recorded)
+    except QuantizeError as error:  # the checks are valid even if they are not recorded
+        reporter.say(f"what loaded it is not recorded in its manifest: {error}")
