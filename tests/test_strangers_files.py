@@ -37,7 +37,7 @@ def test_a_number_of_the_config_that_is_none_is_named(
         shutil.copy(model / "config.json", tmp_path / "config.json")
         change(model / "config.json", **{name: value})
         result = invoke("plan", tiny_recipe, "--dist", tmp_path / "dist", "--set", f"model.source={model}")
-        assert_refused(result, "config.json", f"{name}: must be a whole number")
+        assert_refused(result, "config.json", f"{name}: must be an integer")
         shutil.copy(tmp_path / "config.json", model / "config.json")
 
 

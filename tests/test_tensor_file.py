@@ -91,5 +91,5 @@ def test_what_a_branch_cannot_give_is_told_with_its_file(branch: Path) -> None:
     with pytest.raises(OSError, match=r"d\.safetensors"):
         reader.tensor("d")
     (branch / "a.safetensors").write_bytes(b"no header")
-    with pytest.raises(ValueError, match=r"a\.safetensors: it is no safetensors file"):
+    with pytest.raises(ValueError, match=r"a\.safetensors: it is not a safetensors file"):
         reader.tensor("a")

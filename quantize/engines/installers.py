@@ -86,7 +86,7 @@ class Uv:
 
 
 def find_installer() -> Pip | Uv:
-    """uv if it is on the PATH, else pip. Also pip if only pip's settings name package sources: uv does not read them, and
+    """uv if it is on the PATH, else pip. Also pip if only pip's settings name package sources: uv ignores them, and
     must not use a public index instead of a private one."""
     program = shutil.which("uv")
     configured = any(os.environ.get(name) for name in _UV_SOURCES)
