@@ -168,7 +168,7 @@ def _explain(model: Model, endpoint: str, error: Exception) -> str | None:
     if isinstance(error, RevisionNotFoundError):
         return f"the repo has no revision '{model.revision}'"
     if is_missing(error) and not isinstance(error, GatedRepoError):
-        return "the repo does not exist on the hub, or it is private; check the name, or log in (`hf auth login`)"
+        return "no such repo on the hub, or it is private; check the name, or log in (`hf auth login`)"
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is None:
         return "the hub could not be reached, and not all files are in the HF cache"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
