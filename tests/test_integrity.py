@@ -14,7 +14,7 @@ from conftest import run_in_process
 from outcome import assert_refused, contents
 from tiny import write_model, write_recipe
 
-from quantize.building import branches
+from quantize.building import resumable_pass
 from quantize.building.calibration_pass import CalibrationPass
 from quantize.dist.resume import Unfinished
 from quantize.files import digest
@@ -122,7 +122,7 @@ def test_what_is_read_first_is_as_it_was_hashed(source: Source, monkeypatch: pyt
         file.write_bytes(file.read_bytes() + b"\n")
         return real(*arguments)
 
-    monkeypatch.setattr(branches, "load_tokenizer", replaced)
+    monkeypatch.setattr(resumable_pass, "load_tokenizer", replaced)
     assert_refused(source.build(), name, "changed after")
 
 
@@ -140,7 +140,7 @@ def test_a_text_replaced_after_it_was_hashed_is_an_error(
         text.write_text("A new line of text that says nothing!\n" * 400)
         return real(*arguments)
 
-    monkeypatch.setattr(branches, "load_tokenizer", replaced)
+    monkeypatch.setattr(resumable_pass, "load_tokenizer", replaced)
     assert_refused(source.build(), "text.txt", "changed after")
 
 

@@ -128,7 +128,10 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_any_work(invoke: Command
     for command in ("plan", "build"):
         refused = invoke(command, recipe, "--dist", tmp_path / "dist", "--memory", "200MB")
         assert_refused(refused, "--memory 0.20 GB", "needs at least", "--only")
-    assert_refused(invoke("plan", recipe, "--dist", tmp_path / "dist", "--memory", "0.7"), "is no size")
+    assert_refused(
+        invoke("plan", recipe, "--dist", tmp_path / "dist", "--memory", "0.7"),
+        "--memory 0.7: must be a size such as 5GB",
+    )
     assert not list((tmp_path / "dist").glob("*/*/*.safetensors"))
 
 

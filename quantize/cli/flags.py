@@ -31,7 +31,8 @@ def model_options(model: type[BaseModel]) -> Callable[[Callable[..., Any]], Call
             except ValidationError as error:
                 first = error.errors(include_url=False, include_context=False)[0]
                 flag = _flag(str(first["loc"][0]))
-                raise PlanError(f"{flag} {first['input']}: {first['msg'].removeprefix('Value error, ')}") from None
+                reason = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+                raise PlanError(f"{flag} {first['input']}: {reason}") from None
             return function(options=options, **arguments)
 
         for name, field in reversed(model.model_fields.items()):
