@@ -115,7 +115,7 @@ def test_a_small_file_replaced_in_the_middle_of_a_build_is_an_error(source: Sour
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
 def test_what_is_read_first_is_as_it_was_hashed(source: Source, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    real = branches.load_tokenizer
+    real = resumable_pass.load_tokenizer
 
     def replaced(*arguments: Any) -> Any:
         file = source.folder / name
@@ -134,7 +134,7 @@ def test_a_text_replaced_after_it_was_hashed_is_an_error(
     data = source.recipe.read_text()
     source.recipe.write_text(data.replace("dataset: pydoc", f"dataset: [{{file: {text}}}]"))
     assert str(text) in source.recipe.read_text()
-    real = branches.load_tokenizer
+    real = resumable_pass.load_tokenizer
 
     def replaced(*arguments: Any) -> Any:
         text.write_text("A new line of text that says nothing!\n" * 400)
@@ -282,14 +282,14 @@ def test_a_damaged_importance_matrix_is_noticed(tmp_path: Path) -> None:
 def test_a_byte_that_changes_before_a_branch_is_published_is_noticed(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = branches.Pass.complete
+    real = resumable_pass.Pass.complete
 
-    def damaged(self: branches.Pass, branch: Any) -> Any:
+    def damaged(self: resumable_pass.Pass, branch: Any) -> Any:
         if branch.item.label == "awq/main":
             flip(branch.folder / "model.safetensors")
         return real(self, branch)
 
-    monkeypatch.setattr(branches.Pass, "complete", damaged)
+    monkeypatch.setattr(resumable_pass.Pass, "complete", damaged)
     assert_refused(source.build(), "model.safetensors is not what was written", "quantize clean", code=1)
     assert published(source.dist) == []
 
