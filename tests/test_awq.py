@@ -190,7 +190,7 @@ def test_folds_are_found_and_keep_the_float_output(tmp_path: Path, architecture:
         with model.block(index) as block:
             entered = source.first()
             groups, _ = block_statistics(index, block, source)
-            folds = find_folds(model, index, block, groups, entered)
+            folds = find_folds(model, index, block, groups, hidden=entered)
             named = {leaf(leader): leaf(fold.producer if fold else None) for leader, fold in folds.items()}
             assert named == FOLDS[architecture]
             for group in groups:

@@ -122,7 +122,7 @@ def solved(name: str) -> str:
     if name == "packed for awq":
         return digest(*awq_format.encode(*parts).values())
     assert name == "packed for gptq"
-    return digest(*gptq_format.encode(*parts, solution.g_idx, 4, "gptq").values())
+    return digest(*gptq_format.encode(*parts, solution.g_idx, bits=4, checkpoint_format="gptq").values())
 
 
 SOLVES = [*GPTQ, *AWQ, "propagate", "singular", "rounded to nearest", "packed for gptq", "packed for awq"]

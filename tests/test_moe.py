@@ -176,7 +176,7 @@ def test_drift_is_of_the_tokens_that_both_models_send_to_an_expert(tmp_path: Pat
     (inputs, chosen), (drifted, chosen_there) = both
     assert not torch.equal(chosen.sort(dim=1).values, chosen_there.sort(dim=1).values)
     with model.block(0) as block:
-        _, (groups,) = block_statistics(0, block, source, [stream], gather=False)
+        _, (groups,) = block_statistics(0, block, source, streams=[stream], gather=False)
     firsts = [group for group in groups if group.linears[0].local.endswith("gate_proj")]
     for expert, group in enumerate(firsts):
         here, there = (chosen_there == expert).any(dim=1), (chosen == expert).any(dim=1)
@@ -305,7 +305,7 @@ def test_folds_of_experts_are_found_whatever_the_trial_tokens_reach(tmp_path: Pa
         before = {name: tensor.clone() for name, tensor in block.named_parameters()}
         entered = activations.first()
         (groups, _) = block_statistics(0, block, activations)
-        folds = find_folds(model, 0, block, groups, entered)
+        folds = find_folds(model, 0, block, groups, hidden=entered)
         assert all(torch.equal(before[name], tensor) for name, tensor in block.named_parameters())
     producers = {leader: fold.producer if fold else None for leader, fold in folds.items()}
     for number in range(6):

@@ -58,7 +58,9 @@ def random_solution(bits: int, group_size: int = 32, inputs: int = 96, outputs: 
 
 
 def tensors_of(solution: Solution, bits: int, checkpoint_format: str = "gptq") -> dict[str, torch.Tensor]:
-    return encode(solution.codes, solution.scales, solution.zeros, solution.g_idx, bits, checkpoint_format)
+    return encode(
+        solution.codes, solution.scales, solution.zeros, solution.g_idx, bits=bits, checkpoint_format=checkpoint_format
+    )
 
 
 @given(code_matrices())
@@ -176,7 +178,7 @@ def test_the_highest_zero_point_of_v1_is_read_as_zero(bits: int) -> None:
     """Other tools write zero point 0, which v1 stores as the highest number."""
     solution = random_solution(bits)
     solution.zeros.fill_(0)
-    stored = encode(solution.codes, solution.scales, solution.zeros, solution.g_idx, bits)
+    stored = encode(solution.codes, solution.scales, solution.zeros, solution.g_idx, bits=bits)
     assert set(stored["qzeros"].unique().tolist()) == {-1}
     assert torch.equal(decode(stored, bits), solution.dequantize())
 

@@ -65,6 +65,7 @@ class Branch:
         module: str,
         solution: Solution,
         rows: slice,
+        *,
         energy: torch.Tensor,
         tokens: int,
         scale_ratio: float | None = None,

@@ -70,7 +70,9 @@ class AwqBlocks:
         with self.reporter.stage("solve"):
             if entered is not None:
                 activation, _ = SCALED_ACTIVATIONS.get(self.model.source.checkpoint.model_type, (None, None))
-                self._known[kind_of(block)] = find_folds(self.model, index, block, groups, entered, activation)
+                self._known[kind_of(block)] = find_folds(
+                    self.model, index, block, groups, hidden=entered, activation=activation
+                )
             folds = self._known[kind_of(block)]
             weights = {
                 linear.local: self.model.stored_weight(index, linear) for group in groups for linear in group.linears
@@ -111,7 +113,7 @@ class AwqBlocks:
                 else self.model.checkpoint_name(index, fold.producer)
             )
             scaled.producers[leader], scaled.ratios[leader] = producer, found.ratio
-            scaled.columns[leader] = self._divide(index, fold, producer, found, weights, scaled)
+            scaled.columns[leader] = self._divide(index, fold, producer, found, weights=weights, scaled=scaled)
         return scaled
 
     def _divide(
@@ -120,6 +122,7 @@ class AwqBlocks:
         fold: Fold,
         producer: str,
         found: Scales,
+        *,
         weights: dict[str, torch.Tensor],
         scaled: _Scaled,
     ) -> torch.Tensor:
@@ -181,7 +184,15 @@ class AwqBlocks:
                         bias = bias / scaled.rows[linear.local].cpu()
                     tensors["bias"] = half_bias(bias, name)
                 branch.write(name, tensors)
-            branch.record(name, solution, rows, energy, group.tokens, scaled.ratios[leader], scaled.producers[leader])
+            branch.record(
+                name,
+                solution,
+                rows,
+                energy=energy,
+                tokens=group.tokens,
+                scale_ratio=scaled.ratios[leader],
+                scale_folded_into=scaled.producers[leader],
+            )
             first = rows.stop
 
     def _write_rest(self, index: int, scaled: _Scaled, branch: Branch) -> None:

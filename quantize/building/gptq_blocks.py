@@ -82,7 +82,7 @@ class GptqBlocks:
             for name, linear in zip(names, group.linears, strict=True):
                 rows = slice(first, first + linear.weight.shape[0])
                 self._write_linear(branch, name, solution, rows)
-                branch.record(name, solution, rows, solved.energy, group.tokens)
+                branch.record(name, solution, rows, energy=solved.energy, tokens=group.tokens)
                 first = rows.stop
         group.release()
         return solved.solutions
@@ -94,8 +94,8 @@ class GptqBlocks:
                 solution.scales[:, rows],
                 solution.zeros[:, rows],
                 solution.g_idx,
-                branch.item.variant.bits,
-                self.section.checkpoint_format,
+                bits=branch.item.variant.bits,
+                checkpoint_format=self.section.checkpoint_format,
             )
         with self.reporter.stage("write"):
             if f"{name}.bias" in self.model.source.checkpoint.tensors:

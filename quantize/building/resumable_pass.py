@@ -88,7 +88,11 @@ class Pass:
             if not state.is_over:
                 with self.reporter.stage("load"):
                     model = StreamedModel(
-                        source, self.plan.table.prefix, self.dtype, self.device, recipe.model.trust_remote_code
+                        source,
+                        self.plan.table.prefix,
+                        self.dtype,
+                        self.device,
+                        trust_remote_code=recipe.model.trust_remote_code,
                     )
                 state_of_pass = PassState(model, self.tokens, branches, self._diagonals, self.unfinished, self.store)
                 CalibrationPass(self.build, state_of_pass).run()

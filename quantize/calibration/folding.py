@@ -54,6 +54,7 @@ def find_folds(
     index: int,
     block: nn.Module,
     groups: Sequence[InputStatistics],
+    *,
     hidden: torch.Tensor,
     activation: str | None = None,
 ) -> dict[str, Fold | None]:
@@ -65,7 +66,7 @@ def find_folds(
     """
     with torch.inference_mode(), pinned_routing(block):
         seen: dict[str, torch.Tensor] = {}
-        before = _modules_before(model, index, block, groups, hidden, activation, seen)
+        before = _modules_before(model, index, block, groups, hidden=hidden, activation=activation, outputs=seen)
         expected = model.run(index, block, hidden)
         change = float((expected - hidden).float().norm())
 
@@ -84,7 +85,12 @@ def find_folds(
                 continue
             candidates = [*_norm_folds(block, producer), *_linear_folds(model, block, group)]
             found[leader] = next(
-                (fold for fold in candidates if _holds(block, group, fold, run_block, expected, change)), None
+                (
+                    fold
+                    for fold in candidates
+                    if _holds(block, group, fold, run=run_block, expected=expected, change=change)
+                ),
+                None,
             )
     return found
 
@@ -103,7 +109,14 @@ def _expert_fold(model: StreamedModel, block: nn.Module, group: InputStatistics)
     straight = torch.arange(group.linears[0].weight.shape[1])
     folds = (Fold(mate.local, straight, norm=False) for mate in mates if mate.weight.shape[0] == len(straight))
     change = float(expected.float().norm())
-    return next((fold for fold in folds if _holds(block, group, fold, lambda: expert(rows), expected, change)), None)
+    return next(
+        (
+            fold
+            for fold in folds
+            if _holds(block, group, fold, run=lambda: expert(rows), expected=expected, change=change)
+        ),
+        None,
+    )
 
 
 def _modules_before(
@@ -111,6 +124,7 @@ def _modules_before(
     index: int,
     block: nn.Module,
     groups: Sequence[InputStatistics],
+    *,
     hidden: torch.Tensor,
     activation: str | None,
     outputs: dict[str, torch.Tensor],
@@ -189,6 +203,7 @@ def _holds(
     block: nn.Module,
     group: InputStatistics,
     fold: Fold,
+    *,
     run: Callable[[], torch.Tensor],
     expected: torch.Tensor,
     change: float,

@@ -117,6 +117,7 @@ def block_statistics(
     index: int,
     block: nn.Module,
     source: Activations,
+    *,
     streams: Sequence[Activations] = (),
     gather: bool = True,
     reporter: Reporter = SILENT,

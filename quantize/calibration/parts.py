@@ -68,7 +68,7 @@ class Part:
             The statistics of each stream.
         """
         source, *others = self.streams
-        shared, own = block_statistics(index, block, source, others, gather, reporter)
+        shared, own = block_statistics(index, block, source, streams=others, gather=gather, reporter=reporter)
         return [shared, *own]
 
     def advance(self, index: int, block: nn.Module, stream: int, weights: Mapping[str, torch.Tensor]) -> None:

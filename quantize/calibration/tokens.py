@@ -80,7 +80,7 @@ def sample_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
     for index, corpus in enumerate(corpora):
         share = count // len(corpora) + (index < count % len(corpora))
         if share:
-            rows.append(_windows(corpus, tokenizer, share, length, bos, generator))
+            rows.append(_windows(corpus, tokenizer, share, length, bos=bos, generator=generator))
     for corpus in corpora:
         check_unchanged(corpus)
     ids = np.concatenate(rows)
@@ -89,7 +89,7 @@ def sample_tokens(calibration: Calibration, tokenizer: Any) -> Tokens:
 
 
 def _windows(
-    corpus: Corpus, tokenizer: Any, count: int, length: int, bos: int | None, generator: np.random.Generator
+    corpus: Corpus, tokenizer: Any, count: int, length: int, *, bos: int | None, generator: np.random.Generator
 ) -> NDArray[np.int64]:
     ids = _ids(corpus, tokenizer, SURPLUS * count * length)
     body = length - (bos is not None)

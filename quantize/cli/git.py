@@ -28,7 +28,7 @@ from quantize.cli.reporting import reporter, say
     help="Folder for the git repos, one bare repo a format.",
 )  # fmt: skip
 @json_option
-def git(recipe: str, overrides: tuple[str, ...], dist: Path, only: tuple[str, ...], out: str, as_json: bool) -> None:
+def git(recipe: str, overrides: tuple[str, ...], *, dist: Path, only: tuple[str, ...], out: str, as_json: bool) -> None:
     """Write the finished branches of RECIPE as git repos with LFS; needs no account.
 
     Each format is one bare repo below --out, each variant a branch with a history of its own. Weights are hard links

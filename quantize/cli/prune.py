@@ -35,6 +35,7 @@ from quantize.errors import ReleaseError
 def prune(
     recipe: str,
     overrides: tuple[str, ...],
+    *,
     dist: Path,
     where: str,
     endpoint: str | None,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 def push(
     recipe: str,
     overrides: tuple[str, ...],
+    *,
     dist: Path,
     only: tuple[str, ...],
     dry_run: bool,
@@ -83,7 +84,7 @@ def push(
 @endpoint_option
 @json_option
 def diff(
-    recipe: str, overrides: tuple[str, ...], dist: Path, only: tuple[str, ...], endpoint: str | None, as_json: bool
+    recipe: str, overrides: tuple[str, ...], *, dist: Path, only: tuple[str, ...], endpoint: str | None, as_json: bool
 ) -> None:
     """Show how the hub's branches of RECIPE differ from the finished ones in dist."""
     from quantize.options import Selection

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 @click.option("--hub", is_flag=True, help="Ask the hub too: which branches are published as they lie in dist.")
 @endpoint_option
 @json_option
-def status(recipe: str, overrides: tuple[str, ...], dist: Path, hub: bool, endpoint: str | None, as_json: bool) -> None:
+def status(
+    recipe: str, overrides: tuple[str, ...], *, dist: Path, hub: bool, endpoint: str | None, as_json: bool
+) -> None:
     """Show which branches of RECIPE are built, how well they came out, and what lies beside them in dist."""
     from quantize.dist.ledger import oddities
     from quantize.dist.resume import find_unfinished

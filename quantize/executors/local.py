@@ -94,7 +94,9 @@ def solve_job(job: Job, with_energy: bool = True) -> Solved:
                     raise
                 # the solve meets the same Hessian, rounds to nearest and says so
         energy = energy_of(weight, job.hessian) if with_energy else torch.zeros(0, dtype=torch.float64)
-        return Solved(solve(weight, job.hessian, job.parameters, job.rtn_fallback, row_budget=job.row_budget), energy)
+        return Solved(
+            solve(weight, job.hessian, job.parameters, rtn_fallback=job.rtn_fallback, row_budget=job.row_budget), energy
+        )
 
 
 def energy_of(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

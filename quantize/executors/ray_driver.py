@@ -153,8 +153,14 @@ class RayExecutor:
         tasks: list[tuple[list[int], Any]] = []
         for members in batches.values():
             parameters = [one.parameters[number] for number in members]
-            how = (parameters, one.rtn_fallback, one.row_budget, not tasks, _settings(device))
-            task = solve.remote(*tensors, *how)
+            task = solve.remote(
+                *tensors,
+                parameters=parameters,
+                rtn_fallback=one.rtn_fallback,
+                row_budget=one.row_budget,
+                with_energy=not tasks,
+                settings=_settings(device),
+            )
             self._tasks.add(task)
             tasks.append((members, task))
 

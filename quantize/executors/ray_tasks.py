@@ -96,7 +96,9 @@ class ShardWorker:
                     f"{path}: the Ray node {platform.node()} has no such file; the model has to lie at the same place "
                     "on every node"
                 )
-        self.model = StreamedModel(request.source, request.prefix, request.dtype, device, request.trust_remote_code)
+        self.model = StreamedModel(
+            request.source, request.prefix, request.dtype, device, trust_remote_code=request.trust_remote_code
+        )
         if request.block:
             self.part = Part.resume(self.model, request.ids, request.batch, _restored(request))
         else:
@@ -211,6 +213,7 @@ def solve_packed(
     weight: Packed,
     hessian: Packed,
     drift: Packed | None,
+    *,
     parameters: Sequence[GptqParameters],
     rtn_fallback: bool,
     row_budget: int | None,

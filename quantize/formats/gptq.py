@@ -20,6 +20,7 @@ def encode(
     scales: torch.Tensor,
     zeros: torch.Tensor,
     g_idx: torch.Tensor,
+    *,
     bits: int,
     checkpoint_format: str = "gptq",
 ) -> Tensors:

@@ -68,7 +68,9 @@ def _compare(source: Source, prefix: str, path: Path, trust_remote_code: bool) -
     ids = np.array(encode(tokenizer, TEXT, special=True)[:LENGTH], dtype=np.int64)
     logits, tokens = _run_llama(source, path, ids)
     theirs = torch.from_numpy(logits)
-    model = StreamedModel(source, prefix, torch.float32, torch.device("cpu"), trust_remote_code, head=True)
+    model = StreamedModel(
+        source, prefix, torch.float32, torch.device("cpu"), trust_remote_code=trust_remote_code, head=True
+    )
     state = Activations(model, ids[None], 1)
     for index in range(len(model)):
         with model.block(index) as block:

@@ -76,6 +76,7 @@ def measure_quality(
     ids: NDArray[np.int64],
     branches: Mapping[str, Weights],
     batch: int,
+    *,
     store: Store | None = None,
     reporter: Reporter = SILENT,
 ) -> list[Quality]:

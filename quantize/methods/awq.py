@@ -124,7 +124,7 @@ def quantize_scaled(
         solution = round_to_nearest(scaled, seen, parameters.rounded)
         solution.fallback = None
         return solution
-    return solve(scaled, seen, [parameters.rounded], rtn_fallback)[0]
+    return solve(scaled, seen, [parameters.rounded], rtn_fallback=rtn_fallback)[0]
 
 
 def divided(values: torch.Tensor, scale: torch.Tensor, plus_one: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -95,6 +95,7 @@ def solve(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     variants: Sequence[GptqParameters],
+    *,
     rtn_fallback: bool = False,
     kernel: Kernel | None = None,
     row_budget: int | None = None,

@@ -52,6 +52,7 @@ def estimate(
     table: ModuleTable,
     calibration: Calibration,
     variants: Sequence[Variant],
+    *,
     levels: Sequence[tuple[str, int]] = (),
     imatrix: bool = False,
     budget: int | None = None,

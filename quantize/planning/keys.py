@@ -34,6 +34,7 @@ def key_inputs(
     calibration: Mapping[str, Any],
     method: Method,
     section: Gptq | Awq,
+    *,
     variant: Variant,
     release: Release,
     engine: Mapping[str, str] | None = None,

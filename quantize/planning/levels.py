@@ -87,6 +87,7 @@ def plan_levels(
     source: Source,
     calibration: Mapping[str, Any],
     repo: str,
+    *,
     dist: Path,
     reporter: Reporter = SILENT,
 ) -> LevelPlan:

@@ -134,7 +134,7 @@ def find_linears(checkpoint: Checkpoint) -> ModuleTable:
                 )
             )
         if len(spec.shape) == 2 and rest.endswith(".weight") and name not in routers:
-            linears.append(_linear(checkpoint, name, int(index), rest, spec, share))
+            linears.append(_linear(checkpoint, name, int(index), rest, spec=spec, share=share))
     linears.sort(key=lambda linear: linear.block)  # stable: file order within a block
     left = tuple(name.removesuffix(".weight") for name in checkpoint.tensors if name in routers)
     return ModuleTable(prefix, len(runs[prefix]), tuple(linears), left)
@@ -147,7 +147,7 @@ def _expert_share(checkpoint: Checkpoint) -> float:
     return min(1.0, chosen / count) if chosen else 1.0
 
 
-def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, spec: TensorSpec, share: float) -> LinearSpec:
+def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, *, spec: TensorSpec, share: float) -> LinearSpec:
     out_features, in_features = spec.shape
     if checkpoint.model_type in CONV1D_TYPES:
         in_features, out_features = spec.shape

@@ -106,10 +106,10 @@ class Plan:
             self.table,
             self.recipe.calibration,
             [item.variant for item in self.native_work],
-            [(item.level, self.source.checkpoint.nbytes) for item in self.level_work],
-            self.gathers_imatrix,
-            self.budget,
-            self.shards,
+            levels=[(item.level, self.source.checkpoint.nbytes) for item in self.level_work],
+            imatrix=self.gathers_imatrix,
+            budget=self.budget,
+            shards=self.shards,
         )
 
     @cached_property
@@ -211,4 +211,4 @@ def variant_key_inputs(
     asked = recipe.calibration
     settings = {**calibration, "compute_dtype": asked.compute_dtype, "batch_tokens": asked.batch_tokens}
     section, engine = recipe.section(method), identity_of(variant)
-    return key_inputs(source.hashes, settings, method, section, variant, recipe.release, engine)
+    return key_inputs(source.hashes, settings, method, section, variant=variant, release=recipe.release, engine=engine)

@@ -75,7 +75,11 @@ def write_repos(plan: Plan, out: Path, reporter: Reporter = SILENT) -> list[Writ
         bare = _Bare.open(out.absolute() / f"{repo.rsplit('/', 1)[-1]}.git")
         for folder, (owner, branch) in folders.items():
             if owner == repo:
-                written.append(_write_branch(bare, repo, branch, files[folder], commit_message(plan, branch), reporter))
+                written.append(
+                    _write_branch(
+                        bare, repo, branch, files=files[folder], message=commit_message(plan, branch), reporter=reporter
+                    )
+                )
         known = {item.folder.name for item in plan.everything if item.repo == repo}
         for other in sorted(bare.branches() - known):
             reporter.say(f"{bare.folder}: its branch {other} is not in this recipe")
@@ -83,7 +87,7 @@ def write_repos(plan: Plan, out: Path, reporter: Reporter = SILENT) -> list[Writ
 
 
 def _write_branch(
-    bare: _Bare, repo: str, branch: str, files: Mapping[str, LocalFile], message: str, reporter: Reporter
+    bare: _Bare, repo: str, branch: str, *, files: Mapping[str, LocalFile], message: str, reporter: Reporter
 ) -> WrittenBranch:  # fmt: skip
     reporter.say(f"writing {repo} {branch}")
     large: dict[str, LocalFile] = {}

@@ -14,6 +14,7 @@ def fitted(
     located: Located,
     method: Method,
     section: Gptq | Awq,
+    *,
     values: Mapping[str, Any],
     given: Collection[str],
     place: tuple[Key, ...],

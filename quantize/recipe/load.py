@@ -256,14 +256,18 @@ def _expand(located: Located, recipe: Recipe, method: Method) -> tuple[list[Vari
     for index, asked in enumerate(section.variants):
         given = {name: getattr(asked, name) for name in asked.model_fields_set}
         place: tuple[Key, ...] = (method, "variants", index)
-        found.append((kind(**fitted(located, method, section, {**defaults, **given}, given, place)), place))
+        found.append(
+            (kind(**fitted(located, method, section, values={**defaults, **given}, given=given, place=place)), place)
+        )
     count = math.prod(len(values) for values in _axes(section.matrix).values())
     if count > MOST_VARIANTS:
         raise located.error((method, "matrix"), f"has {count:,} combinations; a release has at most {MOST_VARIANTS}")
     for combination in _combinations(section.matrix):
         try:
             variant = kind(**{**defaults, **combination})
-            variant = kind(**fitted(located, method, section, dict(variant), combination, (method, "matrix")))
+            variant = kind(
+                **fitted(located, method, section, values=dict(variant), given=combination, place=(method, "matrix"))
+            )
         except ValidationError as error:
             key = error.errors()[0]["loc"][0]
             raise located.error((method, "matrix", key), _sentence(error.errors()[0])) from None

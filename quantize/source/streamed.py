@@ -74,6 +74,7 @@ class StreamedModel:
         prefix: str,
         compute_dtype: torch.dtype,
         device: torch.device,
+        *,
         trust_remote_code: bool = False,
         head: bool = False,
         prefetch: bool | None = None,
