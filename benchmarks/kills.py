@@ -172,9 +172,9 @@ def _server(recipe: Path, threads: int) -> Iterator[Any]:
 def _serve(recipe: str) -> None:
     # no tensor is computed before the fork, after which torch's threads would be gone
     import transformers.conversion_mapping
-    import transformers.models.llama.modeling_llama
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import quantize.building.resumable_pass
+    import quantize.building.resumable_pass  # noqa: F401
     import quantize.publishing.card  # noqa: F401
 
     transformers.AutoTokenizer, transformers.AutoModelForCausalLM  # noqa: B018  looked up on first use

@@ -69,11 +69,11 @@ def build(recipe: str, wish: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     # everything heavy once; no tensor is computed before the fork, after which torch's threads would be gone
     import transformers.conversion_mapping
-    import transformers.models.llama.modeling_llama
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import quantize.building.resumable_pass
-    import quantize.gguf.check
-    import quantize.methods.kernel
+    import quantize.building.resumable_pass  # noqa: F401
+    import quantize.gguf.check  # noqa: F401
+    import quantize.methods.kernel  # noqa: F401
     import quantize.publishing.card  # noqa: F401
 
     transformers.AutoTokenizer, transformers.AutoModelForCausalLM  # noqa: B018  looked up on first use
