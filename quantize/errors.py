@@ -190,7 +190,7 @@ class EngineError(QuantizeError):
 
 
 class EngineRunError(EngineError):
-    """Another engine was run and failed, or gave something that is no such branch."""
+    """Another engine failed, or its output does not match the plan."""
 
     exit_code = FAILED
 

@@ -570,7 +570,7 @@ def test_the_recipes_checkpoint_format_and_zero_bias_are_kept(
         ("a norm is changed", "model.layers.1.input_layernorm.weight is not the source's, though GPTQ leaves it alone"),
         ("NaN", "model.layers.1.mlp.up_proj.scales holds NaN or infinity"),
         ("far off", "model.layers.1.mlp.up_proj is off by "),
-        ("another shape", "what fake 1.0 made is no such branch: "),
+        ("another shape", "output of fake 1.0 rejected: "),
         ("hidden order", "model.layers.1.mlp.up_proj.g_idx is not in the natural order"),
         ("too much", "it quantized lm_head too"),
         ("no config", "it has no config.json with a quantization_config"),

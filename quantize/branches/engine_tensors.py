@@ -52,7 +52,7 @@ def rewrite(
         raise
     except (SourceError, KeyError, ValueError) as error:
         reason = str(error.args[0]) if isinstance(error, KeyError) else str(error)
-        raise EngineRunError(f"what {title} made is no such branch: {reason}") from None
+        raise EngineRunError(f"output of {title} rejected: {reason}") from None
 
 
 class _Files:

@@ -59,19 +59,19 @@ class AwqBlocks:
         index: int,
         block: nn.Module,
         groups: list[InputStatistics],
-        entered: torch.Tensor | None,
+        sample: torch.Tensor | None,
         branches: Sequence[Branch],
     ) -> None:
         """Scale, round and write every linear of a block, and whatever else lies in it.
 
         Args:
-            entered: a batch of what entered the block, where :meth:`wants_input` asked for it.
+            sample: a batch of what entered the block, where :meth:`wants_input` asked for it.
         """
         with self.reporter.stage("solve"):
-            if entered is not None:
+            if sample is not None:
                 activation, _ = SCALED_ACTIVATIONS.get(self.model.source.checkpoint.model_type, (None, None))
                 self._known[kind_of(block)] = find_folds(
-                    self.model, index, block, groups, hidden=entered, activation=activation
+                    self.model, index, block, groups, hidden=sample, activation=activation
                 )
             folds = self._known[kind_of(block)]
             weights = {

@@ -122,13 +122,13 @@ class CalibrationPass:
     def _statistics(
         self, index: int, block: nn.Module, streams: Streams | None, awq: AwqBlocks | None
     ) -> tuple[list[InputStatistics], list[list[InputStatistics]], torch.Tensor | None]:
-        """Statistics of the source and of each stream, and what entered the block, where AWQ asks for it."""
+        """Statistics of the source and of each stream, and a batch of the block's input, where AWQ asks for it."""
         wanted = bool(awq and self.awq and awq.wants_input(block))
         if not streams:
             assert self.store
             with self.reporter.stage("statistics"):
-                shared, entered = self.store.read(index, self.model.linears(block), self.model.device)
-            return shared, [], entered if wanted else None
+                shared, sample = self.store.read(index, self.model.linears(block), self.model.device)
+            return shared, [], sample if wanted else None
         store = self.store if self.store and not self.store.has(index) else None
         first = store is not None and kind_of(block) not in self._kinds
         gather = bool(self.sharing or self.awq or self.diagonals is not None or store)
@@ -137,9 +137,9 @@ class CalibrationPass:
         shared, *own = gathered.streams
         if store:
             with self.reporter.stage("write"):
-                store.write(index, shared, gathered.entered if first else None)
+                store.write(index, shared, gathered.sample if first else None)
             self._kinds.add(kind_of(block))
-        return shared, own, gathered.entered if wanted else None
+        return shared, own, gathered.sample if wanted else None
 
     def _solve_block(
         self,
@@ -149,7 +149,7 @@ class CalibrationPass:
         gptq: GptqBlocks | None,
         awq: AwqBlocks | None,
     ) -> None:
-        shared, own, entered = self._statistics(index, block, streams, awq)
+        shared, own, sample = self._statistics(index, block, streams, awq)
         if self.diagonals is not None:
             for group in shared:
                 diagonal = group.hessian.diagonal().cpu().numpy() * np.float32(group.tokens > 0)
@@ -162,7 +162,7 @@ class CalibrationPass:
             pairs = zip(self.drifting, own, strict=True)
             drifting = [gptq.begin(index, groups, [branch]) for branch, groups in pairs]
         if awq and self.awq:
-            awq.solve_block(index, block, shared, entered, self.awq)
+            awq.solve_block(index, block, shared, sample, self.awq)
         if gptq:
             gptq.finish(index, common, self.sharing)
             for number, (branch, begun) in enumerate(zip(self.drifting, drifting, strict=True), 1):

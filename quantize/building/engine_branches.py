@@ -38,7 +38,7 @@ def make_branches(build: Build) -> Iterator[Made]:
     ids = place / "ids.npy"
     np.save(ids, tokens.ids)
     source = _readable_source(plan.source, place / "source")
-    for number, item in enumerate(plan.foreign_work):
+    for number, item in enumerate(plan.engine_work):
         engine = item.engine
         assert engine
         environment = environment_of(engine)

@@ -56,7 +56,7 @@ def build_recipe(
         try:
             if plan.gguf and plan.level_work:
                 plan.gguf.require()
-            require_engines(plan.foreign_work)
+            require_engines(plan.engine_work)
             if plan.work or plan.level_work:
                 with _open(plan, held, options, reporter) as build:
                     plan = result.plan = build.plan
@@ -94,7 +94,7 @@ def _build(build: Build, result: BuildResult) -> None:
     plan, diagonals = build.plan, None
     if plan.native_work or plan.gathers_imatrix:
         diagonals = _build_branches(build, result)
-    if plan.foreign_work:
+    if plan.engine_work:
         _build_by_engines(build, result)
     if plan.level_work:
         _build_levels(build, diagonals, result)
@@ -142,7 +142,7 @@ def _build_by_engines(build: Build, result: BuildResult) -> None:
     from quantize.branches.completion import NotOnDisk, complete
     from quantize.building.engine_branches import make_branches
 
-    todo = build.plan.foreign_work
+    todo = build.plan.engine_work
     _check_disk(build.plan, [*todo, *todo])  # an engine's result lies beside its rewriting
     for made in make_branches(build):
         with build.reporter.stage("write"):

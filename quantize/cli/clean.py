@@ -20,7 +20,7 @@ OLD = 30
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 def clean(dist: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
-    """Remove unfinished builds from a dist: blocks kept for a build to go on with. Asks first.
+    """Remove unfinished builds from a dist: blocks saved for a build to resume from. Asks first.
 
     Finished branches and levels are not touched.
     """

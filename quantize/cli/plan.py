@@ -74,15 +74,15 @@ def plan(
             click.echo(f"{label} cannot be built yet: {reason}")
         left = len(planned.work) + len(planned.level_work)
         if left:
-            cost, foreign = planned.estimate, len(planned.foreign_work)
+            cost, by_engines = planned.estimate, len(planned.engine_work)
             line = f"to build: {left} of {len(planned.variants) + len(levels)}"
-            if left > foreign:
+            if left > by_engines:
                 spent = f"about {duration(cost.seconds)} on this machine's CPU"
                 line += f", {spent}, peak memory about {gigabytes(cost.peak_bytes)}"
                 line += f" (of a GPU's, with --device cuda, {gigabytes(cost.gpu_bytes)})" if cost.gpu_bytes else ""
             click.echo(line)
-            if foreign:
-                click.echo(f"{foreign} of them by other engines, whose time and memory are not estimated")
+            if by_engines:
+                click.echo(f"{by_engines} of them by other engines, whose time and memory are not estimated")
         else:
             click.echo("nothing to build")
     if check and (planned.work or planned.level_work):

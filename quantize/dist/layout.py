@@ -71,7 +71,7 @@ class Dist:
 
 @contextmanager
 def locked(dist: Path, *, create: bool = True) -> Iterator[Dist]:
-    """Hold the only build in ``dist``, its work folder emptied of what cannot be gone on with.
+    """Hold the only build in ``dist``, after clearing its work folder of what no build can resume from.
 
     Args:
         create: make the folder where there is none; a command that only changes what is finished does not.

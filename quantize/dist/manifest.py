@@ -45,7 +45,7 @@ def manifest(
     """The manifest as plain data. It holds no time, no path of the machine and no name of a user.
 
     Args:
-        engine: name, version and packages of a foreign engine; None for our own solvers.
+        engine: name, version and packages of another engine; None for our own solvers.
     """
     return {
         "schema": SCHEMA,

@@ -100,7 +100,7 @@ class _Manifest(_Made):
 
 
 def problem(data: Any) -> str | None:
-    """Why a manifest cannot be gone by, in one line; None for a sound one."""
+    """Why a manifest is not valid, in one line; None for a valid one."""
     try:
         _Manifest.model_validate(data)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""A build that is not through yet, on disk: all that is needed to go on after its last finished block.
+"""An unfinished build on disk: all that is needed to resume after its last finished block.
 
 Below ``dist/.quantize/unfinished/<key>/`` lie the branches' open shards, the states that enter the next block, the
 importance matrix so far, and ``blocks.jsonl``, which says what the build is of and then, a line a block, what was
@@ -64,14 +64,14 @@ class State:
         """Whether every block is finished, and only putting into place is left."""
         return self.next_block == self.blocks
 
-    def serves(self, wish: State) -> bool:
-        """Whether going on from here gives what ``wish`` asks for."""
-        if dict(self.inputs) != dict(wish.inputs) or (wish.imatrix and not self.imatrix):
+    def serves(self, wanted: State) -> bool:
+        """Whether a build that resumes from here gives what ``wanted`` asks for."""
+        if dict(self.inputs) != dict(wanted.inputs) or (wanted.imatrix and not self.imatrix):
             return False
         there = dict(self.branches)
         if self.is_over:  # some of its branches may have reached their places already
-            return wish.branches.items() <= there.items()
-        return there == dict(wish.branches) and self.imatrix == wish.imatrix
+            return wanted.branches.items() <= there.items()
+        return there == dict(wanted.branches) and self.imatrix == wanted.imatrix
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Unfinished:
         self._enter(block)
 
     def damaged(self, why: object) -> DamagedBuild:
-        """The error where it cannot be gone on with."""
+        """Build the error for an unusable resume folder."""
         return DamagedBuild(
             f"{self.folder}: this unfinished build is damaged ({why}); remove it with 'quantize clean' and build again"
         )
@@ -222,32 +222,32 @@ class Unfinished:
 
 
 def find_unfinished(dist: Path) -> list[Unfinished]:
-    """Every unfinished build in ``dist`` that could be gone on with."""
+    """Every unfinished build in ``dist`` that can be resumed."""
     folder = dist / WORK_FOLDER / UNFINISHED
     found = (_read(path) for path in (sorted(folder.iterdir()) if folder.is_dir() else ()))
     return [one for one in found if one is not None]
 
 
-def open_unfinished(dist: Path, wishes: Sequence[State]) -> Unfinished:
-    """The unfinished build that serves one of ``wishes``, or a new one for the first of them.
+def open_unfinished(dist: Path, candidates: Sequence[State]) -> Unfinished:
+    """The unfinished build that serves one of ``candidates``, or a new one for the first of them.
 
     Raises:
         DamagedBuild: the record of its blocks is damaged.
     """
     for one in find_unfinished(dist):
-        if any(one.folder.name == wish.key or one.state.serves(wish) for wish in wishes):
+        if any(one.folder.name == wanted.key or one.state.serves(wanted) for wanted in candidates):
             if one.fault:
                 raise one.damaged(one.fault)
             return one
-    wish = wishes[0]
+    wanted = candidates[0]
     parent = dist / WORK_FOLDER / UNFINISHED
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.iterdir():
         if _read(leftover) is None:
             shutil.rmtree(leftover, ignore_errors=True)
-    folder = parent / wish.key
+    folder = parent / wanted.key
     folder.mkdir()
-    return Unfinished(folder, wish, Records(folder / BLOCKS))
+    return Unfinished(folder, wanted, Records(folder / BLOCKS))
 
 
 def _head(state: State) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def _read(folder: Path) -> Unfinished | None:
         for line in lines:
             one._enter(_block(line))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # killed before its first block, or of another version: nothing to go on with
+        return None  # killed before its first block, or of another version: nothing to resume from
     return one if one.blocks or one.fault else None
 
 

@@ -30,17 +30,17 @@ class Gathered:
     """What running a block gave.
 
     Attributes:
-        streams: statistics of each stream, the source's first. entered: the first batch that entered the block, as
+        streams: statistics of each stream, the source's first. sample: the first batch that entered the block, as
             the source has it, where it was asked for.
     """
 
     streams: list[list[InputStatistics]]
-    entered: torch.Tensor | None
+    sample: torch.Tensor | None
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The calibration windows of a pass, and where they go on from.
+    """The calibration windows of a pass, and where they resume from.
 
     Attributes:
         parts: token ids, int64 [samples, length] each. batch: windows run together. streams: how many.

@@ -53,13 +53,13 @@ class LocalStreams:
                 yield Part.start(windows.model, ids, windows.batch, windows.places(number))
 
     def statistics(self, index: int, block: nn.Module, gather: bool, first: bool) -> Gathered:
-        entered = self._parts[0].source.first() if first else None
+        sample = self._parts[0].source.first() if first else None
         total, *others = (part.statistics for part in self._parts)
         streams = total(index, block, gather, self._reporter)
         for statistics in others:
             for one, other in zip(streams, statistics(index, block, gather, self._reporter), strict=True):
                 add_part(one, other)
-        return Gathered(streams, entered)
+        return Gathered(streams, sample)
 
     def advance(self, index: int, block: nn.Module, stream: int, weights: Mapping[str, torch.Tensor]) -> None:
         for part in self._parts:

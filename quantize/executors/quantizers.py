@@ -20,11 +20,11 @@ class Quantizers(Protocol):
     def lanes(self, count: int) -> tuple[int, int]:
         """How many of ``count`` requests to run side by side, and the threads of each."""
 
-    def run(self, request: Mapping[str, Any], told: Callable[[str], None]) -> tuple[int, str]:
+    def run(self, request: Mapping[str, Any], on_line: Callable[[str], None]) -> tuple[int, str]:
         """Run one request to its end.
 
         Args:
-            request: from :func:`quantize.gguf.quantize.request`. told: hears every line of llama.cpp's log.
+            request: from :func:`quantize.gguf.quantize.request`. on_line: hears every line of llama.cpp's log.
 
         Returns:
             The exit code, negative where a signal ended it, and the end of the log.
@@ -49,13 +49,13 @@ class LocalQuantizers:
         lanes = max(1, min(cores, count, memory // LEVEL_MEMORY))
         return lanes, max(1, cores // lanes)
 
-    def run(self, request: Mapping[str, Any], told: Callable[[str], None]) -> tuple[int, str]:
+    def run(self, request: Mapping[str, Any], on_line: Callable[[str], None]) -> tuple[int, str]:
         with self._lock:
             child = start(request)
             self._running.add(child)
         try:
             with child:
-                return finish(child, told)
+                return finish(child, on_line)
         finally:
             with self._lock:
                 self._running.discard(child)

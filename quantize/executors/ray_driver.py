@@ -257,12 +257,12 @@ class RayStreams:
             self.shape = (*self.shape[:2], self._result(number, reference))
 
     def statistics(self, index: int, block: nn.Module, gather: bool, first: bool) -> Gathered:
-        linears, entered = self._model.linears(block), None
+        linears, sample = self._model.linears(block), None
         total: list[list[InputStatistics]] = []
         for packed, batch in self._all(lambda number: ("statistics", (index, gather, first and number == 0))):
             streams = [[one.statistics(linears) for one in groups] for groups in packed]
             if not total:
-                total, entered = streams, batch
+                total, sample = streams, batch
                 continue
             for one, other in zip(total, streams, strict=True):
                 add_part(one, other)
@@ -270,7 +270,7 @@ class RayStreams:
         for group in (group for groups in total for group in groups):
             group.hessian = group.hessian.to(device)
             group.drift = None if group.drift is None else group.drift.to(device)
-        return Gathered(total, entered.tensor().to(device) if entered else None)
+        return Gathered(total, sample.tensor().to(device) if sample else None)
 
     def advance(self, index: int, block: nn.Module, stream: int, weights: Mapping[str, torch.Tensor]) -> None:
         packed = ray.put({name: Packed.of(weight) for name, weight in weights.items()})
@@ -387,7 +387,7 @@ class RayQuantizers:
         lanes = max(1, min(sum(self._cpus), count))
         return lanes, max(1, min(sum(self._cpus) // lanes, *self._cpus))
 
-    def run(self, request: Mapping[str, Any], told: Callable[[str], None]) -> tuple[int, str]:
+    def run(self, request: Mapping[str, Any], on_line: Callable[[str], None]) -> tuple[int, str]:
         paths = {name: str(Path(request[name]).absolute()) for name in ("source", "target", "imatrix") if request[name]}
         task = self._task.options(num_cpus=request["threads"]).remote({**request, **paths})
         self._running.add(task)
@@ -398,7 +398,7 @@ class RayQuantizers:
         finally:
             self._running.discard(task)
         for line in log.splitlines(keepends=True):
-            told(line)
+            on_line(line)
         return code, log
 
     def stop(self) -> None:

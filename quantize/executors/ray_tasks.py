@@ -52,7 +52,7 @@ class Begin:
         ids: int64 [samples, length]. batch: windows run together.
         places: where the states of each stream lie; None for those of a worker that does not see that folder.
         digests: SHA-256 of the states that lie there.
-        block: go on with the states that enter this block; 0 is the start. width: of the states, where they go on.
+        block: resume with the states that enter this block; 0 starts anew. width: of the resumed states.
         states: these states, for a worker that does not see the folder.
     """
 
@@ -112,9 +112,9 @@ class ShardWorker:
         self.loading.close()
         give_back()
         self.block: nn.Module = self.loading.enter_context(self.model.block(index))
-        entered = Packed.of(self.part.source.first()) if first else None
+        sample = Packed.of(self.part.source.first()) if first else None
         streams = self.part.statistics(index, self.block, gather)
-        return [[PackedStatistics.of(group) for group in groups] for groups in streams], entered
+        return [[PackedStatistics.of(group) for group in groups] for groups in streams], sample
 
     def advance(self, index: int, stream: int, weights: Mapping[str, Packed]) -> None:
         """As :meth:`Streams.advance`, of this shard, through the block whose statistics it gave last."""

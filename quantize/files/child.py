@@ -53,7 +53,7 @@ SECRET = re.compile(
 )
 NO_SECRETS = frozenset({"HF_HUB_DISABLE_IMPLICIT_TOKEN"})
 LOGIN = re.compile(r"://[^/@\s]+@")
-"""In an address: a user and mostly a password, which only package installers are told."""
+"""In an address: a user and mostly a password, which only package installers are on_line."""
 
 
 class ChildFailed(Exception):
@@ -169,11 +169,11 @@ class Child:
             if not self._ended:
                 _kill_session(self.process.pid)
 
-    def wait(self, told: Callable[[str], None] | None = None) -> Any:
+    def wait(self, on_line: Callable[[str], None] | None = None) -> Any:
         """Wait for its answer.
 
         Args:
-            told: hears every line that it prints, as it comes.
+            on_line: hears every line that it prints, as it comes.
 
         Raises:
             ChildFailed: it failed, died or took too long.
@@ -182,8 +182,8 @@ class Child:
             self._lines.append(line)
             if self._log is not None:
                 self._log.write(line)
-            if told:
-                told(line)
+            if on_line:
+                on_line(line)
         for thread in self._threads:
             thread.join()
         return self._judge(self.process.returncode)
@@ -274,17 +274,17 @@ def _imports() -> list[str]:
     return [os.path.abspath(path) for path in sys.path if path and os.path.realpath(path) != here]
 
 
-def run_child(task: Task, told: Callable[[str], None] | None = None, log: IO[str] | None = None) -> Any:
+def run_child(task: Task, on_line: Callable[[str], None] | None = None, log: IO[str] | None = None) -> Any:
     """Run a child to its end; its answer.
 
     Args:
-        told: hears every line that it prints. log: takes them too.
+        on_line: hears every line that it prints. log: takes them too.
 
     Raises:
         ChildFailed: it failed, died or took too long.
     """
     with Child(task, log) as child:
-        return child.wait(told)
+        return child.wait(on_line)
 
 
 def environment(

@@ -84,13 +84,13 @@ class Alignment:
 
     Args:
         conversion: the full-width file that all levels are made from.
-        became: for each tensor of the checkpoint, the GGUF tensors it went into.
+        converted: for each tensor of the checkpoint, the GGUF tensors it went into.
         read: the source's tensors by name.
     """
 
-    def __init__(self, conversion: Path, became: Mapping[str, list[str]], read: ReadSource) -> None:
-        self._conversion, self._became, self._read = GgufFile([conversion]), became, read
-        self._stacks = find_stacks(became)
+    def __init__(self, conversion: Path, converted: Mapping[str, list[str]], read: ReadSource) -> None:
+        self._conversion, self._converted, self._read = GgufFile([conversion]), converted, read
+        self._stacks = find_stacks(converted)
         self._known: dict[str, Turn] = {}
 
     def turn(self, name: str) -> Turn | None:
@@ -100,7 +100,7 @@ class Alignment:
             GgufError: the converter did something to it that is not known here.
         """
         expert = expert_of(name)
-        if name not in self._became and expert is None:
+        if name not in self._converted and expert is None:
             return None
         if name not in self._known:
             target, number = self._target(name)
@@ -117,7 +117,7 @@ class Alignment:
             if stack is None:
                 raise GgufRunError(f"{name}: the converter stacked the experts in a way that is not known here")
             return stack, number
-        targets = self._became[name]
+        targets = self._converted[name]
         if len(targets) != 1:
             raise GgufRunError(f"{name} was split into {', '.join(targets)}, which cannot be put together again")
         return targets[0], None
@@ -186,8 +186,8 @@ def _rows(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np
 
 
 def open_levels(
-    files: Mapping[str, Sequence[Path]], conversion: Path, became: Mapping[str, list[str]], read: ReadSource
+    files: Mapping[str, Sequence[Path]], conversion: Path, converted: Mapping[str, list[str]], read: ReadSource
 ) -> dict[str, Any]:
     """Readers of several levels of one conversion, by their labels."""
-    alignment = Alignment(conversion, became, read)
+    alignment = Alignment(conversion, converted, read)
     return {label: LevelReader(paths, alignment) for label, paths in files.items()}

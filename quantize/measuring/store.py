@@ -41,7 +41,7 @@ class Store:
         return bool(self._kept)
 
     def resume(self) -> tuple[int, dict[str, torch.Tensor]]:
-        """The block to go on with, and the states that enter it; the source's last ones where they are known."""
+        """The block to resume at, and the states that enter it; the source's last ones where they are known."""
         files = sorted(self._interim.glob("*.safetensors")) if self._interim.is_dir() else []
         for file in reversed(files):
             states = _read(file)

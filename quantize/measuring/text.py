@@ -14,17 +14,17 @@ def held_out(plan: Plan) -> tuple[Calibration, bool]:
     Raises:
         CalibrationError: it is the calibration text, and the recipe does not allow that.
     """
-    wish, calibration = plan.recipe.measure, plan.recipe.calibration
-    corpora = wish.corpora(calibration)
+    wanted, calibration = plan.recipe.measure, plan.recipe.calibration
+    corpora = wanted.corpora(calibration)
     calibrated = [identity(corpus) for corpus in calibration.dataset]
     shared = next((corpus for corpus in corpora if identity(corpus) in calibrated), None)
-    if shared is not None and not wish.allow_calibration_text:
+    if shared is not None and not wanted.allow_calibration_text:
         raise CalibrationError(
             f"measure.dataset: {title(shared)} is the calibration text of this recipe, which flatters every branch; "
             "name another one, or set measure.allow_calibration_text: true (the card then says so)"
         )
-    length = min(wish.sequence_length, _positions(plan) or wish.sequence_length)
-    text = Calibration(dataset=corpora, samples=wish.samples, sequence_length=length, seed=wish.seed)
+    length = min(wanted.sequence_length, _positions(plan) or wanted.sequence_length)
+    text = Calibration(dataset=corpora, samples=wanted.samples, sequence_length=length, seed=wanted.seed)
     return text, shared is not None
 
 

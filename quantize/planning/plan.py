@@ -59,14 +59,14 @@ class Plan:
         return [item for item in self.work if not item.engine]
 
     @property
-    def foreign_work(self) -> list[PlannedVariant]:
+    def engine_work(self) -> list[PlannedVariant]:
         """The part of the work that external engines make, branch by branch."""
         return [item for item in self.work if item.engine]
 
     @cached_property
     def obstacles(self) -> dict[str, str]:
         """The reason for each branch of the work whose engine cannot run here at present, by label."""
-        return obstacles(self.foreign_work)
+        return obstacles(self.engine_work)
 
     @property
     def everything(self) -> list[PlannedVariant | PlannedLevel]:
