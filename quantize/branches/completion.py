@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from quantize.calibration.tokens import Tokens
-from quantize.dist.layout import describe_files
+from quantize.dist.layout import FileEntry, describe_files
 from quantize.dist.ledger import LedgerEntry
-from quantize.dist.manifest import create, manifest
+from quantize.dist.manifest import Manifest, create, manifest
 from quantize.files.atomic import write_atomically
 from quantize.files.digest import key_of
 from quantize.files.versions import versions_of
@@ -44,7 +44,7 @@ class Made:
     engine: dict[str, Any] | None = None
 
 
-def complete(plan: Plan, made: Made) -> dict[str, Any]:
+def complete(plan: Plan, made: Made) -> Manifest:
     """Write everything of a branch beside its weights.
 
     Returns:
@@ -90,13 +90,13 @@ def complete(plan: Plan, made: Made) -> dict[str, Any]:
     return data
 
 
-def _described(folder: Path, item: PlannedVariant, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def _described(folder: Path, item: PlannedVariant, digests: Mapping[str, str]) -> dict[str, FileEntry]:
     """Bytes and SHA-256 of every file of a branch, by name; its tensors are held against ``digests`` as they are read.
 
     Raises:
         NotOnDisk: one is not what was written.
     """
-    found = {}
+    found: dict[str, FileEntry] = {}
     for shard, tensors in item.layout.shards.items():
         path = folder / shard
         try:

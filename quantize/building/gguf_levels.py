@@ -15,7 +15,8 @@ import numpy as np
 
 from quantize import __version__
 from quantize.building.build import Build, Diagonals
-from quantize.dist.manifest import Manifest, read_manifest, update, with_level
+from quantize.dist.layout import FileEntry
+from quantize.dist.manifest import Manifest, Recorded, read_manifest, update, with_level
 from quantize.dist.manifest_schema import SCHEMA
 from quantize.errors import BuildError, GgufRunError
 from quantize.executors.quantizers import Quantizers
@@ -98,10 +99,10 @@ class _LevelsManifest:
         """The manifest as it lies there now, under the heading of this build."""
         return self._of(read_manifest(self.folder))
 
-    def note_imatrix(self, entry: Mapping[str, Any]) -> None:
-        update(self.dist, self.folder, lambda known: {**self._of(known), "imatrix": dict(entry)})
+    def note_imatrix(self, entry: Recorded) -> None:
+        update(self.dist, self.folder, lambda known: {**self._of(known), "imatrix": entry})
 
-    def note_level(self, level: str, entry: Mapping[str, Any]) -> None:
+    def note_level(self, level: str, entry: Recorded) -> None:
         update(self.dist, self.folder, lambda known: with_level(self._of(known), level, entry))
 
     def _of(self, known: Manifest | None) -> Manifest:
@@ -263,7 +264,7 @@ def _remove_old(levels: LevelPlan, item: PlannedLevel, manifest: _LevelsManifest
             (levels.folder / name).unlink(missing_ok=True)
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _described(path: Path) -> FileEntry:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 

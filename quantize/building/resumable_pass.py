@@ -12,6 +12,7 @@ from quantize.building.calibration_pass import CalibrationPass, PassState
 from quantize.calibration.forward import choose_device, choose_dtype
 from quantize.calibration.store import StatisticsStore
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
+from quantize.dist.manifest import Manifest
 from quantize.dist.resume import State, open_unfinished
 from quantize.executors.memory import return_large_buffers
 from quantize.files.cache import cache_folder
@@ -102,7 +103,7 @@ class Pass:
                 check_small_files(source)
         return branches
 
-    def complete(self, branch: Branch) -> dict[str, Any]:
+    def complete(self, branch: Branch) -> Manifest:
         """Write everything of a branch beside its weights; returns the manifest.
 
         Raises:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from quantize.errors import BuildError, ReleaseError
 from quantize.files.atomic import copy_file, replacing, sync_folder, write_atomically
@@ -26,6 +26,13 @@ WORK_FOLDER = ".quantize"
 LOCK, ORIGINS, UNFINISHED = "lock", "origins.json", "unfinished"
 """Inside the work folder: what stays there. Builds that can be resumed lie in ``unfinished``; ``origins.json`` is
 described in ``origins.py``."""
+
+
+class FileEntry(TypedDict):
+    """A file of a branch: its bytes and their SHA-256."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def publish(staged: Path, target: Path, work: Path) -> None:
     sync_folder(target.parent)
 
 
-def describe_files(folder: Path, known: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def describe_files(folder: Path, known: Mapping[str, FileEntry]) -> dict[str, FileEntry]:
     """Bytes and SHA-256 of every file below ``folder``, by relative name; ``known`` are not read again."""
     return {
         path.relative_to(folder).as_posix(): known.get(path.relative_to(folder).as_posix())

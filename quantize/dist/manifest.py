@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from quantize.dist.layout import WORK_FOLDER, Dist
+from quantize.dist.layout import WORK_FOLDER, Dist, FileEntry
 from quantize.dist.ledger import LedgerEntry
 from quantize.dist.manifest_schema import SCHEMA, problem
 from quantize.errors import BuildError
@@ -24,7 +24,36 @@ MOST_BYTES = 100_000_000
 """Of a manifest that is read; thirty thousand modules take 6 MB."""
 
 
-Manifest = dict[str, Any]
+class Recorded(TypedDict, total=False):
+    """What a manifest says of one branch, of one GGUF level, or of the importance matrix; each has some of the keys."""
+
+    key: str
+    key_inputs: dict[str, Any]
+    calibration: dict[str, Any]
+    compute: dict[str, Any]
+    versions: dict[str, str]
+    engine: dict[str, Any]
+    tensor_bytes: int
+    entries: int
+    shards: int
+    files: dict[str, FileEntry]
+    tensor_types: dict[str, str]
+    fallbacks: list[str]
+    ledger: list[dict[str, Any]]
+    quality: dict[str, Any]
+
+
+class Manifest(Recorded, total=False):
+    """The manifest of a branch, or of all levels of a GGUF repo."""
+
+    schema: int
+    repo: str
+    branch: str
+    source: dict[str, Any]
+    conversion: dict[str, Any]
+    imatrix: Recorded | None
+    levels: dict[str, Recorded]
+    loads_in: dict[str, str]
 
 
 def manifest(
@@ -38,10 +67,10 @@ def manifest(
     compute: dict[str, Any],
     versions: dict[str, str],
     tensor_bytes: int,
-    files: dict[str, dict[str, Any]],
+    files: dict[str, FileEntry],
     ledger: list[LedgerEntry],
     engine: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Manifest:
     """The manifest as plain data. It holds no time, no path of the machine and no name of a user.
 
     Args:
@@ -103,9 +132,9 @@ def with_quality(data: Manifest, quality: Mapping[str, Any], level: str | None =
     return {**data, "levels": {**data["levels"], level: {**data["levels"][level], "quality": dict(quality)}}}
 
 
-def with_level(data: Manifest, level: str, entry: Mapping[str, Any]) -> Manifest:
+def with_level(data: Manifest, level: str, entry: Recorded) -> Manifest:
     """A manifest with one more GGUF level, or another entry of one; levels are in the order of their names."""
-    return {**data, "levels": dict(sorted({**(data.get("levels") or {}), level: dict(entry)}.items()))}
+    return {**data, "levels": dict(sorted({**(data.get("levels") or {}), level: entry}.items()))}
 
 
 def without_level(data: Manifest, level: str) -> Manifest:
@@ -133,19 +162,19 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         if not path.is_file() or stray(path, folder) is not None or path.stat().st_size > MOST_BYTES:
             return None
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data: Manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return data if problem(data) is None else None
 
 
-def described_files(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def described_files(data: Manifest) -> dict[str, FileEntry]:
     """Every file that a sound manifest names, a branch's, a level's or the importance matrix, by name."""
     parts = [data, data.get("imatrix") or {}, *(data.get("levels") or {}).values()]
     return {name: entry for part in parts for name, entry in (part.get("files") or {}).items()}
 
 
-def is_complete(folder: Path, data: dict[str, Any]) -> bool:
+def is_complete(folder: Path, data: Recorded) -> bool:
     """Whether all files of the manifest are there in their full size."""
     try:
         return all(

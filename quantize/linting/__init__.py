@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from quantize.dist.manifest import MANIFEST_NAME, described_files
+from quantize.dist.manifest import MANIFEST_NAME, Manifest, described_files
 from quantize.dist.manifest_schema import problem
 from quantize.errors import QuantizeError, printable
 from quantize.linting.card import base_model, check_card, check_inherited, check_tokenizer
@@ -110,7 +110,7 @@ def _check_manifest(files: RepoFiles) -> Iterator[Finding]:
 
 
 def _sizes_of(files: RepoFiles, data: dict[str, Any]) -> Iterator[Finding]:
-    for name, entry in described_files(data).items():
+    for name, entry in described_files(cast("Manifest", data)).items():
         wanted, real = entry["bytes"], files.sizes.get(name)
         if real is None:
             yield error("manifest", name, f"is listed in {MANIFEST_NAME}, but missing")

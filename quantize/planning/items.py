@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from quantize.dist.manifest import Manifest
+from quantize.dist.manifest import Manifest, Recorded
 from quantize.engines import Engine
 from quantize.gguf.quantize import Outcome
 from quantize.planning.engines import engine_of, layout_of
@@ -53,7 +53,7 @@ class Item(Protocol):
     def why(self) -> str:
         """The reason for the state, in one line."""
 
-    def recorded(self, manifest: Manifest) -> Manifest:
+    def recorded(self, manifest: Manifest) -> Recorded:
         """Its part of the manifest of its folder."""
 
 
@@ -102,7 +102,7 @@ class PlannedVariant:
         """The external engine that makes it; None for our own solvers."""
         return engine_of(self.variant)
 
-    def recorded(self, manifest: Manifest) -> Manifest:
+    def recorded(self, manifest: Manifest) -> Recorded:
         """Its part of the manifest of its folder."""
         return manifest
 
@@ -151,7 +151,7 @@ class PlannedLevel:
     def nbytes(self) -> int:
         return self.outcome.nbytes if self.outcome else 0
 
-    def recorded(self, manifest: Manifest) -> Manifest:
+    def recorded(self, manifest: Manifest) -> Recorded:
         """Its part of the manifest of its folder."""
-        entry: Manifest = (manifest.get("levels") or {}).get(self.level) or {}
+        entry: Recorded = (manifest.get("levels") or {}).get(self.level) or {}
         return entry

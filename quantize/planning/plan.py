@@ -10,7 +10,7 @@ from typing import Any
 
 from quantize.calibration.corpus import title
 from quantize.calibration.tokens import calibration_identity
-from quantize.dist.manifest import read_manifest
+from quantize.dist.manifest import Recorded, read_manifest
 from quantize.errors import PlanError
 from quantize.planning.circumstances import circumstances_here, circumstances_of, made_otherwise
 from quantize.planning.engines import identity_of, obstacles
@@ -128,7 +128,7 @@ class Plan:
     def calibration(self) -> dict[str, Any]:
         return calibration_identity(self.recipe.calibration)
 
-    def finished(self, item: Item) -> dict[str, Any]:
+    def finished(self, item: Item) -> Recorded:
         """An item's manifest on disk; empty if there is none, or it is another model's."""
         if item.state == "taken":
             return {}
@@ -142,9 +142,10 @@ class Plan:
 
     def made_otherwise(self, item: PlannedVariant | PlannedLevel) -> list[str]:
         """Differences, not in the key, between how a finished item was computed and how a build here would do it."""
-        data = read_manifest(item.folder) or {}
+        manifest = read_manifest(item.folder) or {}
+        data: Recorded = manifest
         if isinstance(item, PlannedLevel):
-            data = (data.get("imatrix") or {}) if item.wants_imatrix else {}
+            data = (manifest.get("imatrix") or {}) if item.wants_imatrix else {}
         elif item.engine:  # its key includes its packages
             return []
         then = circumstances_of(data.get("compute") or {}, data.get("versions") or {})

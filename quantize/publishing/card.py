@@ -10,7 +10,7 @@ from urllib.parse import quote
 from quantize import __version__
 from quantize.calibration.corpus import title, url
 from quantize.dist.layout import Dist
-from quantize.dist.manifest import read_manifest
+from quantize.dist.manifest import Recorded, read_manifest
 from quantize.engines import NATIVE
 from quantize.errors import RecipeError
 from quantize.formats.tensors import DTYPE_BYTES
@@ -48,9 +48,9 @@ def render_gguf_card(plan: Plan) -> str:
     elements = sum(spec.nbytes // DTYPE_BYTES[spec.dtype] for spec in plan.source.checkpoint.tensors.values())
     rows, split = [], False
     for item in plan.gguf.levels:
-        files = manifest.get(item.level, {}).get("files") or {item.file: {"bytes": item.nbytes}}
-        nbytes = sum(file["bytes"] for file in files.values())
-        first = min(files)
+        files = manifest.get(item.level, {}).get("files") or {}
+        nbytes = sum(file["bytes"] for file in files.values()) or item.nbytes
+        first = min(files, default=item.file)
         split = split or len(files) > 1
         rows.append({
             "file": first,
@@ -243,7 +243,7 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _made_by(item: PlannedVariant, known: dict[str, Any]) -> str:
+def _made_by(item: PlannedVariant, known: Recorded) -> str:
     """The engine and its version, from the manifest if the branch is built."""
     if item.engine is None:
         return OURS

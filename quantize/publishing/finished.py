@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from quantize.dist.manifest import MANIFEST_NAME, described_files, read_manifest
+from quantize.dist.manifest import MANIFEST_NAME, Manifest, described_files, read_manifest
 from quantize.errors import ReleaseError
 from quantize.files.digest import cached_sha256
 from quantize.planning.plan import Plan
@@ -189,7 +189,7 @@ def accounted(manifest: Mapping[str, Any]) -> dict[str, str]:
         for name, digest in (carried.items() if isinstance(carried, Mapping) else ())
         if isinstance(name, str) and isinstance(digest, str) and name.lower().startswith(LICENCE_FILES)
     }
-    return found | {name: str(entry["sha256"]) for name, entry in described_files(dict(manifest)).items()}
+    return found | {name: str(entry["sha256"]) for name, entry in described_files(cast("Manifest", manifest)).items()}
 
 
 LICENCE_FILES = ("license", "licence", "notice", "use_policy", "copying")

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantize.dist.layout import Dist, locked
-from quantize.dist.manifest import MANIFEST_NAME, Manifest, described_files, read_manifest, update, without_level
+from quantize.dist.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    Recorded,
+    described_files,
+    read_manifest,
+    update,
+    without_level,
+)
 from quantize.errors import PushError, ReleaseError
 from quantize.hub.client import Hub
 from quantize.planning.plan import Plan
@@ -163,6 +171,6 @@ def _remove_level(held: Dist, orphan: Orphan, level: str) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _names(entry: dict[str, Any]) -> list[str]:
+def _names(entry: Recorded) -> list[str]:
     """A level's GGUF files beside its manifest."""
     return [name for name in entry.get("files", {}) if Path(name).name == name and name.endswith(".gguf")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.building.run import build_recipe
-from quantize.dist.manifest import MANIFEST_NAME, described_files, read_manifest
+from quantize.dist.manifest import MANIFEST_NAME, Manifest, described_files, read_manifest
 from quantize.engines import NATIVE
 from quantize.errors import ManifestError, RecipeError
 from quantize.files.digest import sha256_of_file
@@ -22,7 +22,6 @@ from quantize.rebuilding.recorded import lacking
 from quantize.recipe import load_recipe
 from quantize.reporter import SILENT, Reporter
 
-Manifest = dict[str, Any]
 SETTINGS = ("compute_dtype", "batch_tokens")
 
 
@@ -144,7 +143,7 @@ def _as_computed(compute: Mapping[str, Any]) -> dict[str, Any]:
 def _shards(manifests: Sequence[Manifest], places: Sequence[Path]) -> int:
     """Parts that the windows were run in, which decides the last bits of our own statistics."""
     parts = [
-        manifest.get("imatrix" if "levels" in manifest else "compute")
+        _part(manifest, "imatrix" if "levels" in manifest else "compute")
         for manifest in manifests
         if not manifest.get("engine")
     ]
@@ -164,6 +163,11 @@ def _read(path: Path) -> Manifest:
     if wrong := lacking(manifest):
         raise ManifestError(f"{path}: does not say what it was made of ({wrong}), so it cannot be made again")
     return manifest
+
+
+def _part(manifest: Manifest, name: str) -> dict[str, Any]:
+    part: dict[str, Any] = dict(manifest).get(name) or {}  # type: ignore[assignment]
+    return part
 
 
 def _label(manifest: Manifest) -> str:
@@ -251,7 +255,7 @@ def _compare(manifest: Manifest, folder: Path) -> Compared:
         else:
             result.differing.append(name)
     for part in ("versions", "compute", "imatrix"):
-        before, now = ((data.get(part) or {}) for data in (manifest, again))
+        before, now = (_part(data, part) for data in (manifest, again))
         if part == "imatrix":
             before, now = ((one.get("compute") or {}) for one in (before, now))
             now = now if before else {}  # an older manifest does not say

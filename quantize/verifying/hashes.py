@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from quantize.dist.manifest import MANIFEST_NAME, described_files
+from typing import cast
+
+from quantize.dist.manifest import MANIFEST_NAME, Manifest, described_files
 from quantize.dist.manifest_schema import problem
 from quantize.files.digest import sha256_of_file
 from quantize.linting.files import HubFiles, LocalFiles, RepoFiles
@@ -17,7 +19,7 @@ def check_hashes(files: RepoFiles) -> Check:
     if manifest is None or (wrong_at := problem(manifest)) is not None:
         reason = wrong_at if manifest is not None else "it is not a JSON object"
         return Check("hashes", "failed", f"{MANIFEST_NAME} is not a valid manifest ({reason})")
-    entries = described_files(manifest)
+    entries = described_files(cast("Manifest", manifest))
     wrong, unread = [], 0
     for name, entry in sorted(entries.items()):
         if files.sizes.get(name) != entry["bytes"]:
