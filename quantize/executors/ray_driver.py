@@ -151,16 +151,10 @@ class RayExecutor:
         device = one.weight.device
         solve = self._solve.options(**self._resources(device, self._threads))
         tasks: list[tuple[list[int], Any]] = []
+        common = {"rtn_fallback": one.rtn_fallback, "row_budget": one.row_budget, "settings": _settings(device)}
         for members in batches.values():
             parameters = [one.parameters[number] for number in members]
-            task = solve.remote(
-                *tensors,
-                parameters=parameters,
-                rtn_fallback=one.rtn_fallback,
-                row_budget=one.row_budget,
-                with_energy=not tasks,
-                settings=_settings(device),
-            )
+            task = solve.remote(*tensors, parameters=parameters, with_energy=not tasks, **common)
             self._tasks.add(task)
             tasks.append((members, task))
 
