@@ -130,8 +130,10 @@ def test_a_budget_that_cannot_be_kept_is_refused_before_any_work(invoke: Command
         assert_refused(refused, "--memory 0.20 GB", "needs at least", "--only")
     assert_refused(
         invoke("plan", recipe, "--dist", tmp_path / "dist", "--memory", "0.7"),
-        "--memory 0.7: must be a size such as 5GB",
+        "--memory 0.7: must be greater than or equal to 1000000",
     )
+    refused = invoke("plan", recipe, "--dist", tmp_path / "dist", "--memory", "much")
+    assert_refused(refused, "--memory much: must be a size such as 5GB")
     assert not list((tmp_path / "dist").glob("*/*/*.safetensors"))
 
 

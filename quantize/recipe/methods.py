@@ -32,21 +32,15 @@ BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Bits = Literal[2, 3, 4, 8]
 
 
-SMALLEST_SIZE, LARGEST_SIZE = 10**6, 10**15
-
-
 def _size(value: Any) -> Any:
     # pydantic would also accept a float, and its message gives no example
     try:
-        size = int(TypeAdapter(ByteSize).validate_python(value if isinstance(value, str) else str(value)))
+        return int(TypeAdapter(ByteSize).validate_python(value if isinstance(value, str) else str(value)))
     except ValidationError:
-        size = 0
-    if not SMALLEST_SIZE <= size <= LARGEST_SIZE:
-        raise ValueError("must be a size such as 5GB, 500MB or 8GiB")
-    return size
+        raise ValueError("must be a size such as 5GB, 500MB or 8GiB") from None
 
 
-Size = Annotated[int, BeforeValidator(_size)]
+Size = Annotated[int, BeforeValidator(_size), Field(ge=1_000_000, le=10**15)]
 """Bytes, also written as 5GB (decimal) or 5GiB (binary)."""
 
 
