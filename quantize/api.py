@@ -1,7 +1,7 @@
 """The Python API: everything that the command line can do, under the same names.
 
 Each function takes the recipe, or what it works on, then one frozen options object whose fields are the command's
-flags, then a :class:`Reporter` that hears what happens; None of them prints or asks. Errors are kinds of
+flags, then a :class:`Reporter` that hears what happens. None of them prints or asks. Errors are kinds of
 :class:`quantize.errors.QuantizeError`, whose text is one sentence for the user.
 """
 
@@ -147,12 +147,14 @@ def render_cards(recipe: LoadedRecipe, options: Selection | None = None, reporte
         return list(refresh_cards(found, held))
 
 
-def report(recipe: LoadedRecipe, out: Path | str, options: Selection | None = None) -> Path:
+def report(
+    recipe: LoadedRecipe, out: Path | str, options: Selection | None = None, reporter: Reporter = SILENT
+) -> Path:
     """Write the measured quality as one HTML page that needs nothing else."""
     from quantize.files.atomic import write_atomically
     from quantize.publishing.report import render_report
 
-    write_atomically(Path(out), render_report(plan(recipe, options)).encode())
+    write_atomically(Path(out), render_report(plan(recipe, options, reporter)).encode())
     return Path(out)
 
 

@@ -15,10 +15,22 @@ from quantize.recipe.methods import Size
 Device = Literal["auto", "cpu", "cuda"]
 
 
-class Selection(BaseModel):
-    """Which finished or planned items are meant."""
+class Options(BaseModel):
+    """Frozen, so that a build may hand them on; an unknown name is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HubOptions(Options):
+    """Which hub is meant."""
+
+    endpoint: str | None = Field(
+        default=None, description="Address of another hub; default is HF_ENDPOINT, else the hub itself."
+    )
+
+
+class Selection(Options):
+    """Which finished or planned items are meant."""
 
     dist: Path = Field(default=Path("dist"), description="Folder that holds the finished branches.")
     only: tuple[str, ...] = Field(
@@ -69,10 +81,8 @@ class MeasureOptions(Selection):
     again: bool = Field(default=False, description="Measure also what was measured before.")
 
 
-class RebuildOptions(BaseModel):
+class RebuildOptions(Options):
     """How a release is built again from its manifests."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str | None = Field(
         default=None,
@@ -86,14 +96,9 @@ class RebuildOptions(BaseModel):
     device: Device = Field(default="auto", description="Where the model runs and the solver works.")
 
 
-class PushOptions(BaseModel):
+class PushOptions(HubOptions):
     """How a release goes to the hub."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    endpoint: str | None = Field(
-        default=None, description="Address of another hub; default is HF_ENDPOINT, else the hub itself."
-    )
     create: bool = Field(default=True, description="Create repos that do not exist.")
     private: bool | None = Field(default=None, description="Create repos as private ones; refused for public ones.")
     overwrite: tuple[str, ...] = Field(
@@ -103,16 +108,11 @@ class PushOptions(BaseModel):
     )
 
 
-class VerifyOptions(BaseModel):
+class VerifyOptions(HubOptions):
     """How finished branches are checked."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str | None = Field(default=None, description="The unquantized model, as a recipe's model.source.")
     load: bool = Field(default=True, description="Load it in the consumers that are installed here.")
     download: bool = Field(
         default=False, description="Fetch a hub repo's branches and check them as folders; otherwise only their hashes."
-    )
-    endpoint: str | None = Field(
-        default=None, description="Address of another hub; default is HF_ENDPOINT, else the hub itself."
     )

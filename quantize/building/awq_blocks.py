@@ -113,16 +113,14 @@ class AwqBlocks:
                 else self.model.checkpoint_name(index, fold.producer)
             )
             scaled.producers[leader], scaled.ratios[leader] = producer, found.ratio
-            scaled.columns[leader] = self._divide(index, fold, producer, found, weights=weights, scaled=scaled)
+            scaled.columns[leader] = self._divide(fold, producer, found, weights, scaled)
         return scaled
 
     def _divide(
         self,
-        index: int,
         fold: Fold,
         producer: str,
         found: Scales,
-        *,
         weights: dict[str, torch.Tensor],
         scaled: _Scaled,
     ) -> torch.Tensor:

@@ -45,6 +45,7 @@ def build_recipe(
         QuantizeError: one of its kinds; finished branches are untouched then.
     """
     options, reporter = options or BuildOptions(), reporter or Reporter()
+    before = dict(reporter.seconds)
     if options.ray is not None and find_spec("ray") is None:
         raise PlanError(f"--ray {options.ray}: Ray is not installed; install it with: pip install 'quantize[ray]'")
     require_cache()
@@ -73,7 +74,8 @@ def build_recipe(
                     "again: what was finished before is kept and not made again"
                 ) from None
             raise
-    result.seconds = dict(reporter.seconds)
+    spent = {stage: seconds - before.get(stage, 0.0) for stage, seconds in reporter.seconds.items()}
+    result.seconds = {stage: seconds for stage, seconds in spent.items() if seconds}
     return result
 
 

@@ -7,7 +7,7 @@ candidates, and its diagonal is llama.cpp's importance matrix.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,16 +17,8 @@ from torch import nn
 from quantize.reporter import SILENT, Reporter
 from quantize.source.streamed import Linear
 
-Timed = Callable[[str], contextlib.AbstractContextManager[None]]
-"""Context manager that adds the time spent inside to a stage."""
-
 PANELS = 6  # more panels skip more of the upper triangle, but make narrower, slower products
 NARROWEST = 96
-
-
-def untimed(stage: str) -> contextlib.AbstractContextManager[None]:
-    """A :data:`Timed` that measures nothing."""
-    return contextlib.nullcontext()
 
 
 def panels(size: int) -> list[tuple[int, int]]:

@@ -16,18 +16,14 @@ from quantize.cli.reporting import reporter
 @click.option("--print", "method", type=click.Choice(["gptq", "awq", "gguf"]), help="Print one card, write nothing.")
 def card(recipe: str, overrides: tuple[str, ...], dist: Path, method: str | None) -> None:
     """Render the model cards of RECIPE again, into the finished branches in dist; nothing else is touched."""
-    from quantize.dist.layout import locked
+    from quantize import api
     from quantize.options import Selection
-    from quantize.planning.planner import plan_recipe
-    from quantize.publishing.card import refresh_cards, render
-    from quantize.publishing.finished import check_dist
+    from quantize.publishing.card import render
     from quantize.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist), reporter())
+    loaded, selection = load_recipe(recipe, overrides), Selection(dist=dist)
     if method:
-        click.echo(render(plan, method), nl=False)
+        click.echo(render(api.plan(loaded, selection, reporter()), method), nl=False)
         return
-    check_dist(plan, reporter())
-    with locked(plan.dist, create=False) as held:
-        for path in refresh_cards(plan, held):
-            click.echo(f"wrote  {path}")
+    for path in api.render_cards(loaded, selection, reporter()):
+        click.echo(f"wrote  {path}")

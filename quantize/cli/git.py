@@ -34,13 +34,11 @@ def git(recipe: str, overrides: tuple[str, ...], *, dist: Path, only: tuple[str,
     Each format is one bare repo below --out, each variant a branch with a history of its own. Weights are hard links
     to dist. `git clone --branch NAME` (with git-lfs) checks a variant out, `git push` sends it anywhere.
     """
+    from quantize import api
     from quantize.options import Selection
-    from quantize.planning.planner import plan_recipe
-    from quantize.publishing.git import write_repos
     from quantize.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist, only=only), reporter())
-    written = write_repos(plan, Path(out), reporter=reporter())
+    written = api.export_git(load_recipe(recipe, overrides), out, Selection(dist=dist, only=only), reporter())
     if as_json:
         print_json([{**asdict(branch), "folder": str(branch.folder)} for branch in written])
         return

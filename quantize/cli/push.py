@@ -52,20 +52,18 @@ def push(
     Uploads only what differs, after holding it against the manifest. Files on the hub that quantize did not write stay.
     The token comes from HF_TOKEN or `hf auth login`.
     """
+    from quantize import api
     from quantize.options import Selection
-    from quantize.planning.planner import plan_recipe
-    from quantize.publishing.push import Pusher
     from quantize.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist, only=only), reporter())
-    pusher = Pusher(plan, options, reporter())
+    what = (load_recipe(recipe, overrides), Selection(dist=dist, only=only), options, reporter())
     if dry_run or check:
-        changes = pusher.changes()
+        changes = api.diff(*what)
         _show(changes, as_json)
         if check and any(change.differs for change in changes):
             sys.exit(ANSWER_IS_NO)
         return
-    made = pusher.push()
+    made = api.push(*what)
     for change in made:
         _name_others(change, say)
     if as_json:
@@ -87,13 +85,12 @@ def diff(
     recipe: str, overrides: tuple[str, ...], *, dist: Path, only: tuple[str, ...], endpoint: str | None, as_json: bool
 ) -> None:
     """Show how the hub's branches of RECIPE differ from the finished ones in dist."""
+    from quantize import api
     from quantize.options import Selection
-    from quantize.planning.planner import plan_recipe
-    from quantize.publishing.push import Pusher
     from quantize.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist, only=only), reporter())
-    _show(Pusher(plan, PushOptions(endpoint=endpoint), reporter()).changes(), as_json)
+    what = (load_recipe(recipe, overrides), Selection(dist=dist, only=only), PushOptions(endpoint=endpoint), reporter())
+    _show(api.diff(*what), as_json)
 
 
 def _show(changes: Sequence[BranchChange], as_json: bool) -> None:

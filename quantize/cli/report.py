@@ -14,17 +14,14 @@ from quantize.cli.reporting import reporter
 @recipe_options
 @dist_option
 @click.option(
-    "--out", type=click.Path(dir_okay=False), help="The page's file; by default report.html in dist."
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="The page's file; by default report.html in dist."
 )  # fmt: skip
-def report(recipe: str, overrides: tuple[str, ...], dist: Path, out: str | None) -> None:
+def report(recipe: str, overrides: tuple[str, ...], dist: Path, out: Path | None) -> None:
     """Write the measured quality of RECIPE as one HTML page that needs nothing else: table, plot, errors by module."""
-    from quantize.files.atomic import write_atomically
+    from quantize import api
     from quantize.options import Selection
-    from quantize.planning.planner import plan_recipe
-    from quantize.publishing.report import render_report
     from quantize.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist), reporter())
-    path = Path(out) if out else Path(dist) / "report.html"
-    write_atomically(path, render_report(plan).encode())
+    path = out or dist / "report.html"
+    api.report(load_recipe(recipe, overrides), path, Selection(dist=dist), reporter())
     click.echo(f"wrote  {path}")
