@@ -26,7 +26,7 @@ class Branch:
     Attributes:
         fail_on: outcomes that the recipe makes errors.
         min_expert_tokens: fewest tokens that an expert's linear is to see.
-        ledger: rows so far. written: digests of the tensors that an interrupted build has written, by name; None of a
+        ledger: rows so far. written: checksums of the tensors that an interrupted build has written, by name; None of a
             new one.
     """
 
@@ -56,9 +56,9 @@ class Branch:
             self.writer.write(f"{module}.{suffix}", tensor)
 
     def take_unnoted(self) -> tuple[list[LedgerEntry], dict[str, str]]:
-        """Rows of the ledger, and digests of written tensors by name, that are new since this was asked last."""
+        """Rows of the ledger, and checksums of written tensors by name, that are new since this was asked last."""
         rows, self._noted_rows = self.ledger[self._noted_rows :], len(self.ledger)
-        return rows, self.writer.take_new_digests()
+        return rows, self.writer.take_new_checksums()
 
     def record(
         self,

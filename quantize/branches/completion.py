@@ -14,7 +14,7 @@ from quantize.dist.manifest import Manifest, create, manifest
 from quantize.files.atomic import write_atomically
 from quantize.files.digest import key_of
 from quantize.files.versions import versions_of
-from quantize.formats.safetensors_digests import fingerprint
+from quantize.formats.safetensors_digests import begin_checksum, fingerprint
 from quantize.planning.items import PlannedVariant
 from quantize.planning.plan import Plan
 from quantize.publishing.card import render_card
@@ -31,7 +31,7 @@ class Made:
     """A branch's folder with its weights, and nothing else in it yet.
 
     Attributes:
-        compute: how it was computed. digests: of the tensors that were written, by name.
+        compute: how it was computed. checksums: of the tensors that were written, by name.
         engine: of a branch that another engine made: name, version, Python and packages.
     """
 
@@ -40,7 +40,7 @@ class Made:
     ledger: list[LedgerEntry]
     tokens: Tokens
     compute: Mapping[str, Any]
-    digests: Mapping[str, str]
+    checksums: Mapping[str, str]
     engine: dict[str, Any] | None = None
 
 
@@ -81,7 +81,7 @@ def complete(plan: Plan, made: Made) -> Manifest:
         compute=dict(made.compute),
         versions=versions(str(made.compute.get("kernel"))),
         tensor_bytes=item.nbytes,
-        files=_described(folder, item, made.digests),
+        files=_described(folder, item, made.checksums),
         ledger=made.ledger,
         engine=made.engine,
     )
@@ -90,8 +90,8 @@ def complete(plan: Plan, made: Made) -> Manifest:
     return data
 
 
-def _described(folder: Path, item: PlannedVariant, digests: Mapping[str, str]) -> dict[str, FileEntry]:
-    """Bytes and SHA-256 of every file of a branch, by name; its tensors are held against ``digests`` as they are read.
+def _described(folder: Path, item: PlannedVariant, checksums: Mapping[str, str]) -> dict[str, FileEntry]:
+    """Bytes and SHA-256 of every file of a branch, by name; tensors are compared with ``checksums`` as they are read.
 
     Raises:
         NotOnDisk: one is not what was written.
@@ -100,10 +100,10 @@ def _described(folder: Path, item: PlannedVariant, digests: Mapping[str, str]) -
     for shard, tensors in item.layout.shards.items():
         path = folder / shard
         try:
-            read = fingerprint(path)
+            read = fingerprint(path, begin_checksum)
         except ValueError as error:
             raise NotOnDisk(f"{shard}: {error}") from None
-        if odd := read.mismatch({name: digests[name] for name in tensors}):
+        if odd := read.mismatch({name: checksums[name] for name in tensors}):
             raise NotOnDisk(f"{odd} in {shard} is not what was written")
         found[shard] = {"bytes": path.stat().st_size, "sha256": read.sha256}
     return describe_files(folder, found)

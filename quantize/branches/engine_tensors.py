@@ -99,7 +99,7 @@ class _Rewriting:
                     writer.write(name, self._beside(name))
             self._check_nothing_is_left(replaced)
             writer.finish()
-        return ledger, writer.digests
+        return ledger, writer.checksums
 
     def _linear(self, linear: LinearSpec) -> Tensors:
         """A linear's tensors in the planned form."""

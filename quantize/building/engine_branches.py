@@ -59,7 +59,7 @@ def make_branches(build: Build) -> Iterator[Made]:
             reporter.say(f"{item.label}: {engine.name} took {cost}")
             folder = work / "building" / item.label
             with reporter.stage("write"):
-                ledger, digests = rewrite(plan, item, raw, folder, answer["said"].get("modules", []))
+                ledger, checksums = rewrite(plan, item, raw, folder, answer["said"].get("modules", []))
                 shutil.rmtree(raw)
                 check_small_files(plan.source)  # the engine read the source by itself
                 check_weights(plan.source)
@@ -67,7 +67,7 @@ def make_branches(build: Build) -> Iterator[Made]:
             raise EngineRunError(f"{item.label}: {error}") from None
         compute = {name: str(answer["said"][name]) for name in ("device", "dtype")}
         about = {**environment.identity, "python": answer["python"], "packages": answer["packages"]}
-        yield Made(item, folder, ledger, tokens, compute, digests, about)
+        yield Made(item, folder, ledger, tokens, compute, checksums, about)
 
 
 def _readable_source(source: Source, folder: Path) -> Path:

@@ -109,7 +109,7 @@ class Pass:
         Raises:
             DamagedBuild: its weights on the disk are not what was written.
         """
-        made = Made(branch.item, branch.folder, branch.ledger, self.tokens, self.compute, branch.writer.digests)
+        made = Made(branch.item, branch.folder, branch.ledger, self.tokens, self.compute, branch.writer.checksums)
         try:
             return complete(self.plan, made)
         except NotOnDisk as error:

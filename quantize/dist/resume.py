@@ -27,7 +27,7 @@ from quantize.errors import DamagedBuild
 from quantize.files.atomic import sync_folder, write_atomically
 from quantize.files.digest import key_of
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Block:
 
     Attributes:
         next_block: the block after it. shape: of the hidden states, [samples, length, width].
-        ledger: new rows, by label. written: digests of new tensors by name, by label.
+        ledger: new rows, by label. written: checksums of new tensors by name, by label.
         states: SHA-256 of the files of the states that enter the next block, by file name.
         tokens: what the importance of the block's linears comes from. importance: file and SHA-256 of their diagonals.
     """
@@ -147,8 +147,8 @@ class Unfinished:
         return [LedgerEntry(**row) for block in self.blocks for row in block.ledger.get(label, ())]
 
     def written(self, label: str) -> dict[str, str]:
-        """Digests of a branch's tensors that are written, by name."""
-        return {name: digest for block in self.blocks for name, digest in block.written.get(label, {}).items()}
+        """Checksums of a branch's tensors that are written, by name."""
+        return {name: checksum for block in self.blocks for name, checksum in block.written.get(label, {}).items()}
 
     def states_digest(self, file: str) -> str | None:
         """SHA-256 of a file of the states that enter the next block."""

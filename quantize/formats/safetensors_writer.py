@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-from quantize.formats.safetensors_digests import CHUNK, begin_digest, digest_of
+from quantize.formats.safetensors_digests import CHUNK, begin_checksum, checksum_of
 from quantize.formats.safetensors_header import header_of
 from quantize.formats.tensors import INDEX_NAME, TensorSpec
 
@@ -31,11 +31,11 @@ class ShardWriter:
     Args:
         folder: an existing folder; the files must not exist yet.
         shards: the tensors of each file, by file name.
-        written: resume existing files that already contain these tensors: their digests by name.
+        written: resume existing files that already contain these tensors: their checksums by name.
 
     Raises:
         OSError: the files exist, or, with ``written``, are missing.
-        ValueError: the files have another layout, or a tensor differs from its digest.
+        ValueError: the files have another layout, or a tensor differs from its checksum.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class ShardWriter:
         self.folder, self.shards, self._new = folder, shards, written is None
         self._files: dict[str, int] = {}
         self._places: dict[str, tuple[str, int, TensorSpec]] = {}
-        self._digests = dict(written or {})
-        self._new_digests: dict[str, str] = {}
+        self._checksums = dict(written or {})
+        self._new_checksums: dict[str, str] = {}
 
     def __enter__(self) -> ShardWriter:
         for name, tensors in self.shards.items():
@@ -82,16 +82,16 @@ class ShardWriter:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} where the layout has {spec}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         _write_all(self._files[shard], data.data, offset)
-        self._digests[name] = self._new_digests[name] = digest_of(spec, data.data)
+        self._checksums[name] = self._new_checksums[name] = checksum_of(spec, data.data)
 
     @property
-    def digests(self) -> Mapping[str, str]:
-        """Digests of the tensors written so far, by name; see :func:`digest_of`."""
-        return self._digests
+    def checksums(self) -> Mapping[str, str]:
+        """CRC-32 of the tensors written so far, by name; see :func:`checksum_of`."""
+        return self._checksums
 
-    def take_new_digests(self) -> dict[str, str]:
-        """Digests of the tensors written since the last call."""
-        new, self._new_digests = self._new_digests, {}
+    def take_new_checksums(self) -> dict[str, str]:
+        """Checksums of the tensors written since the last call."""
+        new, self._new_checksums = self._new_checksums, {}
         return new
 
     def sync(self) -> None:
@@ -105,7 +105,7 @@ class ShardWriter:
         Raises:
             ValueError: a tensor is missing.
         """
-        if missing := self._places.keys() - self._digests.keys():
+        if missing := self._places.keys() - self._checksums.keys():
             raise ValueError(f"{len(missing)} tensors were never written, such as {min(missing)}")
         self.sync()
         if len(self.shards) > 1:
@@ -118,21 +118,21 @@ class ShardWriter:
                 os.fsync(file.fileno())
 
     def _check_written(self) -> None:
-        """Check the digest of every tensor that an interrupted build wrote."""
-        if odd := self._digests.keys() - self._places.keys():
+        """Check the checksum of every tensor that an interrupted build wrote."""
+        if odd := self._checksums.keys() - self._places.keys():
             raise ValueError(f"{min(odd)} belongs to another layout")
-        for name in sorted(self._digests, key=lambda name: self._places[name][:2]):
+        for name in sorted(self._checksums, key=lambda name: self._places[name][:2]):
             shard, offset, spec = self._places[name]
-            if _digest_at(self._files[shard], offset, spec) != self._digests[name]:
-                raise ValueError(f"{name} in {shard} differs from its recorded digest")
+            if _checksum_at(self._files[shard], offset, spec) != self._checksums[name]:
+                raise ValueError(f"{name} in {shard} differs from its recorded checksum")
 
 
-def _digest_at(file: int, offset: int, spec: TensorSpec) -> str:
-    digest, end = begin_digest(spec), offset + spec.nbytes
+def _checksum_at(file: int, offset: int, spec: TensorSpec) -> str:
+    checksum, end = begin_checksum(spec), offset + spec.nbytes
     while chunk := os.pread(file, min(CHUNK, end - offset), offset):
-        digest.update(chunk)
+        checksum.update(chunk)
         offset += len(chunk)
-    return str(digest.hexdigest())
+    return checksum.hexdigest()
 
 
 def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:
