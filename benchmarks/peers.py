@@ -29,7 +29,7 @@ def measure(recipe: Path, weights: dict[str, Weights], text: str, length: int) -
     plan = quantize.plan(quantize.load_recipe(recipe), quantize.PlanOptions(dist=recipe.parent / "none"))
     corpus = Calibration(dataset=[Corpus(file=text)], samples=WINDOWS, sequence_length=length)
     ids = sample_tokens(corpus, load_tokenizer(plan.source)).ids
-    model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"), head=True)
+    model = StreamedModel(plan.source, torch.float32, torch.device("cpu"), head=True)
     return {row.branch: row for row in measure_quality(model, ids, weights, 8)}
 
 

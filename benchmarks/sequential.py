@@ -43,7 +43,7 @@ def compare(task: Task, cells: list[Variant], evaluation: str, folder: Path) -> 
     loaded = quantize.load_recipe(folder / "source" / "recipe.json")
     plan = quantize.plan(loaded, quantize.PlanOptions(dist=folder / "none"))
     ids = sample_tokens(loaded.recipe.calibration, load_tokenizer(plan.source)).ids
-    model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"))
+    model = StreamedModel(plan.source, torch.float32, torch.device("cpu"))
     readers: dict[str, Weights] = {
         f"{way}: {cell.name}": BranchReader(built.folder / cell.name) for way, built in ways.items() for cell in cells
     }

@@ -23,7 +23,6 @@ from quantize.calibration.forward import Activations, block_statistics
 from quantize.formats import awq
 from quantize.formats.reader import BranchReader
 from quantize.methods.awq import AwqParameters, divided, quantize_scaled, search_scales
-from quantize.planning.modules import find_linears
 from quantize.recipe.schema import Model
 from quantize.source.resolve import resolve
 from quantize.source.streamed import Linear, StreamedModel
@@ -170,7 +169,7 @@ FOLDS = {
 
 def streamed(folder: Path) -> tuple[StreamedModel, Activations]:
     source = resolve(Model(source=str(folder)), weights=True)
-    model = StreamedModel(source, find_linears(source.checkpoint).prefix, torch.float32, torch.device("cpu"))
+    model = StreamedModel(source, torch.float32, torch.device("cpu"))
     ids = torch.randint(3, 380, (2, 32), generator=torch.Generator().manual_seed(1)).numpy()
     return model, Activations(model, ids, 2)
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import ARCHITECTURES, write_model, write_recipe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import quantize
 from quantize.formats.gptq import decode
@@ -24,6 +24,8 @@ from quantize.planning.modules import find_linears
 from quantize.planning.sizes import variant_layout
 from quantize.recipe.methods import GptqVariant
 from quantize.source.checkpoint import Checkpoint
+from quantize.source.examination import anatomy_of
+from quantize.source.resolved import Source
 
 VARIANTS = """\
   variants:
@@ -348,7 +350,11 @@ def llama_2(size: str) -> Checkpoint:
         }  # fmt: skip
         shapes.update({f"model.layers.{index}.{name}.weight": shape for name, shape in block.items()})
     tensors = {name: TensorSpec("F16", shape) for name, shape in shapes.items()}
-    return Checkpoint({"model_type": "llama", "num_hidden_layers": blocks}, tensors)
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=width, intermediate_size=inner, num_hidden_layers=blocks,
+        num_attention_heads=width // 128, num_key_value_heads=keys // 128,
+    )  # fmt: skip
+    return Checkpoint(config.to_dict(), tensors)
 
 
 @pytest.mark.parametrize(
@@ -363,5 +369,6 @@ def llama_2(size: str) -> Checkpoint:
 def test_published_sizes_follow_from_the_shapes(size: str, bits: int, group_size: int, gigabytes: str) -> None:
     checkpoint = llama_2(size)
     variant = GptqVariant(bits=bits, group_size=group_size, branch="main")
-    layout = variant_layout(checkpoint, find_linears(checkpoint), variant, 10**12, zero_bias=True)
+    table = find_linears(checkpoint, anatomy_of(Source(size, size, checkpoint, remote_hashes={})))
+    layout = variant_layout(checkpoint, table, variant, 10**12, zero_bias=True)
     assert f"{layout.nbytes / 1e9:.2f}" == gigabytes

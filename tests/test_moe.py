@@ -28,7 +28,6 @@ from quantize.calibration.statistics import InputStatistics
 from quantize.errors import SolveError
 from quantize.formats.reader import BranchReader
 from quantize.methods.gptq import GptqParameters, round_to_nearest
-from quantize.planning.modules import find_linears
 from quantize.recipe.schema import Model
 from quantize.source import resolve
 from quantize.source.streamed import StreamedModel
@@ -64,8 +63,7 @@ def silence(folder: Path) -> Path:
 
 def streamed(folder: Path) -> StreamedModel:
     source = resolve(Model(source=str(folder)), weights=True)
-    prefix = find_linears(source.checkpoint).prefix
-    return StreamedModel(source, prefix, torch.float32, torch.device("cpu"), head=True)
+    return StreamedModel(source, torch.float32, torch.device("cpu"), head=True)
 
 
 def token_ids(rows: int = 5, length: int = 48) -> torch.Tensor:

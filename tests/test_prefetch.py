@@ -10,7 +10,6 @@ import torch
 from tiny import write_model
 
 from quantize.errors import SourceError
-from quantize.planning.modules import find_linears
 from quantize.recipe.schema import Model
 from quantize.source import resolve
 from quantize.source.prefetch import Prefetch
@@ -29,7 +28,7 @@ class Watched(StreamedModel):
 
 def watched(folder: Path, dtype: torch.dtype = torch.float32, prefetch: bool | None = True) -> Watched:
     source = resolve(Model(source=str(folder)), weights=True)
-    return Watched(source, find_linears(source.checkpoint).prefix, dtype, CPU, prefetch=prefetch)
+    return Watched(source, dtype, CPU, prefetch=prefetch)
 
 
 def hidden_states(model: StreamedModel) -> list[torch.Tensor]:

@@ -17,7 +17,6 @@ import quantize
 from quantize.building.calibration_pass import CalibrationPass
 from quantize.calibration.parts import Packed, PackedStatistics, Part, add_part, cut
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
-from quantize.planning.modules import find_linears
 from quantize.recipe.schema import Model
 from quantize.source import resolve
 from quantize.source.streamed import StreamedModel
@@ -34,7 +33,7 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole(recipe: Path, tmp_path
     loaded = quantize.load_recipe(recipe)
     plan = quantize.plan(loaded, quantize.PlanOptions(dist=tmp_path / "dist"))
     ids = sample_tokens(loaded.recipe.calibration, load_tokenizer(plan.source)).ids
-    model = StreamedModel(plan.source, plan.table.prefix, torch.float32, torch.device("cpu"))
+    model = StreamedModel(plan.source, torch.float32, torch.device("cpu"))
     whole = Part.start(model, ids, 2, [None, None])
     parts = [Part.start(model, piece, 2, [None, None]) for piece in cut(ids, 2)]
     weights = {"self_attn.q_proj": torch.zeros(128, 128)}
@@ -61,7 +60,7 @@ def test_statistics_of_parts_add_up_to_those_of_the_whole(recipe: Path, tmp_path
 
 def test_an_expert_that_one_part_does_not_reach_keeps_the_statistics_of_the_others(tmp_path: Path) -> None:
     source = resolve(Model(source=str(write_model(tmp_path / "mixture", "olmoe"))), weights=True)
-    model = StreamedModel(source, find_linears(source.checkpoint).prefix, torch.float32, torch.device("cpu"))
+    model = StreamedModel(source, torch.float32, torch.device("cpu"))
     ids = np.random.default_rng(3).integers(3, 380, (2, 2))  # four tokens, two of six experts for each
     whole = Part.start(model, ids, 1, [None])
     parts = [Part.start(model, piece, 1, [None]) for piece in cut(ids, 2)]

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from quantize.calibration.forward import Activations, block_statistics
 from quantize.errors import CalibrationError, SourceError
-from quantize.planning.modules import find_linears
 from quantize.recipe.schema import Model
 from quantize.source import resolve
 from quantize.source.streamed import StreamedModel
@@ -22,7 +21,7 @@ CPU = torch.device("cpu")
 
 def streamed(folder: Path, dtype: torch.dtype = torch.float32, head: bool = True) -> StreamedModel:
     source = resolve(Model(source=str(folder)), weights=True)
-    return StreamedModel(source, find_linears(source.checkpoint).prefix, dtype, CPU, head=head)
+    return StreamedModel(source, dtype, CPU, head=head)
 
 
 def whole(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

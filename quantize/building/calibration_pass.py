@@ -162,6 +162,8 @@ class CalibrationPass:
             pairs = zip(self.drifting, own, strict=True)
             drifting = [gptq.begin(index, groups, [branch]) for branch, groups in pairs]
         if awq and self.awq:
+            if sample is not None:
+                self.model.recall(torch.from_numpy(self.tokens.ids[: len(sample)]))  # whose states the sample is
             awq.solve_block(index, block, shared, sample, self.awq)
         if gptq:
             gptq.finish(index, common, self.sharing)

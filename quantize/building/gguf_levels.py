@@ -52,7 +52,7 @@ def build_levels(build: Build, diagonals: Diagonals | None) -> list[str]:
         header = levels.conversion.header(reporter)
         path = levels.conversion.make(reporter)
         tolerance = levels.section.logits_tolerance
-        checked = check_conversion(levels.conversion, plan.table.prefix, path, tolerance, reporter)
+        checked = check_conversion(levels.conversion, path, tolerance, reporter)
     _check_disk(levels, todo)
     manifest = _LevelsManifest(build, levels, checked, diagonals)
     wanting = any(item.wants_imatrix for item in todo)

@@ -90,7 +90,6 @@ class Pass:
                 with self.reporter.stage("load"):
                     model = StreamedModel(
                         source,
-                        self.plan.table.prefix,
                         self.dtype,
                         self.device,
                         trust_remote_code=recipe.model.trust_remote_code,

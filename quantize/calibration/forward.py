@@ -80,7 +80,7 @@ class Activations:
 
     def run(self, index: int, block: nn.Module, window: slice) -> torch.Tensor:
         """The block's output for a batch; the states are not changed."""
-        return self.model.run(index, block, self.states.read(window).to(self.model.device))
+        return self.model.run(index, block, self.states.read(window).to(self.model.device), self.ids[window])
 
     def put(self, window: slice, output: torch.Tensor) -> None:
         """Store a block's output for a batch."""

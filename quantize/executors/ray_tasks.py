@@ -58,7 +58,6 @@ class Begin:
 
     settings: Settings
     source: Source
-    prefix: str
     dtype: torch.dtype
     trust_remote_code: bool
     ids: NDArray[np.int64]
@@ -96,9 +95,7 @@ class ShardWorker:
                     f"{path}: the Ray node {platform.node()} has no such file; the model has to lie at the same place "
                     "on every node"
                 )
-        self.model = StreamedModel(
-            request.source, request.prefix, request.dtype, device, trust_remote_code=request.trust_remote_code
-        )
+        self.model = StreamedModel(request.source, request.dtype, device, trust_remote_code=request.trust_remote_code)
         if request.block:
             self.part = Part.resume(self.model, request.ids, request.batch, _restored(request))
         else:

@@ -26,12 +26,12 @@ LENGTH = 48
 
 
 def check_conversion(
-    conversion: Conversion, prefix: str, path: Path, tolerance: float, reporter: Reporter = SILENT
+    conversion: Conversion, path: Path, tolerance: float, reporter: Reporter = SILENT
 ) -> dict[str, Any]:
     """Compare the conversion with its source, once; the result is cached beside the file.
 
     Args:
-        prefix: of the source's blocks. tolerance: largest allowed mean KL divergence, in nats.
+        tolerance: largest allowed mean KL divergence, in nats.
 
     Returns:
         ``kl_divergence``, ``top1_agreement``, ``largest_difference`` of a logit, ``same_tokens``.
@@ -44,7 +44,7 @@ def check_conversion(
         found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
     else:
         reporter.say("comparing the conversion's logits with the source's")
-        found = _compare(source, prefix, path, conversion.trust_remote_code)
+        found = _compare(source, path, conversion.trust_remote_code)
         write_atomically(place, json.dumps(found).encode())
     if not found["kl_divergence"] <= tolerance:  # NaN too
         raise GgufRunError(
@@ -56,7 +56,7 @@ def check_conversion(
     return found
 
 
-def _compare(source: Source, prefix: str, path: Path, trust_remote_code: bool) -> dict[str, Any]:
+def _compare(source: Source, path: Path, trust_remote_code: bool) -> dict[str, Any]:
     import torch
 
     from quantize.calibration.forward import Activations
@@ -68,9 +68,7 @@ def _compare(source: Source, prefix: str, path: Path, trust_remote_code: bool) -
     ids = np.array(encode(tokenizer, TEXT, special=True)[:LENGTH], dtype=np.int64)
     logits, tokens = _run_llama(source, path, ids)
     theirs = torch.from_numpy(logits)
-    model = StreamedModel(
-        source, prefix, torch.float32, torch.device("cpu"), trust_remote_code=trust_remote_code, head=True
-    )
+    model = StreamedModel(source, torch.float32, torch.device("cpu"), trust_remote_code=trust_remote_code, head=True)
     state = Activations(model, ids[None], 1)
     for index in range(len(model)):
         with model.block(index) as block:

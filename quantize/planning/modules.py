@@ -1,24 +1,19 @@
-"""Find the weights of quantizable linears in a checkpoint, from names and shapes alone.
+"""The linears of a checkpoint's blocks that can be quantized, and what else is in the blocks.
 
-A decoder's blocks are the longest numbered run of modules with two-dimensional weights (``model.layers.0 ...``). Every
-two-dimensional ``.weight`` inside a block is a linear, except the routers of experts (``source/routing.py``): norms
-have one dimension, embeddings are outside. The build checks this against the real modules before it starts.
+Which tensors are linears of which block says the model itself, examined on the meta device (``source/anatomy.py``).
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from quantize.errors import PlanError
 from quantize.formats.tensors import TensorSpec
+from quantize.source.anatomy import Anatomy, Found
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.routing import expert_of, find_routers
-
-CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-"""Architectures whose linears are transformers' ``Conv1D``: weights stored [in_features, out_features]."""
 
 SCALED_ACTIVATIONS = {
     "starcoder2": ("act", "c_fc"),
@@ -32,8 +27,6 @@ SCALED_ACTIVATIONS = {
 """Architectures for which AWQ loaders divide the output of an activation by ``<activation>.scales``: the activation's
 name, and the linear before it, with as many outputs as there are scales."""
 
-_NUMBERED = re.compile(r"^(?P<prefix>.*?)(?P<index>[0-9]{1,6})\.(?P<rest>.+)$")
-
 
 @dataclass(frozen=True)
 class LinearSpec:
@@ -41,11 +34,12 @@ class LinearSpec:
 
     Attributes:
         name: module name in the checkpoint, without ``.weight``.
-        block: index of its block; ``local`` is its name inside the block.
+        block: index of its block; ``local`` is its name inside the block, as in the checkpoint.
         in_features, out_features: K and N.
         bias: dtype of its bias, or None.
         weight: the stored weight tensor.
         share: fraction of all tokens that reach it, less than 1 for an expert's.
+        transposed: whether its weight is stored [in_features, out_features], as transformers' ``Conv1D`` does.
     """
 
     name: str
@@ -56,16 +50,22 @@ class LinearSpec:
     bias: str | None
     weight: TensorSpec
     share: float = 1.0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class ModuleTable:
-    """All linears of all blocks, in block order and file order, and the routers of experts, which stay unquantized."""
+    """All linears of all blocks, in block order and file order, and the routers of experts, which stay unquantized.
+
+    Attributes:
+        prefix: what the names of blocks' tensors begin with, as in ``model.layers.``. inside: the block of each tensor.
+    """
 
     prefix: str
     blocks: int
     linears: tuple[LinearSpec, ...]
     routers: tuple[str, ...] = ()
+    inside: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def quantized_tensors(self) -> frozenset[str]:
@@ -90,54 +90,43 @@ class ModuleTable:
 
     def is_in_block(self, name: str) -> bool:
         """Whether a tensor of the checkpoint belongs to a block."""
-        return name.startswith(self.prefix) and name[len(self.prefix) :].partition(".")[0].isdecimal()
+        return self.block_of(name) is not None
+
+    def block_of(self, name: str) -> int | None:
+        """The block that a tensor of the checkpoint belongs to, also one that the model does not read."""
+        if name in self.inside:
+            return self.inside[name]
+        index = name[len(self.prefix) :].partition(".")[0] if self.prefix and name.startswith(self.prefix) else ""
+        return int(index) if index.isdecimal() and int(index) < self.blocks else None
 
     def beside_linears(self, checkpoint: Checkpoint, block: int) -> list[str]:
         """Names of a block's tensors that quantization does not replace, such as norms."""
-        inside = f"{self.prefix}{block}."
-        return [name for name in checkpoint.tensors if name.startswith(inside) and name not in self.quantized_tensors]
+        return [
+            name for name in checkpoint.tensors if name not in self.quantized_tensors and self.block_of(name) == block
+        ]
 
 
-def find_linears(checkpoint: Checkpoint) -> ModuleTable:
-    """Find the blocks and their linears.
+def find_linears(checkpoint: Checkpoint, anatomy: Anatomy) -> ModuleTable:
+    """The linears of a checkpoint's blocks.
 
     Raises:
-        PlanError: there are no numbered blocks, or their weights are not plain linears (such as fused experts).
+        PlanError: its blocks have no linears that can be quantized.
     """
-    runs: dict[str, set[int]] = defaultdict(set)
-    for name, spec in checkpoint.tensors.items():
-        match = _NUMBERED.match(name)
-        if match and len(spec.shape) == 2 and name.endswith(".weight"):
-            runs[match["prefix"]].add(int(match["index"]))
-    if not runs:
-        raise PlanError(_unknown(checkpoint, "has no numbered decoder blocks with linear weights"))
-    prefix = max(runs, key=lambda run: (len(runs[run]), -len(run)))
-    count = checkpoint.size("num_hidden_layers", "n_layer")
-    if runs[prefix] != set(range(len(runs[prefix]))) or (count is not None and len(runs[prefix]) != count):
+    share = _expert_share(checkpoint)
+    order = {name: place for place, name in enumerate(checkpoint.tensors)}
+    taken = sorted(
+        (found for found in anatomy.linears if not found.reason),
+        key=lambda found: (found.block, order[f"{found.name}.weight"]),
+    )
+    if not taken:
         raise PlanError(
-            _unknown(checkpoint, f"its config says {count} blocks, its tensors {len(runs[prefix])} of '{prefix}N'")
+            f"architecture '{checkpoint.model_type}' cannot be quantized: no linear of its {anatomy.blocks} blocks has "
+            "a weight of its own in the checkpoint"
         )
-    linears = []
-    routers, share = find_routers(checkpoint.tensors), _expert_share(checkpoint)
-    for name, spec in checkpoint.tensors.items():
-        if not name.startswith(prefix):
-            continue
-        index, _, rest = name[len(prefix) :].partition(".")
-        if not index.isdecimal():
-            continue
-        if len(spec.shape) > 2 and spec.shape[-2] > 1 and _is_weight(rest, spec):
-            raise PlanError(
-                _unknown(
-                    checkpoint,
-                    f"{name} is {list(spec.shape)}: experts stacked in one tensor are not supported, only experts with "
-                    "separate linears (like those of Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE)",
-                )
-            )
-        if len(spec.shape) == 2 and rest.endswith(".weight") and name not in routers:
-            linears.append(_linear(checkpoint, name, int(index), rest, spec=spec, share=share))
-    linears.sort(key=lambda linear: linear.block)  # stable: file order within a block
-    left = tuple(name.removesuffix(".weight") for name in checkpoint.tensors if name in routers)
-    return ModuleTable(prefix, len(runs[prefix]), tuple(linears), left)
+    staying = {f"{found.name}.weight" for found in anatomy.linears if found.reason} | find_routers(checkpoint.tensors)
+    left = tuple(name.removesuffix(".weight") for name in checkpoint.tensors if name in staying)
+    linears = tuple(_linear(checkpoint, found, anatomy.prefix, share) for found in taken)
+    return ModuleTable(anatomy.prefix, anatomy.blocks, linears, left, anatomy.inside)
 
 
 def _expert_share(checkpoint: Checkpoint) -> float:
@@ -147,28 +136,18 @@ def _expert_share(checkpoint: Checkpoint) -> float:
     return min(1.0, chosen / count) if chosen else 1.0
 
 
-def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, *, spec: TensorSpec, share: float) -> LinearSpec:
-    out_features, in_features = spec.shape
-    if checkpoint.model_type in CONV1D_TYPES:
-        in_features, out_features = spec.shape
-    module = name.removesuffix(".weight")
-    bias = checkpoint.tensors.get(f"{module}.bias")
+def _linear(checkpoint: Checkpoint, found: Found, prefix: str, share: float) -> LinearSpec:
+    spec = checkpoint.tensors[f"{found.name}.weight"]
+    out_features, in_features = reversed(spec.shape) if found.transposed else spec.shape
+    bias = checkpoint.tensors.get(f"{found.name}.bias")
     return LinearSpec(
-        module,
-        block,
-        rest.removesuffix(".weight"),
+        found.name,
+        found.block,
+        found.name.removeprefix(f"{prefix}{found.block}."),
         in_features,
         out_features,
         bias.dtype if bias else None,
         spec,
-        share if expert_of(rest) else 1.0,
+        share if expert_of(found.name) else 1.0,
+        found.transposed,
     )
-
-
-def _is_weight(rest: str, spec: TensorSpec) -> bool:
-    """Whether a tensor is a weight: old GPT-2 files also contain causal masks, as [1, 1, n, n] buffers."""
-    return not (rest.endswith((".bias", ".masked_bias", ".mask")) or spec.dtype in {"BOOL", "U8"})
-
-
-def _unknown(checkpoint: Checkpoint, why: str) -> str:
-    return f"architecture '{checkpoint.model_type}' cannot be quantized: {why}"

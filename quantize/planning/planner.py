@@ -26,6 +26,7 @@ from quantize.recipe import LoadedRecipe
 from quantize.recipe.methods import Gptq
 from quantize.recipe.schema import RepoNameError, repo_id
 from quantize.reporter import SILENT, Reporter
+from quantize.source.examination import anatomy_of
 from quantize.source.resolve import resolve
 from quantize.source.resolved import Source
 
@@ -55,8 +56,10 @@ def plan_recipe(
     dist = options.dist
     asked = options if isinstance(options, PlanOptions) else PlanOptions()
     shards = asked.shards or 1
-    source = resolve(recipe.model, weights=weights, small_files=recipe.gguf is not None, reporter=reporter)
-    table = find_linears(source.checkpoint)
+    trust = recipe.model.trust_remote_code
+    source = resolve(recipe.model, weights=weights, small_files=trust or recipe.gguf is not None, reporter=reporter)
+    anatomy = anatomy_of(source, trust_remote_code=trust, here=weights, reporter=reporter)
+    table = find_linears(source.checkpoint, anatomy)
     _check_length(loaded, source)
     if shards > recipe.calibration.samples:
         raise PlanError(

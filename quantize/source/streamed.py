@@ -1,15 +1,15 @@
 """A model that is never completely in memory: its blocks are read, run and dropped one at a time.
 
 The model is built on torch's meta device, which needs no memory. Everything outside the blocks (embeddings,
-rotary tables, final norm, head) is loaded; each block's weights are read only while it is in use. One run of the real
+rotary tables, final norm, head) is loaded; each block's weights are read only while it is in use. A run of the real
 ``forward`` with the blocks replaced by recorders shows how the architecture calls its blocks, with which masks and
-position embeddings, so no architecture needs special code.
+position embeddings, so no architecture needs special code. Towers that text does not reach are never loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from quantize.errors import SourceError
 from quantize.formats.tensor_file import DTYPES
-from quantize.source.architecture import empty_model, match_names, running
-from quantize.source.experts import Expert, split_experts
+from quantize.source.architecture import empty_model, running, tied_parameters
+from quantize.source.calls import BlockCall, Calls, Returns, equal_calls, replaced_blocks, replaced_forward, split_call
+from quantize.source.examine import examine
+from quantize.source.experts import Expert
 from quantize.source.prefetch import Prefetch
 from quantize.source.resolved import Source
-from quantize.source.routing import find_routers
 from quantize.source.source_tensors import SourceTensors
-
-BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,6 @@ class StreamedModel:
     def __init__(
         self,
         source: Source,
-        prefix: str,
         compute_dtype: torch.dtype,
         device: torch.device,
         *,
@@ -82,16 +80,17 @@ class StreamedModel:
         self.source, self.compute_dtype, self.device = source, compute_dtype, device
         self._tensors = SourceTensors(source)
         self.model = empty_model(source, compute_dtype, trust_remote_code)
-        split_experts(self.model, source.checkpoint.tensors)
-        self.names = match_names(self.model, source)
-        self.block_prefix, self.blocks = self._find_blocks(prefix)
-        self._routers = self._local_names(find_routers(source.checkpoint.tensors))
+        self.form = examine(self.model, source.checkpoint.tensors, source.named)
+        self.names, self.block_prefix, self.blocks = self.form.names, self.form.prefix, self.form.blocks
+        self._index = {id(block): index for index, block in enumerate(self.blocks)}
         wanted = device.type == "cuda" if prefetch is None else prefetch
         self._ahead = Prefetch(self.read, device) if wanted else None
         self._head = head
+        self._close_towers()
         self.load_outside()
-        self._returns_tuple: bool | None = None
-        self._calls: dict[int, list[BlockCall]] = {}
+        self._returns: list[Returns] | None = None if self.form.trial.failure else self.form.trial.returns
+        self._calls: dict[int, Calls] = {}
+        self._by_tokens: bool | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -141,12 +140,11 @@ class StreamedModel:
         return [self.names[name] for name in own if name in self.names]
 
     def linears(self, block: nn.Module) -> list[Linear]:
-        """The quantizable linears of a loaded block, in module order, without routers."""
-        modules = dict(block.named_modules())
-        found = []
-        for name, module in modules.items():
-            if isinstance(module, nn.Linear | Conv1D) and name not in self._routers:
-                owner = modules[name.rpartition(".")[0]]
+        """The quantizable linears of a loaded block, in module order."""
+        index, found = self._index[id(block)], []
+        for name, module in self.form.linears(index):
+            if not self.form.reason(index, name):
+                owner = block.get_submodule(name.rpartition(".")[0])
                 found.append(Linear(name, module, owner if isinstance(owner, Expert) else None))
         return found
 
@@ -161,11 +159,6 @@ class StreamedModel:
         name = next(name for name in members if self.names[name].endswith(name.removeprefix(inside)))  # not renamed
         return self.names[name].removesuffix(name.removeprefix(inside))
 
-    def _local_names(self, tensors: Collection[str]) -> frozenset[str]:
-        """Names, inside their block, of the modules with these checkpoint tensors as weights."""
-        inside = [name.removeprefix(self.block_prefix) for name, stored in self.names.items() if stored in tensors]
-        return frozenset(name.partition(".")[2].removesuffix(".weight") for name in inside)
-
     def stored_weight(self, index: int, linear: Linear) -> torch.Tensor:
         """The weight [N, K] in float32, exact even if the forward pass uses a narrower dtype."""
         if linear.weight.dtype == torch.float32:
@@ -174,7 +167,7 @@ class StreamedModel:
         if DTYPES[self.source.checkpoint.tensors[f"{name}.weight"].dtype] == linear.weight.dtype:
             return linear.weight.to(torch.float32).contiguous()
         stored = self.read(f"{name}.weight").to(self.device, torch.float32)
-        return stored if stored.shape == linear.weight.shape else stored.t().contiguous()
+        return stored.t().contiguous() if isinstance(linear.module, Conv1D) else stored
 
     # -- running
 
@@ -182,7 +175,8 @@ class StreamedModel:
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Input of block 0, [batch, length, width], for token ids [batch, length].
 
-        Also records, once per batch size, how the architecture calls each of its blocks.
+        Also records how the architecture calls each of its blocks: once per batch size, or, where the calls depend on
+        the tokens, for every batch anew.
         """
         rows, largest = self.model.get_input_embeddings().num_embeddings, int(input_ids.max())
         if largest >= rows or int(input_ids.min()) < 0:
@@ -190,41 +184,64 @@ class StreamedModel:
                 f"{self.source.named}: its tokenizer gives the token {largest}, its embeddings have {rows} rows; "
                 "tokenizer and weights belong to different models"
             )
-        batch = input_ids.shape[0]
         with running(self.source):
-            if self._returns_tuple is None:
-                self._returns_tuple = self._probe(input_ids[:1, :8])
+            if self._returns is None:
+                self._returns = self._probe(input_ids[:1, :8])
+            if self._by_tokens is None:
+                self._by_tokens = self._depends_on_tokens(input_ids[:1])
             hidden, calls = self._record(input_ids)
-        known = self._calls.setdefault(batch, calls)
+        known = self._calls.setdefault(len(input_ids), calls)
         if known is not calls:
-            self._same_calls(known, calls)
+            self._by_tokens = self._by_tokens or not equal_calls(known.blocks, calls.blocks)
+            self._calls[len(input_ids)] = calls
         return hidden
 
+    def recall(self, input_ids: torch.Tensor) -> None:
+        """Let :meth:`run` call the blocks as for these windows, [batch, length]."""
+        calls = self._calls.get(len(input_ids))
+        if calls is None or (self._by_tokens and not calls.are_of(input_ids)):
+            self.embed(input_ids)
+
     @torch.inference_mode()
-    def run(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """A block's output for its input, both [batch, length, width]; call :meth:`embed` at this batch size first."""
-        arguments, keywords = self._calls[hidden.shape[0]][index]
-        output = block(hidden, *arguments, **keywords)
-        states: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return states
+    def run(
+        self, index: int, block: nn.Module, hidden: torch.Tensor, input_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A block's output for its input, both [batch, length, width].
+
+        Args:
+            input_ids: the tokens of these windows, [batch, length]; None are those recalled or embedded last.
+        """
+        if input_ids is not None:
+            self.recall(input_ids)
+        calls = self._calls[len(hidden)]
+        if index not in calls.blocks:
+            return hidden  # the model leaves this block out on text
+        arguments, keywords = calls.blocks[index]
+        keywords = dict(keywords)
+        states = self.form.trial.layout.unpack(hidden, calls.shape)
+        name = keywords.pop("", None)
+        output = block(**{name: states}, **keywords) if name else block(states, *arguments, **keywords)
+        found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+        return self.form.trial.layout.pack(found)
 
     @torch.inference_mode()
     def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [batch, length, vocabulary] from the last block's output."""
 
         def inject(index: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
-            return hidden
+            given, _ = split_call(arguments, keywords)
+            return self.form.trial.layout.unpack(hidden, given.shape)
 
         with self._replaced(inject):
             logits: torch.Tensor = self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
         return logits
 
-    def _probe(self, input_ids: torch.Tensor) -> bool:
-        """Whether this architecture's blocks return a tuple: run block 0 and stop."""
-        seen: list[bool] = []
+    def _probe(self, input_ids: torch.Tensor) -> list[Returns]:
+        """What the blocks return, by running block 0 with its weights; for models that could not be tried without."""
+        seen: list[Returns] = []
 
         def stop(module: nn.Module, arguments: Any, output: Any) -> None:
-            seen.append(isinstance(output, tuple))
+            seen.append(Returns.of(output))
             raise _Stop
 
         with self._loaded(0, {}) as block:
@@ -234,58 +251,42 @@ class StreamedModel:
                     self.model(input_ids=input_ids.to(self.device), use_cache=False)
             finally:
                 handle.remove()
-        return seen[0]
+        return seen * len(self.blocks)
 
-    def _record(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
+    def _depends_on_tokens(self, input_ids: torch.Tensor) -> bool:
+        """Whether other tokens call the blocks with other arguments beside the hidden states."""
+        other = (input_ids + 1) % self.model.get_input_embeddings().num_embeddings
+        first, second = self._record(input_ids)[1], self._record(other)[1]
+        return not equal_calls(first.blocks, second.blocks)
+
+    def _record(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, Calls]:
         inputs: list[torch.Tensor] = []
-        calls: list[BlockCall] = []
+        calls: dict[int, BlockCall] = {}
+        order: list[int] = []
 
         def record(index: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
-            keywords = dict(keywords)
-            hidden: torch.Tensor = keywords.pop("hidden_states") if "hidden_states" in keywords else arguments[0]
-            if not calls:
-                inputs.append(hidden)
-            calls.append((tuple(arguments[1:]), keywords))
+            hidden, calls[index] = split_call(arguments, keywords)
+            inputs.append(hidden)
+            order.append(index)
             return hidden
 
         head = self.model.get_output_embeddings()
-        skip = _replace_forward(head, lambda hidden: hidden) if head is not None else contextlib.nullcontext()
+        skip = replaced_forward(head, lambda hidden: hidden) if head is not None else contextlib.nullcontext()
         with self._replaced(record), skip:
             self.model(input_ids=input_ids.to(self.device), use_cache=False)
-        if len(calls) != len(self.blocks):
+        if order != sorted(calls) or (len(calls) != len(self.blocks) and self.form.trial.failure):
             raise SourceError(
-                f"{self.source.named}: the model ran {len(calls)} of its {len(self.blocks)} blocks; "
-                "this architecture cannot be streamed"
+                f"{self.source.named}: the model ran {len(calls)} of its {len(self.blocks)} blocks in {len(order)} "
+                "calls; this architecture cannot be streamed"
             )
-        return inputs[0], calls
+        return self.form.trial.layout.pack(inputs[0]), Calls(calls, inputs[0].shape, input_ids)
 
-    def _same_calls(self, known: list[BlockCall], calls: list[BlockCall]) -> None:
-        for index, (before, now) in enumerate(zip(known, calls, strict=True)):
-            if not _equal(before, now):
-                raise SourceError(
-                    f"{self.source.named}: block {index} has inputs besides its hidden states that depend on "
-                    "the tokens; this architecture cannot be streamed"
-                )
-
-    @contextlib.contextmanager
-    def _replaced(self, replacement: Callable[[int, tuple[Any, ...], dict[str, Any]], torch.Tensor]) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for index, block in enumerate(self.blocks):
-
-                def forward(*arguments: Any, _index: int = index, **keywords: Any) -> Any:
-                    hidden = replacement(_index, arguments, keywords)
-                    return (hidden, None, None) if self._returns_tuple else hidden
-
-                stack.enter_context(_replace_forward(block, forward))
-            yield
+    def _replaced(
+        self, replacement: Callable[[int, tuple[Any, ...], dict[str, Any]], torch.Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        return replaced_blocks(self.blocks, self._returns or [], replacement)
 
     # -- loading
-
-    def _find_blocks(self, prefix: str) -> tuple[str, nn.ModuleList]:
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.ModuleList) and f"{name}.".endswith(prefix) and len(module):
-                return f"{name}.", module
-        raise SourceError(f"{self.source.named}: transformers has no blocks at '{prefix}N'")
 
     def load_outside(self, read: Callable[[str], torch.Tensor] | None = None) -> None:
         """Load everything outside the blocks (embeddings, final norm, head), replacing what was loaded before.
@@ -300,21 +301,46 @@ class StreamedModel:
         inside = self.block_prefix
         output = self.model.get_output_embeddings()
         unused = set() if self._head or output is None else {id(parameter) for parameter in output.parameters()}
+        beside = (inside, *self.form.towers)
         for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]:
-            if not name.startswith(inside) and name in self.names and id(value) not in unused:
+            if not name.startswith(beside) and name in self.names and id(value) not in unused:
                 self._assign(self.model, name, read(self.names[name]))
-        self.model.tie_weights()
+        self._tie()
         for name, parameter in self.model.named_parameters():
-            if parameter.is_meta and not name.startswith(inside) and id(parameter) not in unused:
+            if parameter.is_meta and not name.startswith(beside) and id(parameter) not in unused:
                 raise SourceError(f"{self.source.named}: the checkpoint lacks the tensor {name}")
         for name, buffer in self.model.named_buffers():
             if not name.startswith(inside) and not buffer.is_meta and buffer.device != self.device:
                 self._set_buffer(self.model, name, buffer.to(self.device))
 
+    def _close_towers(self) -> None:
+        """Fill towers that text does not reach with NaN that takes no memory.
+
+        On the meta device they would mislead models that ask for the device of their first parameter.
+        """
+        for name in self.form.towers:
+            for module in self.model.get_submodule(name.removesuffix(".")).modules():
+                for leaf, parameter in module._parameters.items():
+                    if parameter is not None:
+                        nothing = torch.full((), torch.nan, dtype=parameter.dtype, device=self.device)
+                        module._parameters[leaf] = nn.Parameter(nothing.expand(parameter.shape), requires_grad=False)
+
+    def _tie(self) -> None:
+        """Share parameters that the config ties, except those that the checkpoint stores on their own."""
+        for name, other in tied_parameters(self.model).items():
+            if name not in self.names and not name.startswith(self.block_prefix):
+                owner, _, leaf = name.rpartition(".")
+                self.model.get_submodule(owner)._parameters[leaf] = self.model.get_parameter(other)
+
     def drop_outside(self) -> None:
-        """Free everything outside the blocks; :meth:`embed` and :meth:`logits` cannot be used afterwards."""
+        """Free everything outside the blocks; :meth:`embed` and :meth:`logits` cannot be used afterwards.
+
+        Nothing is freed where the calls of the blocks depend on the tokens, which needs the embeddings throughout.
+        """
+        if self._by_tokens:
+            return
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
-            if not name.startswith(self.block_prefix):
+            if not name.startswith((self.block_prefix, *self.form.towers)):
                 owner, _, leaf = name.rpartition(".")
                 empty = torch.empty_like(parameter, device="meta")
                 self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
@@ -366,26 +392,7 @@ def _drop(module: nn.Module) -> None:
                 child._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-@contextlib.contextmanager
-def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-
-
 def _is_finite(tensor: torch.Tensor) -> bool:
     # min and max propagate NaN and infinity and need no temporary of the tensor's size
     low, high = torch.aminmax(tensor.reshape(-1)) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _equal(left: Any, right: Any) -> bool:
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and left.shape == right.shape and torch.equal(left, right)
-    if isinstance(left, dict):
-        return isinstance(right, dict) and left.keys() == right.keys() and all(_equal(left[k], right[k]) for k in left)
-    if isinstance(left, list | tuple):
-        return isinstance(right, list | tuple) and len(left) == len(right) and all(map(_equal, left, right))
-    return left is right or isinstance(left, type(right)) or left == right

@@ -15,7 +15,6 @@ from quantize.formats.tensors import TensorSpec
 from quantize.gguf.convert import Conversion, outtype_of
 from quantize.measuring.gguf import open_levels
 from quantize.measuring.quality import branch_logits, divided_activations
-from quantize.planning.modules import find_linears
 from quantize.source.checkpoint import Checkpoint, read_header
 from quantize.source.resolved import Source
 from quantize.source.streamed import StreamedModel
@@ -24,9 +23,9 @@ from quantize.source.streamed import StreamedModel
 class _Dequantized(StreamedModel):
     """A streamed model whose weights come from a branch's reader."""
 
-    def __init__(self, source: Source, prefix: str, reader: BranchReader, packed: set[str]) -> None:
+    def __init__(self, source: Source, reader: BranchReader, packed: set[str]) -> None:
         self._reader, self._packed = reader, packed
-        super().__init__(source, prefix, torch.float32, torch.device("cpu"), head=True)
+        super().__init__(source, torch.float32, torch.device("cpu"), head=True)
 
     def read(self, name: str) -> torch.Tensor:
         module = name.removesuffix(".weight")
@@ -50,7 +49,7 @@ def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
         shape = tuple(reader.weight(module).shape)
         tensors[f"{module}.weight"] = TensorSpec("F32", shape, stored[f"{module}.{PARTS[reader.method][0]}"].file)
     checkpoint = Checkpoint(_config(folder), tensors, folder, tuple(sorted({spec.file for spec in stored.values()})))
-    model = _Dequantized(Source(str(folder), folder.name, checkpoint), find_linears(checkpoint).prefix, reader, packed)
+    model = _Dequantized(Source(str(folder), folder.name, checkpoint), reader, packed)
     state = Activations(model, np.array([ids], dtype=np.int64), 1)
     for index in range(len(model)):
         with model.block(index) as block, divided_activations(model, index, block, reader.activation_scales):
@@ -65,8 +64,7 @@ def level_logits(source: Source, files: Sequence[Path]) -> Callable[[list[int]],
         GgufError: llama.cpp is missing, or the source cannot be converted for the comparison.
     """
     conversion = Conversion(source, outtype_of(source.checkpoint, "auto"), source.short_name, {})
-    prefix = find_linears(source.checkpoint).prefix
-    model = StreamedModel(source, prefix, torch.float32, torch.device("cpu"), head=True)
+    model = StreamedModel(source, torch.float32, torch.device("cpu"), head=True)
     readers = open_levels({"level": files}, conversion.make(), conversion.header().converted, model.read)
     return lambda ids: branch_logits(model, ids, readers["level"])
 

@@ -1,0 +1,60 @@
+"""What transformers makes of a checkpoint, as plain data: blocks, linears and names. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantize.formats.tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class Found:
+    """A linear of a block.
+
+    Attributes:
+        name: in the checkpoint, without ``.weight``. local: in its block.
+        transposed: whether its weight is stored [in_features, out_features].
+        reason: why it has to stay as it is; empty if it can be quantized.
+    """
+
+    name: str
+    block: int
+    local: str
+    transposed: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a checkpoint.
+
+    Attributes:
+        model_class: of transformers. blocks: how many there are. prefix: their names in the checkpoint begin with it.
+        linears: of all blocks, in block order. inside: the block of every tensor that belongs to one.
+        unread: tensors that the model does not read. towers: tensors of other towers, such as of a vision tower.
+    """
+
+    model_class: str
+    blocks: int
+    prefix: str
+    linears: tuple[Found, ...]
+    inside: Mapping[str, int]
+    unread: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Anatomy:
+        """From plain data."""
+        linears = tuple(Found(*row) for row in data["linears"])
+        return cls(**{**data, "linears": linears, "unread": tuple(data["unread"]), "towers": tuple(data["towers"])})
+
+    def as_data(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**asdict(self), "linears": [list(asdict(one).values()) for one in self.linears]}
+
+
+def table_of(tensors: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """Tensor specs from [dtype, shape] rows."""
+    return {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()}

@@ -1,0 +1,217 @@
+"""Where a model's decoder blocks are, and how the model calls them, found by running it once with stand-ins.
+
+The run needs no weights: linears answer with small random numbers, and other parameters are constants that take no
+memory. It shows what a block returns, which of its linears are called as modules (a loader cannot replace one whose
+weight is read by other code), and whether the model calls its blocks once and in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from quantize.source.calls import BATCH, LENGTH, HiddenLayout, Returns, replaced_forward, split_call
+from quantize.source.experts import Experts
+
+LARGEST = 2**24
+"""Elements of a parameter with more than two dimensions above which its module is not run, and answers with zeros."""
+SCALE = 0.02
+
+
+@dataclass
+class Trial:
+    """What one run with stand-ins showed.
+
+    Attributes:
+        returns: of each block. layout: of the hidden states; shape: theirs in the trial.
+        uncalled: by block, names of its linears that are never called as modules.
+        order: indices of the blocks in the order in which they were called.
+        handed_on: whether a block gets something from the block before it beside the hidden states.
+        failure: why the run failed, if it did; the rest is then unknown.
+    """
+
+    returns: list[Returns] = field(default_factory=list)
+    layout: HiddenLayout = field(default_factory=HiddenLayout)
+    shape: torch.Size = field(default_factory=lambda: torch.Size())
+    uncalled: dict[int, frozenset[str]] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+    handed_on: bool = False
+    failure: str = ""
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The decoder's blocks and their name: of the lists of modules in the text tower the one with most parameters.
+
+    Lists inside other lists (experts) and inside other towers are left out. None if there is no list.
+    """
+    decoder = _decoder(model)
+    best: tuple[int, str, nn.ModuleList] | None = None
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(other) for other in inside):
+            continue
+        if name and isinstance(module, PreTrainedModel) and not _related(module, decoder):
+            inside.append(f"{name}.")
+        elif isinstance(module, nn.ModuleList) and len(module):
+            inside.append(f"{name}.")
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if best is None or size > best[0]:
+                best = (size, f"{name}.", module)
+    return best and best[1:]
+
+
+def other_towers(model: nn.Module, blocks: nn.Module) -> list[str]:
+    """Names of the models inside a model that do not contain its decoder's blocks, such as a vision tower."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if name and isinstance(module, PreTrainedModel) and not inside and not _related(module, blocks):
+            found.append(name)
+    return found
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    try:
+        decoder = model.get_decoder()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return model
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
+def _related(left: nn.Module, right: nn.Module) -> bool:
+    """Whether one of two modules is, or contains, the other."""
+    return any(module is right for module in left.modules()) or any(module is left for module in right.modules())
+
+
+@torch.inference_mode()
+def try_blocks(model: Any, blocks: nn.ModuleList) -> Trial:
+    """Run a model on the meta device once, with stand-ins; it is left as it was."""
+    trial = Trial()
+    try:
+        with _stand_ins(model) as called:
+            _run(model, blocks, trial, called)
+    except Exception as error:  # the architecture's own code, on numbers that it never saw
+        trial.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return trial
+
+
+def _run(model: Any, blocks: nn.ModuleList, trial: Trial, called: set[int]) -> None:
+    forms: dict[int, Returns] = {}
+    beside: list[Any] = []
+
+    def tried(index: int, block: nn.Module) -> Callable[..., Any]:
+        original = block.forward
+
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            hidden, call = split_call(arguments, keywords)
+            if not trial.order:
+                trial.layout, trial.shape = HiddenLayout.of(hidden), hidden.shape
+            before = _sizes(call)
+            trial.order.append(index)
+            output = original(*arguments, **keywords)
+            forms[index] = Returns.of(output)
+            trial.handed_on |= _sizes(call) != before or any(_shares(call, tensor) for tensor in beside)
+            trial.uncalled[index] = _uncalled(block, called)
+            beside.extend(tensor for tensor in forms[index].others if isinstance(tensor, torch.Tensor))
+            return forms[index].wrap(hidden)
+
+        return forward
+
+    ids = torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % model.get_input_embeddings().num_embeddings
+    with contextlib.ExitStack() as stack:
+        for index, block in enumerate(blocks):
+            stack.enter_context(replaced_forward(block, tried(index, block)))
+        head = model.get_output_embeddings()
+        if head is not None:
+            stack.enter_context(replaced_forward(head, lambda hidden: hidden))
+        model(input_ids=ids, use_cache=False)
+    trial.returns = [forms.get(index, Returns()) for index in range(len(blocks))]
+
+
+def _uncalled(block: nn.Module, called: set[int]) -> frozenset[str]:
+    experts = [f"{name}." for name, module in block.named_modules() if isinstance(module, Experts)]
+    return frozenset(
+        name
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) not in called and not name.startswith(tuple(experts))
+    )
+
+
+def _sizes(value: Any) -> Any:
+    """Sizes of all containers among the arguments of a call, by which one that a block fills is recognized."""
+    if isinstance(value, Mapping):
+        return len(value), [_sizes(one) for one in value.values()]
+    if isinstance(value, list | tuple):
+        return len(value), [_sizes(one) for one in value]
+    return None
+
+
+def _shares(value: Any, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is among the arguments of a call."""
+    if isinstance(value, torch.Tensor):
+        return value is tensor
+    if isinstance(value, Mapping):
+        return any(_shares(one, tensor) for one in value.values())
+    return isinstance(value, list | tuple) and any(_shares(one, tensor) for one in value)
+
+
+@contextlib.contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[set[int]]:
+    """Context in which a model on the meta device can be run; yields the ids of the linears called so far."""
+    called: set[int] = set()
+    generator = torch.Generator().manual_seed(0)
+    saved: list[tuple[nn.Module, str, nn.Parameter]] = []
+    with contextlib.ExitStack() as stack:
+        try:
+            for module in model.modules():
+                for leaf, parameter in module._parameters.items():
+                    if parameter is not None and parameter.is_meta:
+                        saved.append((module, leaf, parameter))
+                        constant = torch.full((), SCALE, dtype=parameter.dtype).expand(parameter.shape)
+                        if parameter.dim() > 2 and parameter.numel() <= LARGEST:  # not every kernel takes strides of 0
+                            constant = constant.contiguous()
+                        module._parameters[leaf] = nn.Parameter(constant, requires_grad=False)
+                if forward := _stand_in(module, called, generator):
+                    stack.enter_context(replaced_forward(module, forward))
+            yield called
+        finally:
+            for module, leaf, parameter in saved:
+                module._parameters[leaf] = parameter
+
+
+def _stand_in(module: nn.Module, called: set[int], generator: torch.Generator) -> Callable[..., Any] | None:
+    original = module.forward
+    if isinstance(module, nn.Linear | Conv1D) and type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+
+        def own(*arguments: Any, **keywords: Any) -> Any:
+            called.add(id(module))
+            return original(*arguments, **keywords)
+
+        return own
+    if isinstance(module, nn.Linear | Conv1D):
+        outputs = module.out_features if isinstance(module, nn.Linear) else module.nf
+
+        def linear(inputs: torch.Tensor) -> torch.Tensor:
+            called.add(id(module))
+            drawn = torch.randn((*inputs.shape[:-1], outputs), generator=generator)
+            return drawn.mul_(SCALE).to(inputs.dtype)
+
+        return linear
+    if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
+
+        def embedding(ids: torch.Tensor) -> torch.Tensor:
+            drawn = torch.randn((*ids.shape, module.embedding_dim), generator=generator)
+            return drawn.to(module.weight.dtype)
+
+        return embedding
+    stacked = (one for one in module.parameters(recurse=False) if one.dim() > 2 and one.numel() > LARGEST)
+    if next(stacked, None) is not None:
+        return lambda hidden, *_, **__: torch.zeros_like(hidden)
+    return None

@@ -1,0 +1,173 @@
+"""What transformers makes of a checkpoint, found on the meta device: the one answer that plan and build share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from quantize.errors import SourceError
+from quantize.formats.tensors import TensorSpec
+from quantize.source.anatomy import Anatomy, Found
+from quantize.source.architecture import match_names, missing_parameters, tied_parameters
+from quantize.source.blocks import Trial, find_blocks, other_towers, try_blocks
+from quantize.source.experts import split_experts
+from quantize.source.routing import find_routers
+
+UNCALLED = "its weight is read by other code, so no loader can replace it"
+UNREACHED = "text alone does not reach it"
+ROUTER = "router of experts"
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A model on the meta device, and its parts.
+
+    Attributes:
+        names: checkpoint tensor by parameter or buffer name. prefix: of the blocks in the model. towers: prefixes of
+            modules that do not take part in generating text.
+    """
+
+    model: Any
+    tensors: Mapping[str, TensorSpec]
+    names: Mapping[str, str]
+    prefix: str
+    blocks: nn.ModuleList
+    trial: Trial
+    towers: tuple[str, ...]
+
+    def is_outside_text(self, name: str) -> bool:
+        """Whether a parameter belongs to a tower that text does not reach."""
+        return name.startswith(self.towers)
+
+    @cached_property
+    def unreached(self) -> frozenset[int]:
+        """Blocks that the model does not run on text alone."""
+        return frozenset() if self.trial.failure else frozenset(range(len(self.blocks))) - set(self.trial.order)
+
+    def reason(self, block: int, local: str) -> str:
+        """Why a linear of a block has to stay as it is; empty if it can be quantized."""
+        if self.names[f"{self.prefix}{block}.{local}.weight"] in self._routers:
+            return ROUTER
+        if block in self.unreached:
+            return UNREACHED
+        return UNCALLED if local in self.trial.uncalled.get(block, ()) else ""
+
+    def linears(self, block: int) -> list[tuple[str, nn.Module]]:
+        """Linears of a block with a weight of their own in the checkpoint, by name in the block, in module order."""
+        return [
+            (local, module)
+            for local, module in self.blocks[block].named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+            and self.names.get(f"{self.prefix}{block}.{local}.weight", "").endswith(".weight")
+        ]
+
+    @cached_property
+    def _routers(self) -> frozenset[str]:
+        return find_routers(self.tensors)
+
+    def anatomy(self) -> Anatomy:
+        """The same as plain data."""
+        inside = {
+            stored: int(name[len(self.prefix) :].partition(".")[0])
+            for name, stored in self.names.items()
+            if name.startswith(self.prefix)
+        }
+        linears = []
+        for block in range(len(self.blocks)):
+            for local, module in self.linears(block):
+                name = self.names[f"{self.prefix}{block}.{local}.weight"].removesuffix(".weight")
+                reason = self.reason(block, local)
+                linears.append(Found(name, block, local, isinstance(module, Conv1D), reason))
+        read = set(self.names.values())
+        towers = (stored for name, stored in self.names.items() if self.is_outside_text(name))
+        return Anatomy(
+            type(self.model).__name__,
+            len(self.blocks),
+            self._stored_prefix(inside),
+            tuple(linears),
+            inside,
+            tuple(sorted(name for name in self.tensors if name not in read)),
+            tuple(sorted(towers)),
+        )
+
+    def _stored_prefix(self, inside: Mapping[str, int]) -> str:
+        """What the checkpoint's names of blocks begin with, as in ``model.layers.``; empty if they differ."""
+        for name, stored in self.names.items():
+            if not name.startswith(self.prefix):
+                continue
+            local = name[len(self.prefix) :]
+            if stored.endswith(local):
+                return stored.removesuffix(local)
+        return ""
+
+
+def examine(model: Any, tensors: Mapping[str, TensorSpec], named: str) -> Examined:
+    """Find blocks, names and the form of calls of a model on the meta device; its stacked experts are split.
+
+    Raises:
+        SourceError: the checkpoint does not fit the model, or the model cannot be run block by block.
+    """
+    split_experts(model, tensors)
+    found = find_blocks(model)
+    if found is None:
+        raise SourceError(f"{named}: {type(model).__name__} has no list of decoder blocks")
+    prefix, blocks = found
+    towers = tuple(f"{name}." for name in other_towers(model, blocks))
+    one = Examined(model, tensors, match_names(model, tensors), prefix, blocks, try_blocks(model, blocks), towers)
+    _check_tensors(one, named)
+    _check_calls(one, named)
+    return one
+
+
+def _check_tensors(one: Examined, named: str) -> None:
+    shared = [name for name in tied_parameters(one.model) if name.startswith(one.prefix) and name not in one.names]
+    if shared:
+        raise SourceError(
+            f"{named}: blocks of {type(one.model).__name__} share weights ({shared[0]}), which is not supported; its "
+            "blocks cannot be taken one by one"
+        )
+    missing = [name for name in missing_parameters(one.model, one.names) if not one.is_outside_text(name)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SourceError(
+            f"{named}: the checkpoint lacks the tensor {missing[0]}{more}, which "
+            f"{type(one.model).__name__} of transformers needs{_hint(one)}"
+        )
+    for name, parameter in one.model.named_parameters():
+        stored = one.names.get(name)
+        if stored is None or one.is_outside_text(name):
+            continue
+        shape = tuple(one.tensors[stored].shape)
+        if shape != tuple(parameter.shape):
+            raise SourceError(
+                f"{named}: {name} is {list(shape)} in the checkpoint, but the config requires {list(parameter.shape)}"
+            )
+
+
+def _hint(one: Examined) -> str:
+    """What the checkpoint has instead."""
+    read = set(one.names.values())
+    other = sorted(name for name in one.tensors if name not in read)
+    return f"; it has {other[0]} and {len(other) - 1} others that are not read" if len(other) > 1 else ""
+
+
+def _check_calls(one: Examined, named: str) -> None:
+    trial, count = one.trial, len(one.blocks)
+    kind = type(one.model).__name__
+    if trial.failure:
+        return  # real weights decide, when the build begins
+    if len(set(trial.order)) != len(trial.order) or trial.order != sorted(trial.order):
+        raise SourceError(
+            f"{named}: {kind} runs its {count} blocks of '{one.prefix}N' more than once or out of order, which is not "
+            "supported; its blocks cannot be taken one by one"
+        )
+    if trial.handed_on:
+        raise SourceError(
+            f"{named}: blocks of {kind} hand on more than hidden states (such as keys and values that later blocks "
+            "reuse), which is not supported"
+        )
