@@ -41,13 +41,15 @@ def test_a_number_of_the_config_that_is_none_is_named(
         shutil.copy(tmp_path / "config.json", model / "config.json")
 
 
-def test_numbers_may_lie_deeper_be_null_or_written_with_a_point(
-    invoke: Command, tiny_recipe: Path, model: Path, tmp_path: Path
-) -> None:
+def test_numbers_may_lie_deeper_or_be_null(invoke: Command, tiny_recipe: Path, model: Path, tmp_path: Path) -> None:
     def plan() -> Any:
         return invoke("plan", tiny_recipe, "--dist", tmp_path / "dist", "--set", f"model.source={model}")
 
-    change(model / "config.json", hidden_size=128.0, max_position_embeddings=None)
+    change(model / "config.json", max_position_embeddings=None)
+    assert_refused(plan(), "transformers cannot build the architecture 'llama'", "max_position_embeddings")
+    change(model / "config.json", max_position_embeddings=2048, hidden_size=128.0)
+    assert_refused(plan(), "transformers cannot build the architecture 'llama'", "hidden_size")
+    change(model / "config.json", hidden_size=128)
     assert plan().returncode == 0
     change(model / "config.json", text_config={"hidden_size": "x"})
     assert_refused(plan(), "text_config: hidden_size: must be")

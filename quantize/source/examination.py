@@ -59,8 +59,9 @@ def anatomy_of(
         else:
             reporter.say(f"examining the architecture '{checkpoint.model_type}'")
             found = Anatomy.of(_in_child(folder, source, trust_remote_code))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(place, json.dumps(found.as_data()).encode())
+    with suppress(OSError):  # a build says that the cache cannot be written; a plan needs none
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, json.dumps(found.as_data()).encode())
     return found
 
 
@@ -86,7 +87,16 @@ def _in_child(folder: Path, source: Source, trust_remote_code: bool) -> Any:
     }
     worker = Path(__file__).with_name("worker_anatomy.py")
     try:
-        answer = run_child(Task(worker, arguments, allow_remote_code=trust_remote_code, closed=[folder], own=[PACKAGE]))
+        answer = run_child(
+            Task(
+                worker,
+                arguments,
+                path=[PACKAGE.parent],
+                allow_remote_code=trust_remote_code,
+                closed=[folder],
+                own=[PACKAGE],
+            )
+        )
     except ChildFailed as error:
         if error.wants_remote_code:
             raise SourceError(
