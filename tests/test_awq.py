@@ -24,8 +24,9 @@ from quantize.formats import awq
 from quantize.formats.reader import BranchReader
 from quantize.methods.awq import AwqParameters, divided, quantize_scaled, search_scales
 from quantize.recipe.schema import Model
+from quantize.source.linear import Linear
 from quantize.source.resolve import resolve
-from quantize.source.streamed import Linear, StreamedModel
+from quantize.source.streamed import StreamedModel
 
 BODY = (
     "  variants: [{bits: 4, group_size: 32}]\nawq:\n  group_size: 32\n  variants:\n    - {}\n    - {group_size: 64}\n"

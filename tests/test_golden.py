@@ -38,7 +38,7 @@ from quantize.planning.keys import SOLVER_VERSION, STATISTICS_VERSION
 from quantize.planning.levels import LEVELS_VERSION
 from quantize.recipe.levels import LEVELS
 from quantize.recipe.schema import Calibration
-from quantize.source.streamed import Linear
+from quantize.source.linear import Linear
 
 TABLE = Path(__file__).with_name("golden.json")
 ROWS, COLUMNS = 24, 192

@@ -23,7 +23,8 @@ from torch import nn
 
 from quantize.calibration.statistics import InputStatistics
 from quantize.source.experts import pinned_routing
-from quantize.source.streamed import Linear, StreamedModel
+from quantize.source.linear import Linear
+from quantize.source.streamed import StreamedModel
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
 """Relative to the norm of the block's change to its input; a wrong fold differs by a third or more."""

@@ -14,6 +14,7 @@ from quantize.calibration.states import StateFiles, States
 from quantize.calibration.statistics import Collector, InputStatistics
 from quantize.errors import CalibrationError
 from quantize.reporter import SILENT, Reporter
+from quantize.source.calls import HandedOn
 from quantize.source.processor import forward_dtype
 from quantize.source.streamed import StreamedModel
 
@@ -38,6 +39,7 @@ class Activations:
         self.model, self.batch = model, batch
         self.ids = torch.from_numpy(ids)
         self._extent = torch.zeros((), dtype=torch.float64)
+        self._handed_on: dict[int, HandedOn] = {}
         if states is not None:
             self.states = states
             for count in {min(batch, len(ids)), len(ids) % batch} - {0}:
@@ -63,6 +65,7 @@ class Activations:
         """Activations of the same windows with other ``states``."""
         other = copy.copy(self)
         other.states = states
+        other._handed_on = {start: one.copy() for start, one in self._handed_on.items()}
         return other
 
     def copy(self, name: str = "copy") -> Activations:
@@ -80,7 +83,12 @@ class Activations:
 
     def run(self, index: int, block: nn.Module, window: slice) -> torch.Tensor:
         """The block's output for a batch; the states are not changed."""
-        return self.model.run(index, block, self.states.read(window).to(self.model.device), self.ids[window])
+        states = self.states.read(window).to(self.model.device)
+        return self.model.run(index, block, states, self.ids[window], self.handed_on(window))
+
+    def handed_on(self, window: slice) -> HandedOn:
+        """What blocks left for later blocks, for a batch."""
+        return self._handed_on.setdefault(window.start, HandedOn())
 
     def put(self, window: slice, output: torch.Tensor) -> None:
         """Store a block's output for a batch."""

@@ -19,7 +19,8 @@ from quantize.calibration.states import StateFiles, States
 from quantize.calibration.statistics import InputStatistics, panels
 from quantize.errors import CalibrationError
 from quantize.reporter import SILENT, Reporter
-from quantize.source.streamed import Linear, StreamedModel
+from quantize.source.linear import Linear
+from quantize.source.streamed import StreamedModel
 
 
 def cut(ids: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:

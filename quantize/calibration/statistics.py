@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from quantize.reporter import SILENT, Reporter
-from quantize.source.streamed import Linear
+from quantize.source.linear import Linear
 
 PANELS = 6  # more panels skip more of the upper triangle, but make narrower, slower products
 NARROWEST = 96

@@ -18,7 +18,7 @@ from quantize.files.atomic import write_atomically
 from quantize.files.sealed import seal, unseal
 from quantize.files.space import touch
 from quantize.formats.tensor_file import TensorFile
-from quantize.source.streamed import Linear
+from quantize.source.linear import Linear
 
 SAMPLE = "entered"
 

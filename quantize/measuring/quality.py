@@ -22,7 +22,8 @@ from quantize.calibration.forward import Activations
 from quantize.measuring.store import Store
 from quantize.methods.sums import mean, total
 from quantize.reporter import SILENT, Reporter
-from quantize.source.streamed import Linear, StreamedModel
+from quantize.source.linear import Linear
+from quantize.source.streamed import StreamedModel
 
 SOURCE = "source"
 AGAIN = "source, in other batches"
@@ -100,7 +101,7 @@ def measure_quality(
                 for name, weights in branches.items():
                     with _worn(model, index, block, linears, weights):
                         states[name].advance(index, block)
-            if store is not None:
+            if store is not None and not model.hands_on:
                 store.interim(index + 1, {name: state.hidden for name, state in states.items()})
             advance(1)
     if store is not None:

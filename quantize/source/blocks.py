@@ -8,7 +8,7 @@ weight is read by other code), and whether the model calls its blocks once and i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from quantize.source.calls import BATCH, LENGTH, HiddenLayout, Returns, replaced_forward, split_call
+from quantize.source.calls import BATCH, LENGTH, BlockCall, HiddenLayout, Returns, replaced_forward, split_call
 from quantize.source.experts import Experts
 
 LARGEST = 2**24
@@ -33,7 +33,8 @@ class Trial:
         returns: of each block. layout: of the hidden states; shape: theirs in the trial.
         uncalled: by block, names of its linears that are never called as modules.
         order: indices of the blocks in the order in which they were called.
-        handed_on: whether a block gets something from the block before it beside the hidden states.
+        fills: whether blocks leave something for later blocks in a mapping that all of them are given.
+        handed_on: whether a block gets something else from a block before it beside the hidden states.
         failure: why the run failed, if it did; the rest is then unknown.
     """
 
@@ -42,6 +43,7 @@ class Trial:
     shape: torch.Size = field(default_factory=lambda: torch.Size())
     uncalled: dict[int, frozenset[str]] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
+    fills: bool = False
     handed_on: bool = False
     failure: str = ""
 
@@ -117,7 +119,9 @@ def _run(model: Any, blocks: nn.ModuleList, trial: Trial, called: set[int]) -> N
             trial.order.append(index)
             output = original(*arguments, **keywords)
             forms[index] = Returns.of(output)
-            trial.handed_on |= _sizes(call) != before or any(_shares(call, tensor) for tensor in beside)
+            (grown, rest), (grown_before, rest_before) = _sizes(call), before
+            trial.fills |= grown != grown_before
+            trial.handed_on |= rest != rest_before or any(_shares(call, tensor) for tensor in beside)
             trial.uncalled[index] = _uncalled(block, called)
             beside.extend(tensor for tensor in forms[index].others if isinstance(tensor, torch.Tensor))
             return forms[index].wrap(hidden)
@@ -144,12 +148,19 @@ def _uncalled(block: nn.Module, called: set[int]) -> frozenset[str]:
     )
 
 
-def _sizes(value: Any) -> Any:
-    """Sizes of all containers among the arguments of a call, by which one that a block fills is recognized."""
+def _sizes(call: BlockCall) -> tuple[Any, Any]:
+    """Sizes of the mappings among a call's keywords, and of all other containers in it, to see which a block fills."""
+    arguments, keywords = call
+    mappings = {name for name, value in keywords.items() if isinstance(value, MutableMapping)}
+    rest = {name: value for name, value in keywords.items() if name not in mappings}
+    return {name: len(keywords[name]) for name in sorted(mappings)}, (_nested(arguments), _nested(rest))
+
+
+def _nested(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return len(value), [_sizes(one) for one in value.values()]
+        return len(value), [_nested(one) for one in value.values()]
     if isinstance(value, list | tuple):
-        return len(value), [_sizes(one) for one in value]
+        return len(value), [_nested(one) for one in value]
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +76,36 @@ class HiddenLayout:
         rest = [size for place, size in enumerate(like) if place not in (self.batch, self.length)]
         parted = states.reshape(*states.shape[:2], *rest)
         return parted.movedim((0, 1), (self.batch, self.length)).contiguous()
+
+
+class HandedOn:
+    """What blocks leave for later blocks of the same windows in mappings that all of them are given.
+
+    In Gemma 3n and 4 these are keys and values, which the last blocks read instead of computing their own.
+    """
+
+    def __init__(self, contents: Mapping[str, Mapping[Any, Any]] | None = None) -> None:
+        self._contents: dict[str, dict[Any, Any]] = {name: dict(one) for name, one in (contents or {}).items()}
+
+    def copy(self) -> HandedOn:
+        """An independent copy; the tensors are shared, since blocks replace and never change them."""
+        return HandedOn(self._contents)
+
+    @contextlib.contextmanager
+    def given_to(self, keywords: Mapping[str, Any]) -> Iterator[None]:
+        """Context of a block's call: its mappings hold what earlier blocks left, and what it adds is taken."""
+        mappings = {name: value for name, value in keywords.items() if isinstance(value, MutableMapping)}
+        saved = {name: dict(value) for name, value in mappings.items()}
+        for name, value in mappings.items():
+            value.update(self._contents.get(name, {}))
+        yield
+        for name, value in mappings.items():
+            before = saved[name]
+            left = {key: one for key, one in value.items() if key not in before or one is not before[key]}
+            if left:
+                self._contents[name] = left
+            value.clear()
+            value.update(before)
 
 
 @dataclass(frozen=True)

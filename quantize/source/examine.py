@@ -168,6 +168,6 @@ def _check_calls(one: Examined, named: str) -> None:
         )
     if trial.handed_on:
         raise SourceError(
-            f"{named}: blocks of {kind} hand on more than hidden states (such as keys and values that later blocks "
-            "reuse), which is not supported"
+            f"{named}: blocks of {kind} hand on more than hidden states, which is not supported; its blocks cannot be "
+            "taken one by one"
         )

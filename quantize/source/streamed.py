@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,36 +19,22 @@ from transformers.pytorch_utils import Conv1D
 from quantize.errors import SourceError
 from quantize.formats.tensor_file import DTYPES
 from quantize.source.architecture import empty_model, running, tied_parameters
-from quantize.source.calls import BlockCall, Calls, Returns, equal_calls, replaced_blocks, replaced_forward, split_call
+from quantize.source.calls import (
+    BlockCall,
+    Calls,
+    HandedOn,
+    Returns,
+    equal_calls,
+    replaced_blocks,
+    replaced_forward,
+    split_call,
+)
 from quantize.source.examine import examine
 from quantize.source.experts import Expert
+from quantize.source.linear import Linear
 from quantize.source.prefetch import Prefetch
 from quantize.source.resolved import Source
 from quantize.source.source_tensors import SourceTensors
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear of a loaded block. ``weight`` is [out_features, in_features], whatever layout the module stores.
-
-    Attributes:
-        local: its name in the block. expert: the expert that it belongs to, which only some tokens reach, or None.
-    """
-
-    local: str
-    module: nn.Module
-    expert: Expert | None = None
-
-    @property
-    def weight(self) -> torch.Tensor:
-        weight = self.module.weight
-        assert isinstance(weight, torch.Tensor)
-        return weight.t() if isinstance(self.module, Conv1D) else weight
-
-    def set_weight(self, weight: torch.Tensor) -> None:
-        """Replace the weight's values by [out_features, in_features] values."""
-        with torch.no_grad():
-            self.weight.copy_(weight)
 
 
 class StreamedModel:
@@ -91,6 +76,7 @@ class StreamedModel:
         self._returns: list[Returns] | None = None if self.form.trial.failure else self.form.trial.returns
         self._calls: dict[int, Calls] = {}
         self._by_tokens: bool | None = None
+        self._handed_on = HandedOn()
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -202,14 +188,26 @@ class StreamedModel:
         if calls is None or (self._by_tokens and not calls.are_of(input_ids)):
             self.embed(input_ids)
 
+    @property
+    def hands_on(self) -> bool:
+        """Whether blocks leave something, such as keys and values, for later blocks; see :class:`HandedOn`."""
+        return self.form.trial.fills
+
     @torch.inference_mode()
     def run(
-        self, index: int, block: nn.Module, hidden: torch.Tensor, input_ids: torch.Tensor | None = None
+        self,
+        index: int,
+        block: nn.Module,
+        hidden: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        handed_on: HandedOn | None = None,
     ) -> torch.Tensor:
         """A block's output for its input, both [batch, length, width].
 
         Args:
             input_ids: the tokens of these windows, [batch, length]; None are those recalled or embedded last.
+            handed_on: what earlier blocks left for these windows, and where this block leaves its own; None uses what
+                the last call used.
         """
         if input_ids is not None:
             self.recall(input_ids)
@@ -220,7 +218,9 @@ class StreamedModel:
         keywords = dict(keywords)
         states = self.form.trial.layout.unpack(hidden, calls.shape)
         name = keywords.pop("", None)
-        output = block(**{name: states}, **keywords) if name else block(states, *arguments, **keywords)
+        self._handed_on = self._handed_on if handed_on is None else handed_on
+        with self._handed_on.given_to(keywords):
+            output = block(**{name: states}, **keywords) if name else block(states, *arguments, **keywords)
         found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
         return self.form.trial.layout.pack(found)
 
