@@ -16,6 +16,7 @@ from quantize.files.digest import key_of
 from quantize.files.versions import versions_of
 from quantize.formats.safetensors_digests import begin_checksum, fingerprint
 from quantize.planning.items import PlannedVariant
+from quantize.planning.left import grouped
 from quantize.planning.plan import Plan
 from quantize.publishing.card import render_card
 from quantize.publishing.config import as_json, loader_config, release_config
@@ -83,6 +84,7 @@ def complete(plan: Plan, made: Made) -> Manifest:
         tensor_bytes=item.nbytes,
         files=_described(folder, item, made.checksums),
         ledger=made.ledger,
+        rest={"left": grouped(plan.table.left), "share_quantized": round(plan.table.share, 6)},
         engine=made.engine,
     )
     create(folder, data)

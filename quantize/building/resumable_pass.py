@@ -93,6 +93,7 @@ class Pass:
                         self.dtype,
                         self.device,
                         trust_remote_code=recipe.model.trust_remote_code,
+                        taken=self.plan.table.names,
                     )
                 state_of_pass = PassState(model, self.tokens, branches, self._diagonals, self.unfinished, self.store)
                 CalibrationPass(self.build, state_of_pass).run()

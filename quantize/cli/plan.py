@@ -55,7 +55,8 @@ def plan(
     if as_json:
         print_json(planned.as_data())
     else:
-        click.echo(f"{len(planned.table.linears)} linears in {planned.table.blocks} blocks")
+        for line in _linears(planned):
+            click.echo(line)
         for method in planned.recipe.methods:
             click.echo(f"{planned.repos[method]}:")
             items = planned.of(method)
@@ -87,6 +88,19 @@ def plan(
             click.echo("nothing to build")
     if check and (planned.work or planned.level_work):
         sys.exit(ANSWER_IS_NO)
+
+
+def _linears(planned: Plan) -> list[str]:
+    """What is quantized of the model, and what stays, a line for each kind."""
+    from quantize.planning.left import grouped
+
+    size = planned.table
+    lines = [f"{len(size.linears)} linears in {size.blocks} blocks, {size.share:.1%} of the blocks' weights"]
+    for row in grouped(size.left):
+        if row["in_blocks"]:
+            times = f" ({row['count']} times)" if row["count"] > 1 else ""
+            lines.append(f"  in 16 bits: {row['name']}{times}: {row['reason']}")
+    return lines + [f"  unchanged, outside the blocks: {name}" for name in size.outside]
 
 
 def _level_row(planned: Plan, item: PlannedLevel) -> list[str]:

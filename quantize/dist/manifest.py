@@ -40,6 +40,8 @@ class Recorded(TypedDict, total=False):
     tensor_types: dict[str, str]
     fallbacks: list[str]
     ledger: list[dict[str, Any]]
+    left: list[dict[str, Any]]
+    share_quantized: float
     quality: dict[str, Any]
 
 
@@ -69,11 +71,14 @@ def manifest(
     tensor_bytes: int,
     files: dict[str, FileEntry],
     ledger: list[LedgerEntry],
+    rest: Recorded,
     engine: dict[str, Any] | None = None,
 ) -> Manifest:
     """The manifest as plain data. It holds no time, no path of the machine and no name of a user.
 
     Args:
+        rest: ``left``, what stays in 16 bits and why, and ``share_quantized``, the part of the blocks' weights that
+            does not.
         engine: name, version and packages of another engine; None for our own solvers.
     """
     return {
@@ -89,6 +94,7 @@ def manifest(
         **({"engine": engine} if engine else {}),
         "tensor_bytes": tensor_bytes,
         "files": files,
+        **rest,
         "ledger": [entry.as_data() for entry in ledger],
     }
 

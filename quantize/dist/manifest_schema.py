@@ -51,6 +51,14 @@ class _Module(_Part):
     scale_folded_into: Text | None = None
 
 
+class _Left(_Part):
+    name: Text
+    reason: Text
+    count: Count
+    parameters: Count
+    in_blocks: bool
+
+
 class _SourceQuality(_Part):
     perplexity: float
     perplexity_error: float
@@ -94,6 +102,8 @@ class _Manifest(_Made):
     schema_: Literal[1] = Field(alias="schema")
     engine: _Engine | None = None
     ledger: list[_Module] = []
+    left: list[_Left] = []
+    share_quantized: Annotated[float, Field(ge=0, le=1)] | None = None
     imatrix: _Made | None = None
     levels: dict[Text, _Made] = {}
     loads_in: dict[Text, Text] = {}

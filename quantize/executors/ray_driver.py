@@ -355,6 +355,7 @@ class RayStreams:
         request = ray_tasks.Begin(
             settings=_settings(self._model.device),
             source=self._model.source.for_other_processes(),
+            taken=self._model.taken,
             dtype=self._model.compute_dtype,
             trust_remote_code=windows.trust_remote_code,
             ids=windows.parts[number],

@@ -58,6 +58,7 @@ class Begin:
 
     settings: Settings
     source: Source
+    taken: frozenset[str] | None
     dtype: torch.dtype
     trust_remote_code: bool
     ids: NDArray[np.int64]
@@ -95,7 +96,9 @@ class ShardWorker:
                     f"{path}: the Ray node {platform.node()} has no such file; the model has to lie at the same place "
                     "on every node"
                 )
-        self.model = StreamedModel(request.source, request.dtype, device, trust_remote_code=request.trust_remote_code)
+        self.model = StreamedModel(
+            request.source, request.dtype, device, trust_remote_code=request.trust_remote_code, taken=request.taken
+        )
         if request.block:
             self.part = Part.resume(self.model, request.ids, request.batch, _restored(request))
         else:

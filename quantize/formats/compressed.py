@@ -8,7 +8,7 @@ with the same offset.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,8 +36,14 @@ def decode(tensors: Mapping[str, torch.Tensor], bits: int) -> torch.Tensor:
     return scale.repeat_interleave(size, dim=1) * (codes - zero.repeat_interleave(size, dim=1))
 
 
-def quantization_config(*, bits: int, group_size: int, symmetric: bool, static_order: bool) -> dict[str, Any]:
-    """``quantization_config`` of ``config.json`` for a model with every linear but the output head quantized."""
+def quantization_config(
+    *, bits: int, group_size: int, symmetric: bool, static_order: bool, left_out: Sequence[str] = ()
+) -> dict[str, Any]:
+    """``quantization_config`` of ``config.json`` for a model with every linear but the output head quantized.
+
+    Args:
+        left_out: names of further modules that are not quantized, or ``re:`` and a regular expression.
+    """
     weights: dict[str, Any] = {
         "actorder": "static" if static_order else None,
         "block_structure": None,
@@ -63,7 +69,7 @@ def quantization_config(*, bits: int, group_size: int, symmetric: bool, static_o
         "config_groups": {"group_0": group},
         "format": "pack-quantized",
         "global_compression_ratio": None,
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *left_out],
         "kv_cache_scheme": None,
         "quant_method": METHOD,
         "quantization_status": "compressed",

@@ -5,7 +5,7 @@ Source: AutoGPTQ 0.7.1 (format ``gptq``, "v1") and GPTQModel (``gptq_v2``), as t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,21 @@ def decode(tensors: Mapping[str, torch.Tensor], bits: int, checkpoint_format: st
     return scales[:, index] * (codes.float() - zeros.float()[:, index])
 
 
+def selection(modules: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:
+    """Keys of a config by which loaders know which linears are quantized.
+
+    Args:
+        modules: name suffixes of the quantized linears, if some linears of a block are not quantized. optimum compares
+            the end of a linear's name, vLLM looks for it anywhere in the name.
+        left_out: regular expressions, matched from the start, of modules that are not quantized; GPTQModel and vLLM
+            read them as ``dynamic`` rules with ``-:``.
+    """
+    return {
+        **({"modules_in_block_to_quantize": [list(modules)]} if modules else {}),
+        **({"dynamic": {f"-:{pattern}": {} for pattern in left_out}} if left_out else {}),
+    }
+
+
 def quantize_config(
     *,
     bits: int,
@@ -82,7 +97,7 @@ def quantize_config(
     checkpoint_format: str,
     true_sequential: bool,
     quantizers: list[str],
-    modules: list[str] | None = None,
+    selected: Mapping[str, Any],
 ) -> dict[str, Any]:
     """``quantize_config.json``, and the same object as ``quantization_config`` in ``config.json``.
 
@@ -90,11 +105,9 @@ def quantize_config(
     written as no act-order, because its groups are in the natural order.
 
     Args:
-        modules: name suffixes of the quantized linears, if some linears of a block are not quantized.
+        selected: keys that say which linears are quantized; see :func:`selection`.
     """
     dynamic = desc_act is True
-    # optimum compares the end of a linear's name, vLLM looks for it anywhere in the name
-    selected = {"modules_in_block_to_quantize": [modules]} if modules else {}
     return {
         "bits": bits,
         "group_size": group_size,

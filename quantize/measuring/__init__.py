@@ -173,7 +173,9 @@ def _measure(task: _Task, todo: Sequence[Item], reporter: Reporter) -> list[dict
     store = Store(source_key, key_of({"source": source_key, "artefacts": artefacts}))
     batch = max(1, recipe.calibration.batch_tokens // ids.shape[1])
     with settled():
-        model = StreamedModel(plan.source, task.dtype, task.device, trust_remote_code=trust, head=True)
+        model = StreamedModel(
+            plan.source, task.dtype, task.device, trust_remote_code=trust, head=True, taken=plan.table.names
+        )
         found = measure_quality(model, ids, _readers(plan, todo, model.read), batch, store=store, reporter=reporter)
     rows = {row.branch: _figures(row) for row in found}
     common = {

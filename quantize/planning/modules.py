@@ -11,9 +11,11 @@ from functools import cached_property
 
 from quantize.errors import PlanError
 from quantize.formats.tensors import TensorSpec
+from quantize.planning.left import Left, share_quantized, split_linears
+from quantize.recipe.quantized import Quantized
 from quantize.source.anatomy import Anatomy, Found
 from quantize.source.checkpoint import Checkpoint
-from quantize.source.routing import expert_of, find_routers
+from quantize.source.routing import expert_of
 
 SCALED_ACTIVATIONS = {
     "starcoder2": ("act", "c_fc"),
@@ -55,17 +57,19 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class ModuleTable:
-    """All linears of all blocks, in block order and file order, and the routers of experts, which stay unquantized.
+    """All linears of all blocks, in block order and file order, and what stays in 16 bits.
 
     Attributes:
         prefix: what the names of blocks' tensors begin with, as in ``model.layers.``. inside: the block of each tensor.
+        outside: shortest names of modules outside the blocks that hold linears, which stay as they are.
     """
 
     prefix: str
     blocks: int
     linears: tuple[LinearSpec, ...]
-    routers: tuple[str, ...] = ()
+    left: tuple[Left, ...] = ()
     inside: Mapping[str, int] = field(default_factory=dict)
+    outside: tuple[str, ...] = ()
 
     @cached_property
     def quantized_tensors(self) -> frozenset[str]:
@@ -81,6 +85,16 @@ class ModuleTable:
             for linear in self.linears
             if before and linear.name.rpartition(".")[2] == before
         }
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of the linears in the checkpoint."""
+        return frozenset(linear.name for linear in self.linears)
+
+    @cached_property
+    def share(self) -> float:
+        """The part of the blocks' weights that is quantized, 0 to 1."""
+        return share_quantized(sum(linear.in_features * linear.out_features for linear in self.linears), self.left)
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -106,16 +120,20 @@ class ModuleTable:
         ]
 
 
-def find_linears(checkpoint: Checkpoint, anatomy: Anatomy) -> ModuleTable:
+def find_linears(checkpoint: Checkpoint, anatomy: Anatomy, asked: Quantized | None = None) -> ModuleTable:
     """The linears of a checkpoint's blocks.
 
+    Args:
+        asked: the recipe's choice.
+
     Raises:
-        PlanError: its blocks have no linears that can be quantized.
+        PlanError: its blocks have no linears that can be quantized, or see :func:`split_linears`.
     """
+    split = split_linears(checkpoint, anatomy, asked or Quantized())
     share = _expert_share(checkpoint)
     order = {name: place for place, name in enumerate(checkpoint.tensors)}
     taken = sorted(
-        (found for found in anatomy.linears if not found.reason),
+        split.taken,
         key=lambda found: (found.block, order[f"{found.name}.weight"]),
     )
     if not taken:
@@ -123,10 +141,8 @@ def find_linears(checkpoint: Checkpoint, anatomy: Anatomy) -> ModuleTable:
             f"architecture '{checkpoint.model_type}' cannot be quantized: no linear of its {anatomy.blocks} blocks has "
             "a weight of its own in the checkpoint"
         )
-    staying = {f"{found.name}.weight" for found in anatomy.linears if found.reason} | find_routers(checkpoint.tensors)
-    left = tuple(name.removesuffix(".weight") for name in checkpoint.tensors if name in staying)
     linears = tuple(_linear(checkpoint, found, anatomy.prefix, share) for found in taken)
-    return ModuleTable(anatomy.prefix, anatomy.blocks, linears, left, anatomy.inside)
+    return ModuleTable(anatomy.prefix, anatomy.blocks, linears, split.left, anatomy.inside, anatomy.outside)
 
 
 def _expert_share(checkpoint: Checkpoint) -> float:

@@ -17,6 +17,7 @@ from quantize.planning.engines import identity_of, obstacles
 from quantize.planning.estimate import Estimate, estimate
 from quantize.planning.items import Item, PlannedLevel, PlannedVariant
 from quantize.planning.keys import key_inputs
+from quantize.planning.left import grouped
 from quantize.planning.levels import LevelPlan
 from quantize.planning.memory import Memory, MemoryModel
 from quantize.planning.modules import ModuleTable
@@ -169,6 +170,8 @@ class Plan:
             },
             "linears": len(self.table.linears),
             "blocks": self.table.blocks,
+            "share_quantized": round(self.table.share, 4),
+            "left": grouped(self.table.left),
             "seconds": round(self.estimate.seconds, 1),
             "peak_bytes": self.estimate.peak_bytes,
             "gpu_bytes": self.estimate.gpu_bytes,
@@ -212,4 +215,8 @@ def variant_key_inputs(
     asked = recipe.calibration
     settings = {**calibration, "compute_dtype": asked.compute_dtype, "batch_tokens": asked.batch_tokens}
     section, engine = recipe.section(method), identity_of(variant)
-    return key_inputs(source.hashes, settings, method, section, variant=variant, release=recipe.release, engine=engine)
+    inputs = key_inputs(
+        source.hashes, settings, method, section, variant=variant, release=recipe.release, engine=engine
+    )
+    chosen = {name: list(patterns) for name in ("skip", "only") if (patterns := getattr(recipe.quantize, name))}
+    return {**inputs, **({"quantize": chosen} if chosen else {})}

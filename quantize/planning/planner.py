@@ -17,7 +17,7 @@ from quantize.options import PlanOptions, Selection
 from quantize.planning.items import PlannedLevel, PlannedVariant, State
 from quantize.planning.keys import differences
 from quantize.planning.levels import plan_levels
-from quantize.planning.modules import find_linears
+from quantize.planning.modules import ModuleTable, find_linears
 from quantize.planning.ownership import other_owner
 from quantize.planning.plan import Plan, variant_key_inputs
 from quantize.planning.propagation import with_propagation
@@ -26,6 +26,7 @@ from quantize.recipe import LoadedRecipe
 from quantize.recipe.methods import Gptq
 from quantize.recipe.schema import RepoNameError, repo_id
 from quantize.reporter import SILENT, Reporter
+from quantize.source.anatomy import Anatomy
 from quantize.source.examination import anatomy_of
 from quantize.source.resolve import resolve
 from quantize.source.resolved import Source
@@ -59,7 +60,7 @@ def plan_recipe(
     trust = recipe.model.trust_remote_code
     source = resolve(recipe.model, weights=weights, small_files=trust or recipe.gguf is not None, reporter=reporter)
     anatomy = anatomy_of(source, trust_remote_code=trust, here=weights, reporter=reporter)
-    table = find_linears(source.checkpoint, anatomy)
+    table = _table(loaded, source, anatomy)
     _check_length(loaded, source)
     if shards > recipe.calibration.samples:
         raise PlanError(
@@ -90,6 +91,23 @@ def plan_recipe(
     selected = _select(everything, options.only)
     plan = Plan(loaded, source, table, repos, dist, tuple(planned), gguf, selected, asked.memory, shards)
     return _with_owners(plan)
+
+
+def _table(loaded: LoadedRecipe, source: Source, anatomy: Anatomy) -> ModuleTable:
+    asked = loaded.recipe.quantize
+    try:
+        table = find_linears(source.checkpoint, anatomy, asked)
+    except PlanError as error:
+        key, found, _ = str(error).partition(": ")
+        raise (loaded.error(("quantize",), str(error)) if found and key.startswith("quantize.") else error) from None
+    if loaded.recipe.methods and table.share < asked.min_share:
+        most = max(table.left, key=lambda one: one.parameters if one.block is not None else 0)
+        raise PlanError(
+            f"architecture '{source.checkpoint.model_type}': only {table.share:.1%} of the blocks' weights can be "
+            f"quantized, the most of the rest is such as {most.name} ({most.reason}); to release it all the same, set "
+            "`quantize.min_share` in the recipe"
+        )
+    return table
 
 
 def _with_owners(plan: Plan) -> Plan:

@@ -12,10 +12,11 @@ from quantize.calibration.corpus import title, url
 from quantize.dist.layout import Dist
 from quantize.dist.manifest import Recorded, read_manifest
 from quantize.engines import NATIVE
-from quantize.errors import RecipeError
+from quantize.errors import RecipeError, shortened
 from quantize.formats.tensors import DTYPE_BYTES
 from quantize.planning.engines import layout_of
 from quantize.planning.items import PlannedVariant
+from quantize.planning.left import grouped
 from quantize.planning.plan import Plan
 from quantize.publishing.finished import LICENCE_FILES
 from quantize.publishing.picture import FILE, FORMER_FILES, draw
@@ -107,6 +108,21 @@ def refresh_cards(plan: Plan, held: Dist) -> list[Path]:
     return changed
 
 
+def _unchanged(plan: Plan) -> dict[str, Any]:
+    """What stays in the source's dtype; names of tensors may come from anybody."""
+    table = plan.table
+    rows = [row for row in grouped(table.left) if row["in_blocks"]]
+    return {
+        "share": f"{table.share:.1%}",
+        "left": [{**row, "name": _plain(row["name"])} for row in rows],
+        "outside": [_plain(name) for name in table.outside],
+    }
+
+
+def _plain(name: str) -> str:
+    return shortened(re.sub(r"[^A-Za-z0-9._-]", "?", name), 120)
+
+
 def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], **more: Any) -> str:
     from huggingface_hub import ModelCardData
 
@@ -145,6 +161,7 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
             .get_template(f"{method}.md.j2")
             .render(
                 metadata=metadata.to_yaml(line_break="\n").strip(),
+                **_unchanged(plan),
                 name=name,
                 creator=recipe.model.creator,
                 creator_url=f"{HUB}/{base.split('/')[0]}" if base and "/" in base else None,

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 
 from quantize.recipe.methods import METHODS, Awq, Gguf, Gptq, Method, Size, Strict, Variant
 from quantize.recipe.presets import PRESETS
+from quantize.recipe.quantized import Quantized
 
 REPO_NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 """One half of a hub id, as accepted by the hub and its client."""
@@ -185,6 +186,7 @@ class Recipe(Strict):
     release: Release = Release()
     calibration: Calibration = Calibration()
     measure: Measure = Measure()
+    quantize: Quantized = Quantized()
     gptq: Gptq | None = None
     awq: Awq | None = None
     gguf: Gguf | None = None

@@ -33,7 +33,9 @@ class Anatomy:
     Attributes:
         model_class: of transformers. blocks: how many there are. prefix: their names in the checkpoint begin with it.
         linears: of all blocks, in block order. inside: the block of every tensor that belongs to one.
-        unread: tensors that the model does not read. towers: tensors of other towers, such as of a vision tower.
+        unread: tensors that the model does not read. towers: tensors of linears outside the text model's blocks, as of
+            a vision tower. outside: shortest names of modules that hold such linears, in the checkpoint and in
+            transformers.
     """
 
     model_class: str
@@ -43,12 +45,14 @@ class Anatomy:
     inside: Mapping[str, int]
     unread: tuple[str, ...] = ()
     towers: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Anatomy:
         """From plain data."""
         linears = tuple(Found(*row) for row in data["linears"])
-        return cls(**{**data, "linears": linears, "unread": tuple(data["unread"]), "towers": tuple(data["towers"])})
+        names = {key: tuple(data[key]) for key in ("unread", "towers", "outside")}
+        return cls(**{**data, **names, "linears": linears})
 
     def as_data(self) -> dict[str, Any]:
         """As plain data."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -84,18 +85,36 @@ class Examined:
                 reason = self.reason(block, local)
                 linears.append(Found(name, block, local, isinstance(module, Conv1D), reason))
         read = set(self.names.values())
-        towers = (stored for name, stored in self.names.items() if self.is_outside_text(name))
+        unread = sorted(name for name in self.tensors if name not in read)
+        beside = self._linears_outside()
+        stored = {self.names[f"{name}.weight"] for name in beside if f"{name}.weight" in self.names}
+        prefix = self._stored_prefix()
+        modules = [name.removesuffix(".weight") for name in (*stored, *unread) if len(self.tensors[name].shape) > 1]
         return Anatomy(
             type(self.model).__name__,
             len(self.blocks),
-            self._stored_prefix(inside),
+            prefix,
             tuple(linears),
             inside,
-            tuple(sorted(name for name in self.tensors if name not in read)),
-            tuple(sorted(towers)),
+            tuple(unread),
+            tuple(sorted(stored)),
+            tuple(sorted({*shortest(modules, prefix), *shortest(beside, self.prefix)})),
         )
 
-    def _stored_prefix(self, inside: Mapping[str, int]) -> str:
+    def _linears_outside(self) -> list[str]:
+        """Names of modules with matrices outside the blocks, without embeddings and the output head."""
+        head = self.model.get_output_embeddings()
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if not name.startswith(self.prefix)
+            and module is not head
+            and not isinstance(module, nn.Embedding)
+            and isinstance(weight := getattr(module, "weight", None), torch.Tensor)
+            and weight.dim() > 1
+        ]
+
+    def _stored_prefix(self) -> str:
         """What the checkpoint's names of blocks begin with, as in ``model.layers.``; empty if they differ."""
         for name, stored in self.names.items():
             if not name.startswith(self.prefix):
@@ -104,6 +123,20 @@ class Examined:
             if stored.endswith(local):
                 return stored.removesuffix(local)
         return ""
+
+
+def shortest(names: Iterable[str], blocks: str) -> set[str]:
+    """The shortest beginnings of dotted names that do not lead to the blocks too.
+
+    Args:
+        blocks: what the names of the blocks begin with, as in ``model.layers.``
+    """
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        starts = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+        found.add(next((start for start in starts if not blocks.startswith(f"{start}.")), name))
+    return found
 
 
 def examine(model: Any, tensors: Mapping[str, TensorSpec], named: str) -> Examined:

@@ -9,7 +9,7 @@ position embeddings, so no architecture needs special code. Towers that text doe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,8 +44,8 @@ class StreamedModel:
         source: a resolved source with local weights.
         compute_dtype: dtype of weights and activations in the forward pass.
         device: where blocks run; activations stay on the caller's device.
-        trust_remote_code: run the model code of the repo.
-        head: also read the output head, which only :meth:`logits` needs.
+        trust_remote_code: run the repo's code. head: also read the output head, which only :meth:`logits` needs.
+        taken: names in the checkpoint of the linears that are quantized; None are all that can be.
         prefetch: read the next block while one is in use, which needs memory for both; None means only on a GPU.
 
     Raises:
@@ -61,6 +61,7 @@ class StreamedModel:
         trust_remote_code: bool = False,
         head: bool = False,
         prefetch: bool | None = None,
+        taken: Collection[str] | None = None,
     ) -> None:
         self.source, self.compute_dtype, self.device = source, compute_dtype, device
         self._tensors = SourceTensors(source)
@@ -70,7 +71,7 @@ class StreamedModel:
         self._index = {id(block): index for index, block in enumerate(self.blocks)}
         wanted = device.type == "cuda" if prefetch is None else prefetch
         self._ahead = Prefetch(self.read, device) if wanted else None
-        self._head = head
+        self._head, self.taken = head, None if taken is None else frozenset(taken)
         self._close_towers()
         self.load_outside()
         self._returns: list[Returns] | None = None if self.form.trial.failure else self.form.trial.returns
@@ -129,7 +130,8 @@ class StreamedModel:
         """The quantizable linears of a loaded block, in module order."""
         index, found = self._index[id(block)], []
         for name, module in self.form.linears(index):
-            if not self.form.reason(index, name):
+            chosen = self.taken is None or self.checkpoint_name(index, name) in self.taken
+            if chosen and not self.form.reason(index, name):
                 owner = block.get_submodule(name.rpartition(".")[0])
                 found.append(Linear(name, module, owner if isinstance(owner, Expert) else None))
         return found
