@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from quantize.branches.branch import Branch, half_bias
 from quantize.building.build import Build
 from quantize.calibration.folding import Fold, find_folds
+from quantize.calibration.kinds import kind_of
 from quantize.calibration.statistics import InputStatistics
 from quantize.errors import SolveError
 from quantize.executors.local import energy_of
@@ -48,7 +49,7 @@ class AwqBlocks:
         assert build.plan.recipe.awq
         self.model, self.table, self.section = model, build.plan.table, build.plan.recipe.awq
         self.reporter = build.reporter
-        self._known: dict[tuple[tuple[str, type], ...], Folds] = {}
+        self._known: dict[Hashable, Folds] = {}
 
     def wants_input(self, block: nn.Module) -> bool:
         """Whether the folds of such a block are still to be found, for which its input is needed."""
@@ -201,11 +202,6 @@ class AwqBlocks:
         for name, length in self.table.activation_scales(self.model.source.checkpoint.model_type).items():
             if name.startswith(inside):
                 branch.writer.write(name, scaled.stored.get(name, torch.ones(length, dtype=torch.float16)))
-
-
-def kind_of(block: nn.Module) -> tuple[tuple[str, type], ...]:
-    """Blocks of equal modules have equal folds."""
-    return tuple((name, type(module)) for name, module in block.named_modules())
 
 
 def _parameters(branch: Branch) -> AwqParameters:
