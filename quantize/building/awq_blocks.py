@@ -16,7 +16,14 @@ from quantize.calibration.statistics import InputStatistics
 from quantize.errors import SolveError
 from quantize.executors.local import energy_of
 from quantize.formats import awq as awq_format
-from quantize.methods.awq import AwqParameters, Scales, divided, quantize_scaled, search_scales
+from quantize.methods.awq import (
+    AwqParameters,
+    Scales,
+    divided,
+    no_smaller_than_half,
+    quantize_scaled,
+    search_scales,
+)
 from quantize.methods.products import no_products
 from quantize.planning.modules import SCALED_ACTIVATIONS
 from quantize.source.streamed import StreamedModel
@@ -125,22 +132,29 @@ class AwqBlocks:
         weights: dict[str, torch.Tensor],
         scaled: _Scaled,
     ) -> torch.Tensor:
-        """Note what the producer is divided by; returns what the columns have to be multiplied by."""
+        """Note what the producer is divided by; returns what the columns have to be multiplied by, [K]."""
+        rows, device = fold.rows.to(found.scale.device), found.scale.device
         if fold.activation:
             stored = found.scale.half()
             scaled.stored[f"{producer}.scales"] = stored
             return stored.to(found.scale.dtype)
         if not fold.norm:
-            outputs = torch.ones(len(weights[fold.producer]), device=found.scale.device)
-            outputs[fold.rows.to(outputs.device)] = found.scale
-            scaled.rows[fold.producer] = outputs
-            return found.scale
-        weight, real = divided(self.model.read(f"{producer}.weight").to(found.scale.device), found.scale, fold.plus_one)
-        scaled.stored[f"{producer}.weight"] = weight
-        if f"{producer}.bias" in self.model.source.checkpoint.tensors:
-            bias = self.model.read(f"{producer}.bias")
-            scaled.stored[f"{producer}.bias"] = (bias.to(real) / real).to(bias.dtype)
-        return real
+            weight = weights[fold.producer]
+            outputs = torch.ones(len(weight), device=device)
+            outputs[rows] = found.scale
+            outputs = no_smaller_than_half(weight, outputs, awq_format.BITS)
+            # another part of a fused projection may have been divided already
+            scaled.rows[fold.producer] = scaled.rows.get(fold.producer, torch.ones_like(outputs)) * outputs
+            return outputs[rows]
+        name = f"{producer}.weight"
+        weight = (scaled.stored[name] if name in scaled.stored else self.model.read(name)).to(device)
+        outputs = torch.ones(len(weight), device=device)
+        outputs[rows] = found.scale
+        scaled.stored[name], real = divided(weight, outputs, fold.plus_one)
+        if (name := f"{producer}.bias") in self.model.source.checkpoint.tensors:
+            bias = (scaled.stored[name] if name in scaled.stored else self.model.read(name)).to(device)
+            scaled.stored[name] = (bias.to(real) / real).to(bias.dtype)
+        return real[rows]
 
     def _solve_group(
         self,

@@ -174,7 +174,7 @@ def _fed(
     for last in () if producer.norm or producer.activation else (True, False):
         left = [group for group in groups if group.linears[0].local not in found]
         if left:
-            seen = _doubled(trial, producer, _edge(producer.outputs, 1, last))
+            seen = _enlarged(trial, producer, _edge(producer.outputs, 1, last))
             for group in left:
                 part = _clean_part(trial, producer, group, _arrived(trial, seen, group), last)
                 if part is not None:
@@ -214,14 +214,14 @@ def _clean_part(
     """The outputs of a fused projection that feed a group, such as the values' part of queries, keys and values.
 
     Args:
-        powers: what arrives of its outermost output, doubled. last: whether that is the last one, or the first.
+        powers: what arrives of its outermost output, enlarged. last: whether that is the last one, or the first.
     """
     if powers is None or not bool(powers.any()):
         return None
     clean, dirty = 1, producer.outputs  # more outputs reach the input in another way than one to one, or all do not
     while dirty - clean > 1:
         middle = (clean + dirty) // 2
-        seen = _doubled(trial, producer, _edge(producer.outputs, middle, last))
+        seen = _enlarged(trial, producer, _edge(producer.outputs, middle, last))
         arrived = _arrived(trial, seen, group)
         if arrived is None:
             dirty = middle
@@ -239,9 +239,10 @@ def _edge(outputs: int, count: int, last: bool) -> torch.Tensor:
     return torch.arange(outputs - count, outputs) if last else torch.arange(count)
 
 
-def _doubled(trial: Trial, producer: _Producer, part: torch.Tensor) -> Seen:
+def _enlarged(trial: Trial, producer: _Producer, part: torch.Tensor) -> Seen:
+    """A run with some outputs multiplied by 2, 4 and 8 in turn: a norm would hide one factor for all."""
     factor = torch.ones(producer.outputs)
-    factor[part] = 2
+    factor[part] = _power_of_two(part % 3 + 1)
     with output_times(producer.module, factor):
         return trial.observe()
 

@@ -46,6 +46,7 @@ class LinearSpec:
         bias: dtype of its bias, or None.
         weight: the stored weight tensor.
         share: fraction of all tokens that reach it, less than 1 for an expert's.
+        transposed: whether its weight is stored [in_features, out_features], as a Conv1D does; never told by the shape.
     """
 
     name: str
@@ -56,6 +57,7 @@ class LinearSpec:
     bias: str | None
     weight: TensorSpec
     share: float = 1.0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,8 @@ def _expert_share(checkpoint: Checkpoint) -> float:
 
 
 def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, *, spec: TensorSpec, share: float) -> LinearSpec:
-    out_features, in_features = spec.shape
-    if checkpoint.model_type in CONV1D_TYPES:
-        in_features, out_features = spec.shape
+    transposed = checkpoint.model_type in CONV1D_TYPES
+    in_features, out_features = spec.shape if transposed else reversed(spec.shape)
     module = name.removesuffix(".weight")
     bias = checkpoint.tensors.get(f"{module}.bias")
     return LinearSpec(
@@ -162,6 +163,7 @@ def _linear(checkpoint: Checkpoint, name: str, block: int, rest: str, *, spec: T
         bias.dtype if bias else None,
         spec,
         share if expert_of(rest) else 1.0,
+        transposed,
     )
 
 

@@ -174,7 +174,7 @@ class StreamedModel:
         if DTYPES[self.source.checkpoint.tensors[f"{name}.weight"].dtype] == linear.weight.dtype:
             return linear.weight.to(torch.float32).contiguous()
         stored = self.read(f"{name}.weight").to(self.device, torch.float32)
-        return stored if stored.shape == linear.weight.shape else stored.t().contiguous()
+        return stored.t().contiguous() if isinstance(linear.module, Conv1D) else stored
 
     # -- running
 
