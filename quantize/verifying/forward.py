@@ -26,11 +26,15 @@ class _Dequantized(StreamedModel):
 
     def __init__(self, source: Source, prefix: str, reader: BranchReader, packed: set[str]) -> None:
         self._reader, self._packed = reader, packed
+        self._turned = {linear.name for linear in find_linears(source.checkpoint).linears if linear.transposed}
         super().__init__(source, prefix, torch.float32, torch.device("cpu"), head=True)
 
     def read(self, name: str) -> torch.Tensor:
         module = name.removesuffix(".weight")
-        return self._reader.weight(module) if module in self._packed else self._reader.tensor(name)
+        if module not in self._packed:
+            return self._reader.tensor(name)
+        weight = self._reader.weight(module)
+        return weight.t() if module in self._turned else weight
 
 
 def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
