@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,10 @@ from quantize.methods.sums import total
 from quantize.planning.items import PlannedVariant
 from quantize.recipe.methods import ExpertTokens
 from quantize.source.routing import expert_of
+
+LEAST_SHARE = 1e-3
+"""Of a module's output, in squares, that comes from weights whose scale leaves float16: less is not worth a word."""
+TINIEST = sys.float_info.min
 
 
 @dataclass
@@ -83,6 +88,7 @@ class Branch:
             "starved_expert": expert_of(module) is not None and tokens < self._fewest_tokens(solution),
             "rtn_fallback": solution.fallback is not None,
             "damp_raised": solution.damp_raised,
+            **_range_outcomes(solution, rows, energy[rows]),
             "unscaled": scale_ratio is not None and scale_folded_into is None,
         }
         whole = total(energy[rows])
@@ -107,6 +113,14 @@ class Branch:
     def _fewest_tokens(self, solution: Solution) -> int:
         """Of an expert's linear; one that saw none is starved whatever was asked for."""
         return solution.codes.shape[1] if self.min_expert_tokens == "in_features" else max(1, self.min_expert_tokens)
+
+
+def _range_outcomes(solution: Solution, rows: slice, energy: torch.Tensor) -> dict[str, bool]:
+    """Whether float16 holds no small or no large enough scale for weights that matter to the module's output."""
+    if solution.out_of_range is None:
+        return {}
+    shares = solution.out_of_range[:, rows] @ energy / max(total(energy), TINIEST)
+    return dict(zip(("scale_underflow", "scale_overflow"), (shares > LEAST_SHARE).tolist(), strict=True))
 
 
 def half_bias(tensor: torch.Tensor, module: str) -> torch.Tensor:

@@ -173,7 +173,7 @@ class _Rewriting:
     def _weight_error(self, linear: LinearSpec, tensors: Tensors) -> float:
         weight = decode(self.kind, tensors, self.variant.bits, self._checkpoint_format())
         own = self.source.read(f"{linear.name}.weight")
-        own = own.float() if own.shape == weight.shape else own.float().t()
+        own = own.float().t() if linear.transposed else own.float()
         if own.shape != weight.shape:
             raise ValueError(f"{linear.name} decodes to {list(weight.shape)}, the source has {list(own.shape)}")
         if self.kind == "awq":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,11 +11,19 @@ from torch import nn
 from quantize.branches.branch import Branch, half_bias
 from quantize.building.build import Build
 from quantize.calibration.folding import Fold, find_folds
+from quantize.calibration.kinds import kind_of
 from quantize.calibration.statistics import InputStatistics
 from quantize.errors import SolveError
 from quantize.executors.local import energy_of
 from quantize.formats import awq as awq_format
-from quantize.methods.awq import AwqParameters, Scales, divided, quantize_scaled, search_scales
+from quantize.methods.awq import (
+    AwqParameters,
+    Scales,
+    divided,
+    no_smaller_than_half,
+    quantize_scaled,
+    search_scales,
+)
 from quantize.methods.products import no_products
 from quantize.planning.modules import SCALED_ACTIVATIONS
 from quantize.source.streamed import StreamedModel
@@ -48,7 +56,7 @@ class AwqBlocks:
         assert build.plan.recipe.awq
         self.model, self.table, self.section = model, build.plan.table, build.plan.recipe.awq
         self.reporter = build.reporter
-        self._known: dict[tuple[tuple[str, type], ...], Folds] = {}
+        self._known: dict[Hashable, Folds] = {}
 
     def wants_input(self, block: nn.Module) -> bool:
         """Whether the folds of such a block are still to be found, for which its input is needed."""
@@ -124,22 +132,29 @@ class AwqBlocks:
         weights: dict[str, torch.Tensor],
         scaled: _Scaled,
     ) -> torch.Tensor:
-        """Note what the producer is divided by; returns what the columns have to be multiplied by."""
+        """Note what the producer is divided by; returns what the columns have to be multiplied by, [K]."""
+        rows, device = fold.rows.to(found.scale.device), found.scale.device
         if fold.activation:
             stored = found.scale.half()
             scaled.stored[f"{producer}.scales"] = stored
             return stored.to(found.scale.dtype)
         if not fold.norm:
-            outputs = torch.ones(len(weights[fold.producer]), device=found.scale.device)
-            outputs[fold.rows.to(outputs.device)] = found.scale
-            scaled.rows[fold.producer] = outputs
-            return found.scale
-        weight, real = divided(self.model.read(f"{producer}.weight").to(found.scale.device), found.scale, fold.plus_one)
-        scaled.stored[f"{producer}.weight"] = weight
-        if f"{producer}.bias" in self.model.source.checkpoint.tensors:
-            bias = self.model.read(f"{producer}.bias")
-            scaled.stored[f"{producer}.bias"] = (bias.to(real) / real).to(bias.dtype)
-        return real
+            weight = weights[fold.producer]
+            outputs = torch.ones(len(weight), device=device)
+            outputs[rows] = found.scale
+            outputs = no_smaller_than_half(weight, outputs, awq_format.BITS)
+            # another part of a fused projection may have been divided already
+            scaled.rows[fold.producer] = scaled.rows.get(fold.producer, torch.ones_like(outputs)) * outputs
+            return outputs[rows]
+        name = f"{producer}.weight"
+        weight = (scaled.stored[name] if name in scaled.stored else self.model.read(name)).to(device)
+        outputs = torch.ones(len(weight), device=device)
+        outputs[rows] = found.scale
+        scaled.stored[name], real = divided(weight, outputs, fold.plus_one)
+        if (name := f"{producer}.bias") in self.model.source.checkpoint.tensors:
+            bias = (scaled.stored[name] if name in scaled.stored else self.model.read(name)).to(device)
+            scaled.stored[name] = (bias.to(real) / real).to(bias.dtype)
+        return real[rows]
 
     def _solve_group(
         self,
@@ -201,11 +216,6 @@ class AwqBlocks:
         for name, length in self.table.activation_scales(self.model.source.checkpoint.model_type).items():
             if name.startswith(inside):
                 branch.writer.write(name, scaled.stored.get(name, torch.ones(length, dtype=torch.float16)))
-
-
-def kind_of(block: nn.Module) -> tuple[tuple[str, type], ...]:
-    """Blocks of equal modules have equal folds."""
-    return tuple((name, type(module)) for name, module in block.named_modules())
 
 
 def _parameters(branch: Branch) -> AwqParameters:

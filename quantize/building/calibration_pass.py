@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from quantize.branches.branch import Branch
-from quantize.building.awq_blocks import AwqBlocks, kind_of
+from quantize.building.awq_blocks import AwqBlocks
 from quantize.building.build import Build
 from quantize.building.gptq_blocks import GptqBlocks
+from quantize.calibration.kinds import kind_of
 from quantize.calibration.parts import cut
 from quantize.calibration.statistics import InputStatistics
 from quantize.calibration.store import StatisticsStore

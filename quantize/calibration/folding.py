@@ -2,33 +2,40 @@
 
 A norm that produces the input can absorb the inverse scale in its weight. So can a linear whose outputs reach the
 input channel by channel: v_proj through attention into o_proj, up_proj through the product with the gate into
-down_proj, fc1 through a ReLU into fc2. No architecture needs a table: scaling by random numbers preserves the block's
-output if the fold is right, and changes it if not.
+down_proj, fc1 through a ReLU into fc2. No architecture needs a table, and no number of heads: an operation's outputs
+are multiplied by powers of two, and the powers that arrive at the input say which output feeds which channel.
+
+A fold is then proven where it acts (:mod:`quantize.calibration.trial`): with the producer divided by scales and the
+linears' columns multiplied by them, each of those linears must read exactly the divided input, and everything else that
+computes with something in the block, and the block's outputs, must not change. So nothing that lies behind a
+nonlinearity passes, and no norm does whose output is also read by a router, or by the residual stream.
 
 Experts are tried one by one, outside their block, because the trial's tokens may reach none of them. An expert's
 up_proj absorbs the scale of its down_proj. The norm before experts absorbs none: it also feeds the router, which is
-not quantized, and other experts with other tokens and scales. Trials of other linears keep the router's choices
-fixed, because rounding alone could change one.
+not quantized, and other experts with other tokens and scales.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from quantize.calibration.kinds import kind_of
 from quantize.calibration.statistics import InputStatistics
-from quantize.source.experts import pinned_routing
+from quantize.calibration.trial import TOLERANCE, Seen, Trial, drawn, output_times, replaced
+from quantize.source.experts import Expert, pinned_routing
 from quantize.source.linear import Linear
 from quantize.source.streamed import StreamedModel
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
-"""Relative to the norm of the block's change to its input; a wrong fold differs by a third or more."""
-TRIAL_ROWS = 32
+POWERS = 64  # of two, in one run: an output's number is read digit by digit to this base
+TRIAL_ROWS = 128
+NORM_REACHES, REACHES = (2, 3), (3, 8)
+"""Largest powers of two of a proof's scales, draw by draw. A norm that adds one to its weight rounds larger ones."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,27 @@ class Fold:
     activation: bool = False
 
 
+@dataclass(frozen=True)
+class _Producer:
+    """An operation that may absorb scales: its name and module, its number of outputs, and how it would absorb them."""
+
+    name: str
+    module: nn.Module
+    outputs: int
+    norm: bool = False
+    activation: bool = False
+
+    def folds(self, rows: torch.Tensor) -> Iterator[Fold]:
+        if self.activation:
+            if torch.equal(rows, torch.arange(self.outputs)):  # loaders divide it as it is
+                yield Fold(self.name, rows, norm=False, activation=True)
+        elif self.norm:
+            yield Fold(self.name, rows, norm=True)
+            yield Fold(self.name, rows, norm=True, plus_one=True)
+        else:
+            yield Fold(self.name, rows, norm=False)
+
+
 def find_folds(
     model: StreamedModel,
     index: int,
@@ -62,189 +90,233 @@ def find_folds(
     """Find the fold of each group's first linear, by name in the block; None if nothing can absorb a scale.
 
     Args:
-        block: loaded; its weights are restored afterwards. hidden: its input, [batch, length, width].
+        block: loaded; its weights are restored afterwards.
+        hidden: its input, [batch, length, width], of which only shape and device count.
         activation: name of the module whose output loaders divide by separate scales, if the architecture has one.
     """
-    with torch.inference_mode(), pinned_routing(block):
-        seen: dict[str, torch.Tensor] = {}
-        before = _modules_before(model, index, block, groups, hidden=hidden, activation=activation, outputs=seen)
-        expected = model.run(index, block, hidden)
-        change = float((expected - hidden).float().norm())
-
-        def run_block() -> torch.Tensor:
-            return model.run(index, block, hidden)
-
-        found: dict[str, Fold | None] = {}
+    states = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden.device)
+    found: dict[str, Fold | None] = {group.linears[0].local: None for group in groups}
+    plain = [group for group in groups if group.linears[0].expert is None]
+    with torch.inference_mode(), drawn(block), pinned_routing(block):
+        if plain:
+            trial = Trial(block, lambda: model.run(index, block, states))
+            found |= _search(trial, list(_producers(block, plain, activation)), plain)
+        known: dict[Hashable, Fold | None] = {}
         for group in groups:
-            leader = group.linears[0].local
-            if group.linears[0].expert is not None:
-                found[leader] = _expert_fold(model, block, group)
-                continue
-            producer = before.get(leader)
-            if producer is not None and producer.rpartition(".")[2] == activation:
-                found[leader] = Fold(producer, torch.arange(group.linears[0].weight.shape[1]), False, activation=True)
-                continue
-            candidates = [*_norm_folds(block, producer), *_linear_folds(model, block, group)]
-            found[leader] = next(
-                (
-                    fold
-                    for fold in candidates
-                    if _holds(block, group, fold, run=run_block, expected=expected, change=change)
-                ),
-                None,
-            )
+            if (expert := group.linears[0].expert) is not None and group.linears[0].module is expert.outer:
+                found[group.linears[0].local] = _expert_fold(expert, group, known)
     return found
 
 
-def _expert_fold(model: StreamedModel, block: nn.Module, group: InputStatistics) -> Fold | None:
-    """The linear of the same expert that absorbs an input's scale, tried on random rows."""
-    expert = group.linears[0].expert
-    assert expert is not None
-    if group.linears[0].module is not expert.outer:
-        return None  # the router and other experts read this input too
-    mates = [linear for linear in model.linears(block) if linear.expert is expert and linear.module is not expert.outer]
-    weight = mates[0].weight
-    drawn = torch.randn(TRIAL_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(1))
-    rows = drawn.to(weight.device, weight.dtype)
-    expected = expert(rows)
-    straight = torch.arange(group.linears[0].weight.shape[1])
-    folds = (Fold(mate.local, straight, norm=False) for mate in mates if mate.weight.shape[0] == len(straight))
-    change = float(expected.float().norm())
-    return next(
-        (
-            fold
-            for fold in folds
-            if _holds(block, group, fold, run=lambda: expert(rows), expected=expected, change=change)
-        ),
-        None,
-    )
+def _expert_fold(expert: Expert, group: InputStatistics, known: dict[Hashable, Fold | None]) -> Fold | None:
+    """The linear of the same expert that absorbs an input's scale, tried on random rows, once for experts alike.
+
+    What the expert's other linears read is read by the router and by other experts too.
+    """
+    names = {module: name for name, module in expert.named_modules()}
+    leader = group.linears[0]
+    prefix = leader.local.removesuffix(names[leader.module])
+    kind = kind_of(expert)
+    if kind not in known:
+        mates = [Linear(name, module) for name, module in expert.named_modules() if isinstance(module, nn.Linear)]
+        producers = [
+            _Producer(mate.local, mate.module, mate.weight.shape[0])
+            for mate in mates
+            if mate.module is not expert.outer
+        ]
+        width = producers[0].module.weight.shape[-1] if producers else 0
+        assert isinstance(width, int)
+        rows = torch.randn(TRIAL_ROWS, width, generator=torch.Generator().manual_seed(1)).to(leader.weight.device)
+        found = _search(Trial(expert, lambda: expert(rows)), producers, [group])
+        known[kind] = found.get(leader.local)
+    fold = known[kind]
+    return Fold(prefix + fold.producer, fold.rows, norm=False) if fold else None
 
 
-def _modules_before(
-    model: StreamedModel,
-    index: int,
-    block: nn.Module,
-    groups: Sequence[InputStatistics],
-    *,
-    hidden: torch.Tensor,
-    activation: str | None,
-    outputs: dict[str, torch.Tensor],
-) -> dict[str, str]:
-    """The norm or activation that produces the input tensor of each group's first linear, by that linear's name."""
-    produced: dict[tuple[Any, ...], str] = {}
-    found: dict[str, str] = {}
+def _producers(block: nn.Module, groups: Sequence[InputStatistics], activation: str | None) -> Iterator[_Producer]:
+    """What may absorb a scale: an activation that loaders divide, norms, and then quantized linears."""
+    linears = [linear for group in groups for linear in group.linears]
+    modules = dict(block.named_modules())
+    inside = {part for module in modules.values() if isinstance(module, Expert) for part in module.modules()}
+    if activation is not None:
+        for name, module in modules.items():
+            if name.rpartition(".")[2] == activation:
+                for width in sorted({linear.weight.shape[1] for linear in linears}):
+                    yield _Producer(name, module, width, activation=True)
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 1 and name and module not in inside:
+            yield _Producer(name, module, weight.numel(), norm=True)
+    places = {name: place for place, name in enumerate(modules)}
+    for linear in sorted(linears, key=lambda linear: places[linear.local]):
+        yield _Producer(linear.local, linear.module, linear.weight.shape[0])
 
-    def identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-        return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
-    def after(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                outputs[name] = output  # keeps it alive, so that no later tensor gets its address
-                produced[identity(output)] = name
-
-        return hook
-
-    def entering(leader: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            inputs = arguments[0] if arguments else next(iter(keywords.values()))
-            if (norm := produced.get(identity(inputs))) is not None:
-                found[leader] = norm
-
-        return hook
-
-    with contextlib.ExitStack() as stack:
-        for name, module in block.named_modules():
-            weight = getattr(module, "weight", None)
-            is_norm = isinstance(weight, torch.Tensor) and weight.dim() == 1
-            if is_norm or name.rpartition(".")[2] == activation:
-                stack.callback(module.register_forward_hook(after(name)).remove)
-        for group in groups:
-            first = group.linears[0]
-            stack.callback(first.module.register_forward_pre_hook(entering(first.local), with_kwargs=True).remove)
-        model.run(index, block, hidden)
+def _search(trial: Trial, producers: Sequence[_Producer], groups: Sequence[InputStatistics]) -> dict[str, Fold | None]:
+    """The first fold that is proven, of each group that has one, by its first linear."""
+    found: dict[str, Fold | None] = {}
+    for producer in producers:
+        left = [group for group in groups if group.linears[0].local not in found]
+        for group, rows in _fed(trial, producer, left):
+            fold = next((fold for fold in producer.folds(rows) if _holds(trial, producer, fold, group)), None)
+            if fold is not None:
+                found[group.linears[0].local] = fold
     return found
 
 
-def _norm_folds(block: nn.Module, norm: str | None) -> Iterator[Fold]:
-    if norm is None:
-        return
-    rows = torch.arange(_outputs(block.get_submodule(norm)))
-    yield Fold(norm, rows, norm=True)
-    yield Fold(norm, rows, norm=True, plus_one=True)
+def _fed(
+    trial: Trial, producer: _Producer, groups: Sequence[InputStatistics]
+) -> list[tuple[InputStatistics, torch.Tensor]]:
+    """Groups whose whole input is, channel by channel, outputs of a producer times something; with their numbers [K].
+
+    All of its outputs, or a part of a fused projection: the last or first ones, of all or of every head.
+    """
+    found = _numbers(trial, producer, groups, torch.arange(producer.outputs))
+    for last in () if producer.norm or producer.activation else (True, False):
+        left = [group for group in groups if group.linears[0].local not in found]
+        if left:
+            seen = _enlarged(trial, producer, _edge(producer.outputs, 1, last))
+            for group in left:
+                part = _clean_part(trial, producer, group, _arrived(trial, seen, group), last)
+                if part is not None:
+                    found |= _numbers(trial, producer, [group], part)
+    return [(group, found[group.linears[0].local]) for group in groups if group.linears[0].local in found]
 
 
-def _outputs(norm: nn.Module) -> int:
-    assert isinstance(norm.weight, torch.Tensor)
-    return norm.weight.numel()
+def _numbers(
+    trial: Trial, producer: _Producer, groups: Sequence[InputStatistics], part: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Numbers of the outputs that feed each channel, by the first linear, of groups whose whole input ``part`` feeds.
+
+    The outputs are multiplied by 2^d, where d is one digit of an output's place in ``part``, run after run.
+    """
+    places: dict[str, torch.Tensor] = {}
+    left, unit = list(groups), 1
+    while left and unit < max(2, len(part)):
+        factor = torch.ones(producer.outputs)
+        factor[part] = _power_of_two(torch.arange(len(part)) // unit % POWERS - POWERS // 2)
+        with output_times(producer.module, factor):
+            seen = trial.observe()
+        for group in list(left):
+            leader, powers = group.linears[0].local, _arrived(trial, seen, group)
+            if powers is None or (unit == 1 and not bool(powers.any())):  # the latter: nothing of it arrives
+                left.remove(group)
+                places.pop(leader, None)
+                continue
+            places[leader] = places.get(leader, torch.zeros_like(powers)) + (powers + POWERS // 2) * unit
+        unit *= POWERS
+    inside = {leader: place for leader, place in places.items() if place.min() >= 0 and place.max() < len(part)}
+    return {leader: part[place] for leader, place in inside.items()}
 
 
-def _linear_folds(model: StreamedModel, block: nn.Module, group: InputStatistics) -> Iterator[Fold]:
-    """Candidate folds: runs of outputs of other linears that could feed the K inputs one to one, or head by head."""
-    columns = group.linears[0].weight.shape[1]
-    own = {linear.local for linear in group.linears}
-    config = model.model.config.get_text_config()
-    heads = int(getattr(config, "num_attention_heads", 0) or 0)
-    fewer = 1 if getattr(config, "multi_query", False) else int(getattr(config, "num_key_value_heads", 0) or heads)
-    straight = torch.arange(columns)
-    for linear in model.linears(block):
-        if linear.local in own or linear.expert is not None:  # experts' outputs are summed
-            continue
-        outputs = linear.weight.shape[0]
-        if outputs >= columns:  # all of them, or the last of a fused projection
-            yield Fold(linear.local, straight + outputs - columns, norm=False)
-        if heads and fewer < heads and columns % heads == 0:
-            wide = columns // heads
-            if outputs >= fewer * wide:  # grouped-query attention: several heads share one
-                shared = (straight // wide // (heads // fewer)) * wide + straight % wide
-                yield Fold(linear.local, shared + outputs - fewer * wide, norm=False)
-
-
-def _holds(
-    block: nn.Module,
-    group: InputStatistics,
-    fold: Fold,
-    *,
-    run: Callable[[], torch.Tensor],
-    expected: torch.Tensor,
-    change: float,
-) -> bool:
-    """Whether the output is preserved when the producer divides by random scales and the linears multiply by them.
+def _clean_part(
+    trial: Trial, producer: _Producer, group: InputStatistics, powers: torch.Tensor | None, last: bool
+) -> torch.Tensor | None:
+    """The outputs of a fused projection that feed a group, such as the values' part of queries, keys and values.
 
     Args:
-        run: computes the output. expected: the output before. change: the norm that the tolerance is relative to.
+        powers: what arrives of its outermost output, enlarged. last: whether that is the last one, or the first.
     """
-    producer = block.get_submodule(fold.producer)
-    outputs = _outputs(producer) if fold.norm else Linear(fold.producer, producer).weight.shape[0]
-    drawn = torch.rand(outputs, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).exp_()
-    untouched = torch.ones(outputs, dtype=torch.bool)
-    untouched[fold.rows] = False
-    drawn[untouched] = 1
-    scale = drawn.to(device=expected.device, dtype=torch.float32)
-    touched = [producer, *(linear.module for linear in group.linears)]
-    parameters = [parameter for module in touched for parameter in module.parameters(recurse=False)]
-    saved = [parameter.clone() for parameter in parameters]
-    try:
-        _divide(producer, fold, scale)
-        columns = scale[fold.rows.to(scale.device)]
-        for linear in group.linears:
-            linear.set_weight(linear.weight.float() * columns)
-        result = run()
-    finally:
-        for parameter, values in zip(parameters, saved, strict=True):
-            parameter.copy_(values)
-    return bool((result - expected).float().norm() <= TOLERANCE[expected.dtype] * change)
+    if powers is None or not bool(powers.any()):
+        return None
+    clean, dirty = 1, producer.outputs  # more outputs reach the input in another way than one to one, or all do not
+    while dirty - clean > 1:
+        middle = (clean + dirty) // 2
+        seen = _enlarged(trial, producer, _edge(producer.outputs, middle, last))
+        arrived = _arrived(trial, seen, group)
+        if arrived is None:
+            dirty = middle
+        else:
+            clean, powers = middle, arrived
+    reached = int((powers > 0).sum())
+    parts, rest = divmod(len(powers), reached)
+    if rest or producer.outputs % parts or clean > producer.outputs // parts:
+        return None
+    every = producer.outputs // parts  # one head's outputs, or all
+    return (torch.arange(parts)[:, None] * every + _edge(every, clean, last)).reshape(-1)
 
 
-def _divide(producer: nn.Module, fold: Fold, scale: torch.Tensor) -> None:
-    bias = getattr(producer, "bias", None)
+def _edge(outputs: int, count: int, last: bool) -> torch.Tensor:
+    return torch.arange(outputs - count, outputs) if last else torch.arange(count)
+
+
+def _enlarged(trial: Trial, producer: _Producer, part: torch.Tensor) -> Seen:
+    """A run with some outputs multiplied by 2, 4 and 8 in turn: a norm would hide one factor for all."""
+    factor = torch.ones(producer.outputs)
+    factor[part] = _power_of_two(part % 3 + 1)
+    with output_times(producer.module, factor):
+        return trial.observe()
+
+
+def _power_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    return torch.ldexp(torch.ones(exponents.shape), exponents)
+
+
+def _arrived(trial: Trial, seen: Seen, group: InputStatistics) -> torch.Tensor | None:
+    """The powers of two by which a group's channels were multiplied, as :func:`_powers`."""
+    reader = group.linears[0].module
+    return _powers(seen.inputs.get(reader, []), trial.before.inputs.get(reader, []))
+
+
+def _powers(now: Sequence[torch.Tensor], then: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The power of two by which each channel was multiplied, the same for all tokens, [K] int64; None if there is none.
+
+    Args:
+        now, then: the samples of an input, call by call.
+    """
+    if not then or [one.shape for one in now] != [one.shape for one in then]:
+        return None
+    after, before = torch.cat(list(now)).double(), torch.cat(list(then)).double()
+    size = before.norm(dim=0)
+    powers = (after.norm(dim=0) / size).log2().round()
+    if not bool(torch.isfinite(powers).all()):  # a channel that carries nothing proves nothing
+        return None
+    expected = before * torch.exp2(powers)
+    if not bool(((after - expected).norm(dim=0) <= TOLERANCE * expected.norm(dim=0)).all()):
+        return None
+    return powers.long().cpu()
+
+
+def _holds(trial: Trial, producer: _Producer, fold: Fold, group: InputStatistics) -> bool:
+    """Whether nothing but the group's input changes when the producer divides by scales and the linears multiply."""
+    for seed, reach in enumerate(NORM_REACHES if fold.norm else REACHES):
+        dice = torch.Generator().manual_seed(seed)
+        scale = _power_of_two(torch.randint(-reach, reach + 1, (producer.outputs,), generator=dice))
+        untouched = torch.ones(producer.outputs, dtype=torch.bool)
+        untouched[fold.rows] = False
+        scale[untouched] = 1
+        columns = scale[fold.rows].to(group.linears[0].weight.device)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_divided(producer, fold, scale.to(columns.device)))
+            for linear in group.linears:
+                weight = linear.weight * columns
+                if isinstance(linear.module, Conv1D):
+                    weight = weight.t()
+                stack.enter_context(replaced(linear.module, weight=weight))
+            seen = trial.observe()
+        if not trial.is_preserved(seen, {linear.module: columns for linear in group.linears}):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _divided(producer: _Producer, fold: Fold, scale: torch.Tensor) -> Iterator[None]:
+    """Context in which a producer's outputs are divided by ``scale`` [N], in the way of the fold."""
+    module = producer.module
+    if fold.activation:
+        with output_times(module, 1 / scale):
+            yield
+        return
     if fold.norm:
-        weight = producer.weight
-        assert isinstance(weight, torch.Tensor)
         offset = 1.0 if fold.plus_one else 0.0
-        weight.copy_((weight.float() + offset) / scale - offset)
+        weight = module._parameters["weight"]
+        assert weight is not None
+        changed = {"weight": (weight + offset) / scale - offset}
     else:
-        linear = Linear(fold.producer, producer)
-        linear.set_weight(linear.weight.float() / scale[:, None])
-    if isinstance(bias, torch.Tensor):
-        bias.copy_(bias.float() / scale)
+        divided = Linear(producer.name, module).weight / scale[:, None]
+        changed = {"weight": divided.t() if isinstance(module, Conv1D) else divided}
+    bias = module._parameters.get("bias")
+    if bias is not None:
+        changed["bias"] = bias / scale
+    with replaced(module, **changed):
+        yield

@@ -12,8 +12,10 @@ class LedgerEntry:
 
     Attributes:
         outcome: ``solved``, ``damp_raised``, ``rtn_fallback``, ``starved_expert`` (an expert that saw fewer tokens than
-            the recipe asks for; one that saw none is rounded to nearest), ``unscaled`` (AWQ, where no operation before
-            the linear can take a scale), or ``foreign`` (made by another engine, of which only what is given is known).
+            the recipe asks for; one that saw none is rounded to nearest), ``scale_underflow`` or ``scale_overflow``
+            (weights that matter need scales smaller or larger than any of float16, and are lost for the most part),
+            ``unscaled`` (AWQ, where no operation before the linear can take a scale), or ``foreign`` (made by another
+            engine, of which only what is given is known).
         damp_percent: the damping that was used.
         dead_columns: input channels that were zero in every calibration token.
         relative_error: tr((W-Q) H (W-Q)^T) / tr(W H W^T).

@@ -15,6 +15,7 @@ from quantize.executors.api import Future, Gathered, Job, Solved, Streams, Windo
 from quantize.executors.quantizers import LocalQuantizers, Quantizers
 from quantize.methods.asymmetric import toward_source
 from quantize.methods.gptq import solve
+from quantize.methods.sums import energy
 from quantize.reporter import Reporter
 
 
@@ -93,12 +94,12 @@ def solve_job(job: Job, with_energy: bool = True) -> Solved:
                 if not job.rtn_fallback:
                     raise
                 # the solve meets the same Hessian, rounds to nearest and says so
-        energy = energy_of(weight, job.hessian) if with_energy else torch.zeros(0, dtype=torch.float64)
+        before = energy_of(weight, job.hessian) if with_energy else torch.zeros(0, dtype=torch.float64)
         return Solved(
-            solve(weight, job.hessian, job.parameters, rtn_fallback=job.rtn_fallback, row_budget=job.row_budget), energy
+            solve(weight, job.hessian, job.parameters, rtn_fallback=job.rtn_fallback, row_budget=job.row_budget), before
         )
 
 
 def energy_of(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     """tr(W H W^T) split by the rows of W, [N] float64."""
-    return ((weight @ hessian) * weight).sum(dim=1, dtype=torch.float64).cpu()
+    return energy(weight, hessian)

@@ -22,6 +22,7 @@ from quantize.methods.sums import mean, total
 STEPS = 20
 RATIOS = tuple(step / STEPS for step in range(STEPS + 1))
 LARGEST = 256.0  # scales lie in 1 / LARGEST .. LARGEST, so that a float16 norm weight can absorb them
+SMALLEST_STEP = 2.0**-20  # float16 holds it with five bits
 ROWS = 128  # weight rows sampled by the search; four times as many chose no better scales
 
 
@@ -125,6 +126,15 @@ def quantize_scaled(
         solution.fallback = None
         return solution
     return solve(scaled, seen, [parameters.rounded], rtn_fallback=rtn_fallback)[0]
+
+
+def no_smaller_than_half(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """What rows of ``weight`` [N, K] can be divided by, at most ``scale`` [N], so that their steps still fit float16.
+
+    The steps of a divided row's grid keep five bits. Rows that are too small for that already are not divided.
+    """
+    steps = weight.abs().amax(dim=1) / (2**bits - 1)
+    return torch.minimum(scale, (steps / SMALLEST_STEP).clamp(min=1.0))
 
 
 def divided(values: torch.Tensor, scale: torch.Tensor, plus_one: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

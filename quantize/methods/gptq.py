@@ -20,9 +20,9 @@ import torch
 from quantize.errors import SolveError
 from quantize.methods.columns import fit_groups, kernel_of, round_columns
 from quantize.methods.factor import Factor, activation_order, factorize, group_aware_order
-from quantize.methods.grid import Grid
+from quantize.methods.grid import HALF_MAX, HALF_TINY, Grid
 from quantize.methods.solve_state import Columns, Kernel
-from quantize.methods.sums import mean
+from quantize.methods.sums import energy, mean
 
 OUTER = 128  # columns between updates of all remaining columns of W
 ROW_BUDGET = 192 * 2**20  # bytes of W, over all variants, processed together
@@ -72,6 +72,8 @@ class Solution:
         damp_percent: the damping that was used. damp_raised: whether it exceeds the requested one.
         dead_columns: number of input channels that were always zero.
         fallback: None, or ``rtn`` if the weight was rounded to nearest instead.
+        out_of_range: the share of each row's squared weights in groups whose scale would have to be smaller, or larger,
+            than any of float16, [2, N] float64; None if there are none.
     """
 
     codes: torch.Tensor
@@ -83,6 +85,7 @@ class Solution:
     damp_raised: bool
     dead_columns: int
     fallback: str | None = None
+    out_of_range: torch.Tensor | None = None
 
     def dequantize(self) -> torch.Tensor:
         """The weight that a loader computes, [N, K] float32."""
@@ -130,6 +133,8 @@ def solve(
             found = [round_to_nearest(weight, hessian, parameters) for parameters in asked]
         else:
             found = _solve_together(weight, factor, asked, kernel, row_budget)
+        for solution in found:
+            solution.out_of_range = _out_of_range(weight, solution)
         solutions.update(zip(members, found, strict=True))
     return [solutions[index] for index in range(len(variants))]
 
@@ -154,8 +159,20 @@ def round_to_nearest(weight: torch.Tensor, hessian: torch.Tensor, parameters: Gp
         torch.zeros(rows, dtype=torch.float64), 0.0, False, int((hessian.diagonal() <= 0).sum()), "rtn",
     )  # fmt: skip
     difference = weight - solution.dequantize().to(weight.dtype)
-    solution.row_error = ((difference @ hessian) * difference).sum(dim=1).double().cpu()
+    solution.row_error = energy(difference, hessian)
+    solution.out_of_range = _out_of_range(weight, solution)
     return solution
+
+
+def _out_of_range(weight: torch.Tensor, solution: Solution) -> torch.Tensor | None:
+    """See :attr:`Solution.out_of_range`."""
+    beyond = torch.stack([solution.scales <= HALF_TINY, solution.scales >= HALF_MAX])  # [2, G, N]
+    if not bool(beyond.any()):
+        return None
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    squares = (weight / torch.where(largest > 0, largest, torch.ones_like(largest))).square().double()
+    groups = squares.new_zeros(len(weight), beyond.shape[1]).index_add_(1, solution.g_idx.long(), squares)
+    return ((groups * beyond.transpose(1, 2)).sum(dim=2) / groups.sum(dim=1).clamp(min=1.0)).cpu()
 
 
 def _solve_together(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+SAFE_POWER = 32  # rows of up to 2^32, or down to 2^-32, have squares far inside float32
 RUN = 4096  # values added by one thread, far below the size at which torch splits a sum among threads
 
 
@@ -20,3 +23,16 @@ def total(values: torch.Tensor) -> float:
 def mean(values: torch.Tensor) -> float:
     """The mean of all values, in float64."""
     return total(values) / values.numel()
+
+
+def energy(rows: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """The diagonal of R H R^T for rows R [N, K] and H [K, K], as [N] float64 on the CPU.
+
+    Squares of very small or very large rows would leave float32: such rows are first multiplied by a power of two.
+    """
+    largest = float(rows.abs().max()) if rows.numel() else 0.0
+    power = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    if abs(power) <= SAFE_POWER:
+        power = 0
+    near = rows if not power else rows * 2.0 ** (-power // 2) * 2.0 ** (-power - -power // 2)  # 2^149 is no float32
+    return ((near @ hessian) * near).sum(dim=1, dtype=torch.float64).cpu() * 4.0**power

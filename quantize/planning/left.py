@@ -78,7 +78,8 @@ def split_linears(checkpoint: Checkpoint, anatomy: Anatomy, asked: Quantized) ->
     left = []
     for name, spec in checkpoint.tensors.items():
         block = anatomy.inside.get(name)
-        if name in covered or not is_matrix(spec.shape) or (block is None and name not in outside):
+        counts = is_matrix(spec.shape) or name in reasons or name in routers
+        if name in covered or not counts or (block is None and name not in outside):
             continue
         reason = reasons.get(name) or (ROUTER if name in routers else NO_LINEAR if block is not None else TOWER)
         left.append(Left(name.removesuffix(".weight"), reason, prod(spec.shape), block))

@@ -52,7 +52,7 @@ def _desc_act(value: Any) -> Any:
 
 DescAct = Annotated[bool | Literal["static"], BeforeValidator(_desc_act)]
 Propagate = Literal["auto", "source", "quantized"]
-Outcome = Literal["damp_raised", "dead_columns", "rtn_fallback", "starved_expert"]
+Outcome = Literal["damp_raised", "dead_columns", "rtn_fallback", "scale_overflow", "scale_underflow", "starved_expert"]
 
 
 def _expert_tokens(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from quantize.calibration.forward import Activations
 from quantize.formats.reader import PARTS, BranchReader
@@ -15,6 +16,7 @@ from quantize.formats.tensors import TensorSpec
 from quantize.gguf.convert import Conversion, outtype_of
 from quantize.measuring.gguf import open_levels
 from quantize.measuring.quality import branch_logits, divided_activations
+from quantize.source.architecture import build_empty, match_names
 from quantize.source.checkpoint import Checkpoint, read_header
 from quantize.source.resolved import Source
 from quantize.source.streamed import StreamedModel
@@ -23,13 +25,16 @@ from quantize.source.streamed import StreamedModel
 class _Dequantized(StreamedModel):
     """A streamed model whose weights come from a branch's reader."""
 
-    def __init__(self, source: Source, reader: BranchReader, packed: set[str]) -> None:
-        self._reader, self._packed = reader, packed
+    def __init__(self, source: Source, reader: BranchReader, packed: set[str], turned: set[str]) -> None:
+        self._reader, self._packed, self._turned = reader, packed, turned
         super().__init__(source, torch.float32, torch.device("cpu"), head=True)
 
     def read(self, name: str) -> torch.Tensor:
         module = name.removesuffix(".weight")
-        return self._reader.weight(module) if module in self._packed else self._reader.tensor(name)
+        if module not in self._packed:
+            return self._reader.tensor(name)
+        weight = self._reader.weight(module)
+        return weight.t() if module in self._turned else weight
 
 
 def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
@@ -45,16 +50,27 @@ def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
     packed = reader.packed
     tensors = {name: spec for name, spec in stored.items() if name.rpartition(".")[0] not in packed}
     tensors |= {f"{name}.bias": stored[f"{name}.bias"] for name in packed if f"{name}.bias" in stored}
+    named = {f"{module}.weight": TensorSpec("F32", (0, 0)) for module in packed}
+    turned = _turned(folder, Checkpoint(_config(folder), {**tensors, **named}, folder))
     for module in packed:
-        shape = tuple(reader.weight(module).shape)
+        weight = reader.weight(module)
+        shape = tuple(weight.t().shape if module in turned else weight.shape)
         tensors[f"{module}.weight"] = TensorSpec("F32", shape, stored[f"{module}.{PARTS[reader.method][0]}"].file)
     checkpoint = Checkpoint(_config(folder), tensors, folder, tuple(sorted({spec.file for spec in stored.values()})))
-    model = _Dequantized(Source(str(folder), folder.name, checkpoint), reader, packed)
+    model = _Dequantized(Source(str(folder), folder.name, checkpoint), reader, packed, turned)
     state = Activations(model, np.array([ids], dtype=np.int64), 1)
     for index in range(len(model)):
         with model.block(index) as block, divided_activations(model, index, block, reader.activation_scales):
             state.advance(index, block)
     return model.logits(state.ids, state.hidden)[0].float()
+
+
+def _turned(folder: Path, checkpoint: Checkpoint) -> set[str]:
+    """Names of the linears that the architecture keeps as [in_features, out_features]."""
+    model = build_empty(folder, str(folder), checkpoint, torch.float32, False)
+    names = match_names(model, checkpoint.tensors)
+    turned = (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D))
+    return {names[name].removesuffix(".weight") for name in turned if name in names}
 
 
 def level_logits(source: Source, files: Sequence[Path]) -> Callable[[list[int]], torch.Tensor]:

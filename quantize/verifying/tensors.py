@@ -11,6 +11,7 @@ from quantize.errors import SourceError
 from quantize.formats.reader import BranchReader
 from quantize.formats.tensor_file import TensorFile
 from quantize.source.checkpoint import read_header
+from quantize.source.examination import anatomy_of
 from quantize.source.resolved import Source
 from quantize.verifying.checks import Check
 
@@ -28,7 +29,7 @@ def check_tensors(folder: Path, source: Source | None) -> Check:
         packed = reader.packed
     except (SourceError, OSError, KeyError, ValueError) as error:
         return Check("tensors", "failed", f"cannot be read: {error}")
-    original, folds = _Original(source), _Folds(folder, reader.method)
+    original, folds, turned = _Original(source), _Folds(folder, reader.method), _transposed(source)
     wrong, quantized, worst, farthest = [], 0, 0.0, ""
     for name in source.checkpoint.tensors:
         module = name.removesuffix(".weight")
@@ -38,7 +39,8 @@ def check_tensors(folder: Path, source: Source | None) -> Check:
             continue
         try:
             values = reader.weight(module) if is_packed else reader.tensor(name).float()
-            problem, share = _compare(values, original.tensor(name).float(), name, folds)
+            wanted = original.tensor(name).float()
+            problem, share = _compare(values, wanted.t() if is_packed and module in turned else wanted, name, folds)
         except (OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
             wrong.append(f"{name} cannot be read ({error})")
             continue
@@ -89,6 +91,15 @@ def _fit(values: torch.Tensor, wanted: torch.Tensor, over: int) -> torch.Tensor:
     return torch.where(square > 0, product / square.clamp(min=1e-30), torch.ones_like(square))
 
 
+def _transposed(source: Source) -> frozenset[str]:
+    """Names of the source's linears whose weights are stored [in_features, out_features]."""
+    try:
+        anatomy = anatomy_of(source, here=True)
+    except SourceError:  # a branch of another tool, of a model that we do not quantize
+        return frozenset()
+    return frozenset(found.name for found in anatomy.linears if found.transposed)
+
+
 class _Original:
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -104,9 +115,7 @@ class _Original:
 def _compare(values: torch.Tensor, wanted: torch.Tensor, name: str, folds: _Folds) -> tuple[str, float]:
     """What is wrong with a tensor (empty if nothing), and its error relative to the source's norm."""
     if values.shape != wanted.shape:
-        if values.shape != wanted.t().shape:
-            return f"has shape {list(values.shape)}, the source {list(wanted.shape)}", 0.0
-        wanted = wanted.t()  # a Conv1D stores its transpose
+        return f"has shape {list(values.shape)}, the source {list(wanted.shape)}", 0.0
     if not bool(torch.isfinite(values).all()):
         return "contains NaN or infinity", 0.0
     off = folds.undo(values, wanted, name) - wanted
