@@ -58,6 +58,11 @@ class CalibrationPass:
         self.build, self.plan, self.reporter, self.executor = build, build.plan, build.reporter, build.executor
         self.model, self.tokens, self.branches = state.model, state.tokens, state.branches
         self.diagonals, self.unfinished, self.store = state.diagonals, state.unfinished, state.store
+        if self.store and self.model.hands_on and not self.unfinished.state.from_store:
+            self.reporter.say(
+                "statistics are not kept: blocks of this architecture leave keys and values for later ones"
+            )
+            self.store = None
         self._kinds: set[object] = set()  # of blocks whose statistics were written to the store
         branches = state.branches
         self.sharing = [branch for branch in branches if _propagate(branch) == "source"]

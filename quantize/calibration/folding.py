@@ -124,8 +124,7 @@ def _expert_fold(expert: Expert, group: InputStatistics, known: dict[Hashable, F
             for mate in mates
             if mate.module is not expert.outer
         ]
-        width = producers[0].module.weight.shape[-1] if producers else 0
-        assert isinstance(width, int)
+        width = mates[0].weight.shape[1]
         rows = torch.randn(TRIAL_ROWS, width, generator=torch.Generator().manual_seed(1)).to(leader.weight.device)
         found = _search(Trial(expert, lambda: expert(rows)), producers, [group])
         known[kind] = found.get(leader.local)
@@ -274,7 +273,8 @@ def _powers(now: Sequence[torch.Tensor], then: Sequence[torch.Tensor]) -> torch.
     expected = before * torch.exp2(powers)
     if not bool(((after - expected).norm(dim=0) <= TOLERANCE * expected.norm(dim=0)).all()):
         return None
-    return powers.long().cpu()
+    found: torch.Tensor = powers.long().cpu()
+    return found
 
 
 def _holds(trial: Trial, producer: _Producer, fold: Fold, group: InputStatistics) -> bool:

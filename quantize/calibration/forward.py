@@ -78,7 +78,8 @@ class Activations:
             yield slice(start, start + self.batch)
 
     def first(self) -> torch.Tensor:
-        """A copy of the first batch's current states."""
+        """A copy of the first batch's current states, for trials of the next block."""
+        self.model.lend(self.handed_on(slice(0, self.batch)))
         return self.states.read(slice(0, self.batch)).to(self.model.device, copy=True)
 
     def run(self, index: int, block: nn.Module, window: slice) -> torch.Tensor:

@@ -129,6 +129,8 @@ class RayExecutor:
         return max(1, sum(max(1, cpus // self._threads) for cpus in self._cpus if cpus))
 
     def streams(self, windows: Windows, reporter: Reporter) -> Streams:
+        if windows.model.hands_on:
+            raise PlanError("--ray: blocks of this model leave keys and values for later ones; build without --ray")
         if windows.model.device.type == "cuda" and len(windows.parts) > self._gpus:
             raise PlanError(
                 f"--shards {len(windows.parts)}: the Ray cluster has {self._gpus} GPUs, and each shard needs one; "

@@ -91,6 +91,18 @@ class HandedOn:
         """An independent copy; the tensors are shared, since blocks replace and never change them."""
         return HandedOn(self._contents)
 
+    def in_float32(self) -> HandedOn:
+        """A copy whose tensors are float32."""
+
+        def float32(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.float() if value.is_floating_point() else value
+            return type(value)(map(float32, value)) if isinstance(value, list | tuple) else value
+
+        return HandedOn(
+            {name: {key: float32(value) for key, value in one.items()} for name, one in self._contents.items()}
+        )
+
     @contextlib.contextmanager
     def given_to(self, keywords: Mapping[str, Any]) -> Iterator[None]:
         """Context of a block's call: its mappings hold what earlier blocks left, and what it adds is taken."""

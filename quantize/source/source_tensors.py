@@ -41,3 +41,10 @@ class SourceTensors:
             raise SourceError(f"{path}: cannot read {name}: {error}") from None
         note_tensor(identity, name, whole)
         return tensor
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity."""
+    # min and max propagate NaN and infinity and need no temporary of the tensor's size
+    low, high = torch.aminmax(tensor.reshape(-1)) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
+    return bool(torch.isfinite(low) & torch.isfinite(high))

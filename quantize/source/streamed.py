@@ -34,7 +34,7 @@ from quantize.source.experts import Expert
 from quantize.source.linear import Linear
 from quantize.source.prefetch import Prefetch
 from quantize.source.resolved import Source
-from quantize.source.source_tensors import SourceTensors
+from quantize.source.source_tensors import SourceTensors, is_finite
 
 
 class StreamedModel:
@@ -77,7 +77,7 @@ class StreamedModel:
         self._returns: list[Returns] | None = None if self.form.trial.failure else self.form.trial.returns
         self._calls: dict[int, Calls] = {}
         self._by_tokens: bool | None = None
-        self._handed_on = HandedOn()
+        self._lent = HandedOn()
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -92,7 +92,7 @@ class StreamedModel:
             SourceError: it contains NaN or infinity, or its file can no longer be read.
         """
         tensor = self._tensors.read(name)
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             path = self.source.folder / self.source.checkpoint.tensors[name].file
             raise SourceError(f"{path}: {name} contains NaN or infinity; the source is damaged")
         return tensor
@@ -195,6 +195,10 @@ class StreamedModel:
         """Whether blocks leave something, such as keys and values, for later blocks; see :class:`HandedOn`."""
         return self.form.trial.fills
 
+    def lend(self, handed_on: HandedOn) -> None:
+        """Let trials of a block, which belong to no windows, find what earlier blocks left for some windows."""
+        self._lent = handed_on.in_float32()
+
     @torch.inference_mode()
     def run(
         self,
@@ -209,7 +213,7 @@ class StreamedModel:
         Args:
             input_ids: the tokens of these windows, [batch, length]; None are those recalled or embedded last.
             handed_on: what earlier blocks left for these windows, and where this block leaves its own; None uses what
-                the last call used.
+                :meth:`lend` gave.
         """
         if input_ids is not None:
             self.recall(input_ids)
@@ -220,8 +224,7 @@ class StreamedModel:
         keywords = dict(keywords)
         states = self.form.trial.layout.unpack(hidden, calls.shape)
         name = keywords.pop("", None)
-        self._handed_on = self._handed_on if handed_on is None else handed_on
-        with self._handed_on.given_to(keywords):
+        with (self._lent if handed_on is None else handed_on).given_to(keywords):
             output = block(**{name: states}, **keywords) if name else block(states, *arguments, **keywords)
         found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
         return self.form.trial.layout.pack(found)
@@ -392,9 +395,3 @@ def _drop(module: nn.Module) -> None:
         for leaf, parameter in child._parameters.items():
             if parameter is not None:
                 child._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # min and max propagate NaN and infinity and need no temporary of the tensor's size
-    low, high = torch.aminmax(tensor.reshape(-1)) if tensor.numel() else (torch.zeros(()), torch.zeros(()))
-    return bool(torch.isfinite(low) & torch.isfinite(high))
