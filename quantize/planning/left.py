@@ -23,7 +23,7 @@ ROUTER = "router of experts"
 SKIPPED = "the recipe says so (quantize.skip)"
 NOT_ASKED_FOR = "the recipe does not ask for it (quantize.only)"
 NO_LINEAR = "not stored as a linear of its own"
-TOWER = "outside the text model"
+OUTSIDE = "outside the blocks"
 SMALLEST = 32
 """Outputs below which a linear is a gate; it would save nothing."""
 
@@ -81,7 +81,7 @@ def split_linears(checkpoint: Checkpoint, anatomy: Anatomy, asked: Quantized) ->
         counts = is_matrix(spec.shape) or name in reasons or name in routers
         if name in covered or not counts or (block is None and name not in outside):
             continue
-        reason = reasons.get(name) or (ROUTER if name in routers else NO_LINEAR if block is not None else TOWER)
+        reason = reasons.get(name) or (ROUTER if name in routers else NO_LINEAR if block is not None else OUTSIDE)
         left.append(Left(name.removesuffix(".weight"), reason, prod(spec.shape), block))
     unread = f"{anatomy.model_class} of transformers does not read it"
     left += [
