@@ -152,7 +152,7 @@ class Trial:
         before = self.before
         if seen.inputs.keys() != before.inputs.keys():
             return False
-        pairs = [(seen.results, before.results, None)]
+        pairs: list[tuple[Rows, Rows, torch.Tensor | None]] = [(seen.results, before.results, None)]
         pairs += [(seen.inputs[reader], rows, columns.get(reader)) for reader, rows in before.inputs.items()]
         return all(
             len(now) == len(then)
