@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import quantize
 from quantize.formats.reader import BranchReader
+from quantize.methods.awq import no_smaller_than_half
+from quantize.methods.gptq import GptqParameters, solve
 from quantize.recipe.schema import Model
 from quantize.source.resolve import resolve
 from quantize.verifying.forward import logits_of
@@ -97,18 +99,14 @@ def test_weights_too_small_for_float16_scales_are_said(tmp_path: Path) -> None:
         quantize.build(strict, quantize.BuildOptions(dist=tmp_path / "other", device="cpu"))
 
 
-def test_a_fold_leaves_its_producer_steps_that_float16_holds(tmp_path: Path) -> None:
-    """Values of 1e-5, and channels behind them that want to divide them by dozens."""
-    folder = write_model(tmp_path / "tiny", dtype=torch.float32, num_hidden_layers=1)
-    tensors = load_file(folder / "model.safetensors")
-    values = tensors["model.layers.0.self_attn.v_proj.weight"]
-    values *= 3e-5
-    values[::7] *= 100
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    body = "  variants: [{group_size: 32}]\nawq:\n  variants: [{group_size: 32}]\n"
-    recipe = write_recipe(tmp_path / "r.yaml", folder, body)
-    quantize.build(quantize.load_recipe(recipe), quantize.BuildOptions(dist=tmp_path / "dist", device="cpu"))
-    branch = tmp_path / "dist" / "tiny-AWQ" / "main"
-    rows = {row["module"]: row for row in json.loads((branch / "quantize-manifest.json").read_text())["ledger"]}
-    assert rows["model.layers.0.self_attn.o_proj"]["scale_folded_into"] == "model.layers.0.self_attn.v_proj"
-    assert rows["model.layers.0.self_attn.v_proj"]["relative_error"] < 0.03
+def test_a_fold_leaves_its_producer_steps_that_float16_holds() -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[1.0], [1e-4], [1e-5], [1e-9]]
+    )
+    scale = no_smaller_than_half(weight, torch.full((4,), 256.0), bits=4)
+    assert scale[0] == 256
+    assert 1 < scale[2] < scale[1] < 256
+    assert scale[3] == 1  # lost as it is
+    (solution,) = solve(weight[:3] / scale[:3, None], torch.eye(64), [GptqParameters(4, 32)])
+    assert float(solution.row_error.sum()) < 0.01 * float((weight[:3] / scale[:3, None]).square().sum())
+    assert torch.equal(no_smaller_than_half(weight, torch.full((4,), 0.1), bits=4), torch.full((4,), 0.1))
