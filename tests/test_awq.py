@@ -161,8 +161,8 @@ FOLDS = {
     "phi3": {"qkv_proj": "input_layernorm", "o_proj": "qkv_proj", "gate_up_proj": "post_attention_layernorm",
              "down_proj": "gate_up_proj"},
     "opt": {"q_proj": "self_attn_layer_norm", "out_proj": "v_proj", "fc1": "final_layer_norm", "fc2": "fc1"},
-    "gpt_neox": {"query_key_value": "input_layernorm", "dense": None, "dense_h_to_4h": "post_attention_layernorm",
-                 "dense_4h_to_h": None},
+    "gpt_neox": {"query_key_value": "input_layernorm", "dense": "query_key_value",
+                 "dense_h_to_4h": "post_attention_layernorm", "dense_4h_to_h": None},
     "falcon": {"query_key_value": "input_layernorm", "dense": "query_key_value", "dense_4h_to_h": None},
     "olmo2": {"q_proj": None, "o_proj": "v_proj", "gate_proj": None, "down_proj": "up_proj"},
 }  # fmt: skip
@@ -207,9 +207,7 @@ def test_folds_are_found_and_keep_the_float_output(tmp_path: Path, architecture:
 def scale_away(producer: torch.nn.Module, consumers: list[torch.nn.Module], fold: Fold) -> None:
     outputs = int(fold.rows.max()) + 1 if fold.norm else Linear("", producer).weight.shape[0]
     scale = torch.ones(outputs)
-    scale[fold.rows] = (
-        torch.rand(len(fold.rows), generator=torch.Generator().manual_seed(5))[fold.rows - fold.rows.min()] + 0.5
-    )
+    scale[fold.rows] = torch.rand(outputs, generator=torch.Generator().manual_seed(5))[fold.rows] + 0.5
     if fold.norm:
         producer.weight.data, real = divided(producer.weight.data, scale, fold.plus_one)
     else:
@@ -306,11 +304,15 @@ def test_a_dead_channel_is_recorded_and_harmless(tiny_llama: Path, tmp_path: Pat
 
 
 def test_what_nothing_can_take_is_unscaled_and_said(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "m", "gpt_neox")
+    folder = write_model(tmp_path / "m", "olmo2")  # whose projections read the residual stream itself
     body = "  variants: [{group_size: 32}]\nawq:\n  variants: [{group_size: 32}]\n"
     path = write_recipe(tmp_path / "r.yaml", folder, body)
     result = quantize.build(quantize.load_recipe(path), quantize.BuildOptions(dist=tmp_path / "dist", device="cpu"))
-    assert result.oddities["awq/main"]["unscaled"] == [f"gpt_neox.layers.{index}.attention.dense" for index in range(3)]
+    assert result.oddities["awq/main"]["unscaled"] == [
+        f"model.layers.{index}.{name}"
+        for index in range(3)
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    ]
     strict = quantize.load_recipe(path, ["awq.fail_on=[unscaled]"])
     with pytest.raises(quantize.errors.SolveError, match=r"unscaled, which awq\.fail_on"):
         quantize.build(strict, quantize.BuildOptions(dist=tmp_path / "other", device="cpu"))

@@ -118,16 +118,12 @@ def _expert_fold(expert: Expert, group: InputStatistics, known: dict[Hashable, F
     prefix = leader.local.removesuffix(names[leader.module])
     kind = kind_of(expert)
     if kind not in known:
-        mates = [Linear(name, module) for name, module in expert.named_modules() if isinstance(module, nn.Linear)]
-        producers = [
-            _Producer(mate.local, mate.module, mate.weight.shape[0])
-            for mate in mates
-            if mate.module is not expert.outer
-        ]
-        width = mates[0].weight.shape[1]
-        rows = torch.randn(TRIAL_ROWS, width, generator=torch.Generator().manual_seed(1)).to(leader.weight.device)
-        found = _search(Trial(expert, lambda: expert(rows)), producers, [group])
-        known[kind] = found.get(leader.local)
+        inner = [(name, part) for name, part in expert.named_modules() if isinstance(part, nn.Linear)]
+        mates = [Linear(name, part) for name, part in inner if part is not expert.outer]
+        dice = torch.Generator().manual_seed(1)
+        rows = torch.randn(TRIAL_ROWS, mates[0].weight.shape[1], generator=dice).to(leader.weight.device)
+        producers = [_Producer(mate.local, mate.module, mate.weight.shape[0]) for mate in mates]
+        known[kind] = _search(Trial(expert, lambda: expert(rows)), producers, [group]).get(leader.local)
     fold = known[kind]
     return Fold(prefix + fold.producer, fold.rows, norm=False) if fold else None
 
@@ -270,7 +266,7 @@ def _powers(now: Sequence[torch.Tensor], then: Sequence[torch.Tensor]) -> torch.
     powers = (after.norm(dim=0) / size).log2().round()
     if not bool(torch.isfinite(powers).all()):  # a channel that carries nothing proves nothing
         return None
-    expected = before * torch.exp2(powers)
+    expected: torch.Tensor = before * torch.exp2(powers)
     if not bool(((after - expected).norm(dim=0) <= TOLERANCE * expected.norm(dim=0)).all()):
         return None
     found: torch.Tensor = powers.long().cpu()

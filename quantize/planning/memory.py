@@ -113,6 +113,10 @@ class MemoryModel:
         return sum(isinstance(variant, GptqVariant) and variant.propagate == "quantized" for variant in self.variants)
 
     @property
+    def _has_awq(self) -> bool:
+        return any(not isinstance(variant, GptqVariant) for variant in self.variants)
+
+    @property
     def gpu_bytes(self) -> int:
         """Bytes of GPU memory, with two blocks at a time. Hidden states stay in host memory."""
         linears, inputs = self._widest_block()
@@ -120,7 +124,9 @@ class MemoryModel:
         statistics = sum(size * size for size, _ in inputs) * 4 * (1 + 2 * self._own)
         widest = max(size for size, _ in inputs)
         tokens = max(self.calibration.batch_tokens, self.calibration.sequence_length)
-        running = tokens * GPU_COMPUTE_BYTES * (3 * widest + 4 * self.width)
+        # AWQ looks for what can take its scales on blocks that run in float32
+        bytes_of_state = COMPUTE_BYTES if self._has_awq else GPU_COMPUTE_BYTES
+        running = tokens * bytes_of_state * (3 * widest + 4 * self.width)
         working = max(running, 3 * widest * widest * 4 + GPU_SOLVE_BYTES)
         return GPU_CONTEXT_BYTES + self._outside * GPU_COMPUTE_BYTES + 2 * block + statistics + working
 
@@ -163,9 +169,8 @@ class MemoryModel:
     def _solving(self, size: int, rows: int, row_budget: int, statistics: int) -> int:
         """Bytes for an input of ``size`` channels whose linears have ``rows`` outputs in total."""
         square, weight = size * size * 4, size * rows * 4
-        awq = any(not isinstance(variant, GptqVariant) for variant in self.variants)
         # inputs are solved from narrowest to widest and freed one by one, but AWQ needs them all first
-        held = max(square, min(statistics, 2 * square)) if not awq else statistics + square + weight
+        held = max(square, min(statistics, 2 * square)) if not self._has_awq else statistics + square + weight
         factor = max(3 * square, 2 * weight)
         codes = max(1, len(self.variants)) * size * rows
         together = min(row_budget, codes * 4)
