@@ -59,12 +59,13 @@ def convert_source(build: Build) -> Converted:
     assert levels is not None
     with reporter.stage("convert"):
         header = levels.conversion.header(reporter)
-        for note in header.notes:
+        for note in levels.notes:
             reporter.say(note)
         path = levels.conversion.make(reporter)
         tolerance = levels.section.logits_tolerance
         checked = check_conversion(levels.conversion, plan.table.prefix, path, tolerance, reporter)
-    return Converted(path, header, {**checked, **({"notes": list(header.notes)} if header.notes else {})})
+    notes = [*levels.notes, *checked.get("notes", ())]
+    return Converted(path, header, {**checked, **({"notes": notes} if notes else {})})
 
 
 def build_levels(build: Build, converted: Converted, diagonals: Diagonals | None) -> list[str]:
@@ -83,6 +84,9 @@ def build_levels(build: Build, converted: Converted, diagonals: Diagonals | None
     levels.folder.mkdir(parents=True, exist_ok=True)
     _check_disk(levels, todo)
     manifest = _LevelsManifest(build, levels, converted.checked, diagonals)
+    for item in todo:
+        if item.is_projector:
+            _make_projector(build, levels, item, manifest)
     wanting = any(item.wants_imatrix for item in todo)
     importance = _importance(levels, header, diagonals, manifest, reporter) if wanting else None
     vectors = None
@@ -97,6 +101,23 @@ def build_levels(build: Build, converted: Converted, diagonals: Diagonals | None
         with build.dist.replacing(levels.folder / name) as temporary:
             copy_unchanged(plan.source, name, temporary)
     return [item.label for item in todo]
+
+
+def _make_projector(build: Build, levels: LevelPlan, item: PlannedLevel, manifest: _LevelsManifest) -> None:
+    """The encoder and projector of images or sound: converted, and not quantized."""
+    assert levels.projector is not None
+    with build.reporter.stage("convert"):
+        made = levels.projector.make(build.reporter)
+    if made.stat().st_size != item.nbytes:
+        raise GgufRunError(f"{item.file}: has {made.stat().st_size:,} bytes, planned were {item.nbytes:,}")
+    place = levels.folder / item.file
+    with build.dist.replacing(place) as temporary:
+        copy_file(made, temporary)
+    manifest.note_level(item.level, {
+        "key": key_of(item.key_inputs),
+        "key_inputs": dict(item.key_inputs),
+        "files": {item.file: _described(place)},
+    })  # fmt: skip
 
 
 class _LevelsManifest:
@@ -198,8 +219,8 @@ class _Lanes:
         assert build.plan.gguf
         self.build, self.manifest, self.quantizers, self.inputs = build, manifest, quantizers, inputs
         self.levels = build.plan.gguf
-        self._waiting = list(build.plan.level_work)
-        self._lanes, self._threads = quantizers.lanes(len(self._waiting))
+        self._waiting = [item for item in build.plan.level_work if not item.is_projector]
+        self._lanes, self._threads = quantizers.lanes(max(1, len(self._waiting)))
         self._failures: list[Exception] = []
         self._lock = threading.Lock()
         self._advance: Advance = lambda count: None

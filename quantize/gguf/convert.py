@@ -22,6 +22,7 @@ from quantize.files.space import touch
 from quantize.formats.gguf_reader import open_gguf
 from quantize.formats.safetensors_header import write_hollow
 from quantize.formats.tensors import TensorSpec
+from quantize.gguf.reasons import QUIET, reason_of
 from quantize.gguf.toolchain import require_library, tree, tree_identity
 from quantize.reporter import SILENT, Reporter
 from quantize.source.checkpoint import Checkpoint
@@ -119,6 +120,8 @@ class Conversion:
         if not (path.is_file() and table.is_file()):
             reporter.say(f"asking llama.cpp for the tensors of {self.source.named}")
             found = self._run(path, "header", reporter)
+            if self.part == "text":
+                self._check_loads(path)
             write_atomically(table, json.dumps(found).encode())
         touch(self.folder)
         data = json.loads(table.read_text(encoding="utf-8"))
@@ -126,6 +129,16 @@ class Conversion:
             path, data["became"], data["made_of"], data["header_bytes"], frozenset(data["keys"]), data["architecture"],
             tuple(data["notes"]),
         )  # fmt: skip
+
+    def _check_loads(self, header: Path) -> None:
+        """Have llama.cpp load the header, so that what it cannot load is known before any work."""
+        worker = Path(__file__).with_name("worker_logits.py")
+        try:
+            run_child(Task(worker, {"model": str(header.resolve())}, variables=QUIET, seconds=HEADER_SECONDS))
+        except ChildFailed as error:
+            raise GgufError(
+                f"{self.source.named}: llama.cpp converts this model, but cannot load the result: {reason_of(error)}"
+            ) from None
 
     def make(self, reporter: Reporter = SILENT) -> Path:
         """The file, from the cache or converted now.

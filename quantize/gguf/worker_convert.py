@@ -24,6 +24,7 @@ from typing import Any
 NEXTN_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 """Keys of a config that count the layers that predict further tokens."""
 _BLOCK = re.compile(r"^(?:(?:model|language_model|transformer)\.)*layers\.(\d+)\.")
+_TOWER = re.compile(r"^((?:model\.)?vision_tower\.)((?:embeddings|encoder|post_layernorm|pre_layrnorm|head)\.)")
 _MTP = re.compile(r"(^|\.)mtp[._]")
 
 
@@ -48,7 +49,7 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         except NotImplementedError:
             raise RuntimeError(f"Model {architecture} is not supported") from None
         notes = [] if mmproj else _choose_nextn(ModelBase, converter_class, folder, hparams, arguments["nextn"])
-        trace = Trace(ModelBase, gguf.GGUFWriter)
+        trace = Trace(ModelBase, gguf.GGUFWriter, _older_names(folder) if mmproj else str)
         found: dict[str, Any] = {}
         if arguments["mode"] == "header":
             _write_hollow(gguf.GGUFWriter, found)
@@ -73,9 +74,13 @@ class Trace:
 
     Attributes:
         made_of: names in the checkpoint by names in the file, in the order of the graph, such as that of a stack.
+
+    Args:
+        base, writer: the converters' base class, and the class that writes files. known_as: what the converter calls a
+            tensor of the checkpoint.
     """
 
-    def __init__(self, base: Any, writer: Any) -> None:
+    def __init__(self, base: Any, writer: Any, known_as: Callable[[str], str]) -> None:
         self.made_of: dict[str, list[str]] = {}
         self._current: str | None = None  # of the tensor being converted, for one that was computed at once
         index, prepare, add = base.index_tensors, base.prepare_tensors, writer.add_tensor
@@ -85,7 +90,7 @@ class Trace:
 
             def filter_tensors(item: tuple[str, Callable[[], Any]]) -> Any:
                 name, read = item
-                chosen = choose((name, self._named(name, read)))
+                chosen = choose((known_as(name), self._named(name, read)))
                 if chosen is not None:
                     originals[chosen[0]] = name
                 return chosen
@@ -200,15 +205,28 @@ def _choose_nextn(base: Any, converter_class: Any, folder: Path, hparams: dict[s
 
 def _has_nextn(folder: Path, blocks: int) -> bool:
     """Whether the checkpoint's files hold such layers: named so, or beyond the blocks that the config counts."""
+    for name in _names(folder):
+        block = _BLOCK.match(name)
+        if _MTP.search(name) or (block and blocks and int(block[1]) >= blocks):
+            return True
+    return False
+
+
+def _names(folder: Path) -> Iterator[str]:
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            names = json.loads(file.read(length))
-        for name in names:
-            block = _BLOCK.match(name)
-            if _MTP.search(name) or (block and blocks and int(block[1]) >= blocks):
-                return True
-    return False
+            yield from json.loads(file.read(length))
+
+
+def _older_names(folder: Path) -> Callable[[str], str]:
+    """Names of a vision tower as published checkpoints have them: transformers 5 saves it without one of its levels."""
+    older = any(".vision_model." in name for name in _names(folder))
+
+    def known_as(name: str) -> str:
+        return name if older else _TOWER.sub(r"\1vision_model.\2", name)
+
+    return known_as
 
 
 def _write_hollow(writer: Any, found: dict[str, Any]) -> None:

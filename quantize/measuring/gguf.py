@@ -40,10 +40,13 @@ class GgufFile:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    def type_of(self, name: str) -> str:
+        """A tensor's type, such as ``Q4_K``; empty if the file has no such tensor."""
+        return str(self._tensors[name].tensor_type.name) if name in self._tensors else ""
+
     def dtype(self, name: str) -> torch.dtype:
         """What the values of a full-width tensor were rounded to."""
-        kind = self._tensors[name].tensor_type.name if name in self._tensors else ""
-        return {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+        return {"F16": torch.float16, "BF16": torch.bfloat16}.get(self.type_of(name), torch.float32)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape in the row-major order of torch.
