@@ -62,7 +62,7 @@ def check_conversion(
     notes = []
     if window and beyond is None:
         notes.append(f"the conversion was not compared beyond the sliding window of {window} tokens, to save time")
-    elif window and not beyond <= tolerance:
+    elif window and beyond is not None and not beyond <= tolerance:
         if any("sliding_window" in key or "chunk_size" in key for key in conversion.header().keys):
             _judge(beyond, tolerance, source, f" beyond the sliding window of {window} tokens")
         notes.append(f"llama.cpp knows no sliding window for this architecture: use at most {window} tokens of context")

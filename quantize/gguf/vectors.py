@@ -37,7 +37,7 @@ class Vectors:
 
 def queries_of(made_of: Mapping[str, Iterable[str]], linears: Iterable[str]) -> frozenset[str]:
     """The linears whose outputs are the inputs of a GGUF weight, so that sums of their squares are needed."""
-    known, found = set(linears), set()
+    known, found = set(linears), set[str]()
     for target, sources in made_of.items():
         if target.endswith(ABSORBED):
             found.update(query for name in sources if (query := _query_beside(name, known)))

@@ -92,8 +92,8 @@ def find_turn(
             if np.array_equal(converted, _floats((stored + shift).to(rounded))):
                 return Turn(turn.parts, shape, swapped=turn.swapped, shift=shift)
     for swapped in (False, True) if len(shape) > 1 else (False,):
-        if turn := _find_rows(named, found, values, swapped):
-            return turn
+        if gathered := _find_rows(named, found, values, swapped):
+            return gathered
     fits = [fit for turn, converted in whole for fit in _fits(turn, converted, values)]
     return min(fits, key=lambda fit: fit[0])[1] if fits else None
 
