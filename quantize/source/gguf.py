@@ -131,7 +131,7 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise SourceError(
-            f"{path}: transformers cannot read this GGUF file: {reason}; name the checkpoint that it was made of instead"
+            f"{path}: transformers cannot read this GGUF file: {reason}; name the checkpoint it was made of instead"
         ) from None
     finally:
         logging.enable_progress_bar()  # type: ignore[no-untyped-call]
