@@ -21,7 +21,7 @@ import quantize
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.errors import GgufError
 from quantize.gguf import worker_logits
-from quantize.measuring.gguf import open_levels
+from quantize.measuring.gguf import check_levels_can_be_read_back, open_levels
 from quantize.recipe.schema import Calibration, Corpus
 
 pytestmark = needs.LLAMA_CPP
@@ -65,35 +65,94 @@ def test_tensors_come_back_as_the_checkpoint_has_them(
     assert readers["full"].weight(linear.name).shape == (linear.out_features, linear.in_features)
 
 
-def test_every_rearrangement_of_a_converter_is_found(tmp_path: Path) -> None:
-    """Rows in another order, a shift, a transpose, a padded vocabulary, and one that nothing turns back."""
-    from gguf import GGUFWriter
+def write_file(path: Path, tensors: dict[str, torch.Tensor], quantized: tuple[str, ...] = ()) -> Path:
+    """A GGUF with these tensors: matrices as float16, or Q8_0, vectors as float32."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize as quantize_rows
 
-    generator = torch.Generator().manual_seed(0)
-    source = {name: torch.randn(48, 32, generator=generator) for name in ("rows", "transposed", "padded", "odd")}
-    source |= {"norm": torch.randn(32, generator=generator), "constants": torch.arange(4.0)}
-    order = torch.randperm(48, generator=generator)
-    written = {
-        "rows": source["rows"][order], "transposed": source["transposed"].t()[torch.randperm(32, generator=generator)],
-        "padded": torch.cat([source["padded"], torch.zeros(16, 32)]), "odd": source["odd"] * 3,
-        "norm": source["norm"] + 1,
-    }  # fmt: skip
-    path = tmp_path / "f.gguf"
     writer = GGUFWriter(path, "llama")
-    for name, tensor in written.items():
-        writer.add_tensor(
-            f"blk.{name}", tensor.contiguous().numpy().astype(np.float16 if tensor.dim() == 2 else np.float32)
-        )
+    for name, tensor in tensors.items():
+        values = tensor.contiguous().float().numpy()
+        if name in quantized:
+            kind = GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"blk.{name}", quantize_rows(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"blk.{name}", values.astype(np.float16) if tensor.dim() > 1 else values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    became = {name: [f"blk.{name}"] for name in written}
+    return path
+
+
+def test_every_rearrangement_of_a_converter_is_found(tmp_path: Path) -> None:
+    """Rows in another order, a shift, a scale, a transpose, a padded vocabulary, splits, stacks."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).half().float()
+
+    source = {name: random(48, 32) for name in ("rows", "transposed", "padded", "tripled")}
+    source |= {"norm": random(32), "constants": torch.arange(4.0), "conv": random(8, 1, 4), "kv": random(2 * 12, 32)}
+    source |= {f"mlp.experts.{number}.up": random(16, 32) for number in range(3)}
+    source |= {"stacked": random(3, 32, 2 * 16)}
+    order = torch.randperm(48, generator=generator)
+    key, value = source["kv"].view(2, 12, 32).split([8, 4], dim=1)
+    written = {
+        "rows": source["rows"][order], "transposed": source["transposed"].t()[torch.randperm(32, generator=generator)],
+        "padded": torch.cat([source["padded"], torch.zeros(16, 32)]), "tripled": source["tripled"] * 3,
+        "norm": source["norm"] + 1, "conv": source["conv"].squeeze(1), "k_b": key.transpose(1, 2), "v_b": value,
+        "up_exps": torch.stack([source[f"mlp.experts.{number}.up"] for number in range(3)]),
+        "gate": source["stacked"][..., ::2].transpose(1, 2), "up": source["stacked"][..., 1::2].transpose(1, 2),
+    }  # fmt: skip
+    path = write_file(tmp_path / "f.gguf", written)
+    became = {name: [f"blk.{name}"] for name in written if name in source}
+    became |= {"kv": ["blk.k_b", "blk.v_b"], "stacked": ["blk.gate", "blk.up"]}
+    became |= {f"mlp.experts.{number}.up": ["blk.up_exps"] for number in range(3)}
     reader = open_levels({"f": [path]}, path, became, source.__getitem__)["f"]
-    for name in ("rows", "transposed", "padded", "norm", "constants"):
-        torch.testing.assert_close(reader.tensor(name), source[name], rtol=1e-3, atol=1e-3)
-    with pytest.raises(GgufError, match=r"odd: the converter made blk\.odd of it in a way that cannot be turned back"):
+    for name, wanted in source.items():
+        torch.testing.assert_close(reader.tensor(name), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_norms_of_every_size_come_back_from_one_plus(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Dead channels (0), weights of -1 that are stored as 0, tiny ones and hundreds, as real checkpoints have them."""
+    generator = torch.Generator().manual_seed(0)
+    some = torch.randn(64, generator=generator)
+    norms = {
+        "usual": some, "tiny": some * 1e-4, "dead": some * (some > 0), "minus_one": torch.where(some > 0, -1.0, some),
+        "hundreds": some.abs() * 300 + 100, "zeros": torch.zeros(64), "near_minus_one": some * 1e-3 - 1,
+    }  # fmt: skip
+    source = {name: norm.to(dtype) for name, norm in norms.items()} | {
+        f"plain_{name}": norm.to(dtype) for name, norm in norms.items()
+    }
+    converted = {  # as the converter does: bfloat16 is widened first, halves are added as halves
+        name: (tensor.float() if dtype == torch.bfloat16 else tensor) + (0 if name.startswith("plain") else 1)
+        for name, tensor in source.items()
+    }
+    path = write_file(tmp_path / "f.gguf", converted)
+    became = {name: [f"blk.{name}"] for name in source}
+    reader = open_levels({"f": [path]}, path, became, source.__getitem__)["f"]
+    for name, wanted in source.items():
+        error = 2.0**-10 * (1 + wanted.float().abs()) if dtype == torch.float16 else 1e-4
+        assert ((reader.tensor(name) - wanted.float()).abs() <= error).all(), name
+
+
+def test_what_cannot_be_turned_back_is_the_sources_unless_it_is_quantized(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    source = {"decay": torch.randn(32, generator=generator), "odd": torch.randn(48, 32, generator=generator)}
+    written = {"decay": -source["decay"].exp(), "odd": source["odd"] ** 3}
+    full = write_file(tmp_path / "full.gguf", written)
+    level = write_file(tmp_path / "level.gguf", written, quantized=("odd",))
+    became = {name: [f"blk.{name}"] for name in source}
+    reader = open_levels({"level": [level]}, full, became, source.__getitem__)["level"]
+    assert torch.equal(reader.tensor("decay"), source["decay"])
+    refusal = r"odd: the converter made blk\.odd of it in a way that cannot be turned back"
+    with pytest.raises(GgufError, match=refusal):
         reader.tensor("odd")
+    check_levels_can_be_read_back(full, became, source.__getitem__, quantized=())
+    with pytest.raises(GgufError, match=refusal):
+        check_levels_can_be_read_back(full, became, source.__getitem__, quantized={"blk.odd"})
 
 
 @pytest.fixture(scope="module")

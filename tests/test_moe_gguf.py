@@ -16,7 +16,7 @@ from tiny import small_wide_model, wide_model
 import quantize
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.gguf.imatrix import read_importance
-from quantize.gguf.stacks import targets_of
+from quantize.gguf.vectors import OUTPUTS, find_vectors, queries_of
 from quantize.measuring.gguf import open_levels
 
 pytestmark = needs.LLAMA_CPP
@@ -82,13 +82,33 @@ def test_experts_go_into_a_gguf_and_come_back(
         assert 0.005 < error < 0.2
 
 
-def test_a_stack_lists_its_experts_in_their_order() -> None:
-    """All stacks come with the last tensor that the converter met, here in the files' order: 10 before 2."""
-    names = [f"m.0.mlp.experts.{number}.{leaf}" for number in (0, 1, 10, 2) for leaf in ("down_proj", "up_proj")]
-    stacks = ["blk.0.ffn_down_exps.weight", "blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight"]
-    became = {f"{names[-1]}.weight": stacks, "m.0.self_attn.o_proj.weight": ["blk.0.attn_output.weight"]}
-    assert targets_of([*names, "m.0.self_attn.o_proj"], became) == {
-        "blk.0.attn_output.weight": ["m.0.self_attn.o_proj"],
-        "blk.0.ffn_down_exps.weight": [f"m.0.mlp.experts.{number}.down_proj" for number in (0, 1, 2, 10)],
-        "blk.0.ffn_up_exps.weight": [f"m.0.mlp.experts.{number}.up_proj" for number in (0, 1, 2, 10)],
+def test_vectors_follow_the_order_of_a_stack_and_fit_what_was_split() -> None:
+    """A stack lists its experts as the conversion put them together, whatever the files' order: 2 before 10."""
+    numbers, width = (0, 1, 2, 10), 8
+    experts = [f"m.0.mlp.experts.{number}.up_proj" for number in numbers]
+    diagonals = {name: (np.full(width, place, np.float32), place) for place, name in enumerate(experts)}
+    diagonals["m.0.self_attn.kv_b_proj"] = np.arange(width, dtype=np.float32), 7
+    diagonals["m.0.self_attn.q_proj"] = np.ones(5, np.float32), 7
+    # two heads of 4 + 2 queries each
+    diagonals[f"m.0.self_attn.q_proj{OUTPUTS}"] = np.arange(12, dtype=np.float32), 7
+    made_of = {
+        "blk.0.ffn_up_exps.weight": [f"{name}.weight" for name in experts],
+        "blk.0.attn_k_b.weight": ["m.0.self_attn.kv_b_proj.weight"],
+        "blk.0.attn_v_b.weight": ["m.0.self_attn.kv_b_proj.weight"],
+        "blk.0.attn_q.weight": ["m.0.self_attn.q_proj.weight"],
+        "blk.0.attn_q.bias": ["m.0.self_attn.q_proj.bias"],
     }
+    shapes = {
+        "blk.0.ffn_up_exps.weight": (4, 3, width), "blk.0.attn_k_b.weight": (2, width, 4),
+        "blk.0.attn_v_b.weight": (2, 3, width), "blk.0.attn_q.weight": (12, 6), "blk.0.attn_q.bias": (12,),
+    }  # fmt: skip
+    vectors = find_vectors(diagonals, made_of, shapes)
+    assert vectors.left_out == ("blk.0.attn_q.weight",)  # of six inputs, the statistics have five
+    assert vectors.found.keys() == set(shapes) - {"blk.0.attn_q.weight", "blk.0.attn_q.bias"}
+    sums, counts = vectors.found["blk.0.ffn_up_exps.weight"]
+    assert sums[:, 0].tolist() == counts.tolist() == [0, 1, 2, 3]
+    sums, counts = vectors.found["blk.0.attn_k_b.weight"]
+    assert (sums.tolist(), counts.tolist()) == ([[0, 1, 2, 3], [6, 7, 8, 9]], [7, 7])
+    sums, _ = vectors.found["blk.0.attn_v_b.weight"]
+    assert sums.tolist() == [list(range(width))] * 2
+    assert queries_of(made_of, diagonals) == {"m.0.self_attn.q_proj"}

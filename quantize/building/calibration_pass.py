@@ -28,6 +28,7 @@ from quantize.dist.resume import Block, Unfinished
 from quantize.errors import PlanError, SourceError
 from quantize.executors.api import Streams, Windows
 from quantize.executors.memory import give_back
+from quantize.gguf.vectors import OUTPUTS, queries_of
 from quantize.recipe.methods import GptqVariant
 from quantize.source.streamed import StreamedModel
 
@@ -38,7 +39,8 @@ class PassState:
 
     Attributes:
         model: the source. tokens: the calibration windows. branches: open for writing.
-        diagonals: where to put the diagonal of each linear's H, for an importance matrix; None gathers none.
+        diagonals: where to put the diagonal of each linear's H, for an importance matrix; None gathers none. With
+            MLA also the sums of squares of its queries.
         unfinished: where progress is recorded, and where to resume from.
         store: where the source's statistics are kept, or None. What it holds of all blocks is taken from there.
     """
@@ -63,11 +65,19 @@ class CalibrationPass:
                 "statistics are not kept: blocks of this architecture leave keys and values for later ones"
             )
             self.store = None
+        self._queries = self._find_queries()
         self._kinds: set[object] = set()  # of blocks whose statistics were written to the store
         branches = state.branches
         self.sharing = [branch for branch in branches if _propagate(branch) == "source"]
         self.drifting = [branch for branch in branches if _propagate(branch) == "quantized"]
         self.awq = [branch for branch in branches if branch.item.method == "awq"]
+
+    def _find_queries(self) -> frozenset[str]:
+        """Linears whose outputs the importance matrix needs; see :mod:`quantize.gguf.vectors`."""
+        if self.diagonals is None or self.plan.gguf is None:
+            return frozenset()
+        header = self.plan.gguf.conversion.header(self.reporter)
+        return queries_of(header.made_of, (linear.name for linear in self.plan.table.linears))
 
     def run(self) -> None:
         """Write every tensor of every branch.
@@ -162,7 +172,12 @@ class CalibrationPass:
             for group in shared:
                 diagonal = group.hessian.diagonal().cpu().numpy() * np.float32(group.tokens > 0)
                 for linear in group.linears:
-                    self.diagonals[self.model.checkpoint_name(index, linear.local)] = diagonal, group.tokens
+                    name = self.model.checkpoint_name(index, linear.local)
+                    self.diagonals[name] = diagonal, group.tokens
+                    if name in self._queries:
+                        weight = self.model.stored_weight(index, linear)
+                        squares = ((weight @ group.hessian) * weight).sum(dim=1).clamp(min=0)
+                        self.diagonals[name + OUTPUTS] = squares.cpu().numpy(), group.tokens
         # other workers solve while AWQ is solved here
         common = gptq.begin(index, shared, self.sharing) if gptq and self.sharing else []
         drifting = []

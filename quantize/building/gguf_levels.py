@@ -23,40 +23,72 @@ from quantize.executors.quantizers import Quantizers
 from quantize.files.atomic import copy_file, sync_folder
 from quantize.files.digest import key_of, sha256_of_file
 from quantize.gguf.check import check_conversion
+from quantize.gguf.convert import Header
 from quantize.gguf.imatrix import Importance, read_importance, write_importance
 from quantize.gguf.quantize import failure, request
 from quantize.gguf.split import split_file
-from quantize.gguf.stacks import targets_of
 from quantize.gguf.toolchain import VERSION
+from quantize.gguf.vectors import find_vectors
 from quantize.planning.items import PlannedLevel
 from quantize.planning.levels import LevelPlan
 from quantize.publishing.card import licence_files
-from quantize.reporter import Advance
+from quantize.reporter import Advance, Reporter
 from quantize.source.unchanged import copy_unchanged
 
 
-def build_levels(build: Build, diagonals: Diagonals | None) -> list[str]:
+@dataclass(frozen=True)
+class Converted:
+    """The full-width file of a source, compared with it.
+
+    Attributes:
+        path: the file. header: what it is made of. checked: how it compares, for the manifest.
+    """
+
+    path: Path
+    header: Header
+    checked: Mapping[str, Any]
+
+
+def convert_source(build: Build) -> Converted:
+    """Convert the source and compare its logits, before hours of calibration depend on it.
+
+    Raises:
+        GgufError: llama.cpp is missing or refuses, or the logits differ.
+    """
+    plan, reporter, levels = build.plan, build.reporter, build.plan.gguf
+    assert levels is not None
+    with reporter.stage("convert"):
+        header = levels.conversion.header(reporter)
+        for note in levels.notes:
+            reporter.say(note)
+        path = levels.conversion.make(reporter)
+        tolerance = levels.section.logits_tolerance
+        checked = check_conversion(levels.conversion, path, tolerance, reporter)
+    notes = [*levels.notes, *checked.get("notes", ())]
+    return Converted(path, header, {**checked, **({"notes": notes} if notes else {})})
+
+
+def build_levels(build: Build, converted: Converted, diagonals: Diagonals | None) -> list[str]:
     """Make every level that is left; each is put into place as soon as it is whole.
 
     Returns:
         The labels of what was built.
 
     Raises:
-        GgufError: llama.cpp is missing or refuses. BuildError: not enough disk.
+        GgufError: llama.cpp refuses. BuildError: not enough disk.
     """
     plan, reporter = build.plan, build.reporter
     todo, levels, work = plan.level_work, plan.gguf, build.dist.work
     assert levels is not None
+    header, path = converted.header, converted.path
     levels.folder.mkdir(parents=True, exist_ok=True)
-    with reporter.stage("convert"):
-        header = levels.conversion.header(reporter)
-        path = levels.conversion.make(reporter)
-        tolerance = levels.section.logits_tolerance
-        checked = check_conversion(levels.conversion, path, tolerance, reporter)
     _check_disk(levels, todo)
-    manifest = _LevelsManifest(build, levels, checked, diagonals)
+    manifest = _LevelsManifest(build, levels, converted.checked, diagonals)
+    for item in todo:
+        if item.is_projector:
+            _make_projector(build, levels, item, manifest)
     wanting = any(item.wants_imatrix for item in todo)
-    importance = _importance(levels, header, diagonals, manifest) if wanting else None
+    importance = _importance(levels, header, diagonals, manifest, reporter) if wanting else None
     vectors = None
     if importance is not None:
         vectors = work / "imatrix.npz"
@@ -69,6 +101,23 @@ def build_levels(build: Build, diagonals: Diagonals | None) -> list[str]:
         with build.dist.replacing(levels.folder / name) as temporary:
             copy_unchanged(plan.source, name, temporary)
     return [item.label for item in todo]
+
+
+def _make_projector(build: Build, levels: LevelPlan, item: PlannedLevel, manifest: _LevelsManifest) -> None:
+    """The encoder and projector of images or sound: converted, and not quantized."""
+    assert levels.projector is not None
+    with build.reporter.stage("convert"):
+        made = levels.projector.make(build.reporter)
+    if made.stat().st_size != item.nbytes:
+        raise GgufRunError(f"{item.file}: has {made.stat().st_size:,} bytes, planned were {item.nbytes:,}")
+    place = levels.folder / item.file
+    with build.dist.replacing(place) as temporary:
+        copy_file(made, temporary)
+    manifest.note_level(item.level, {
+        "key": key_of(item.key_inputs),
+        "key_inputs": dict(item.key_inputs),
+        "files": {item.file: _described(place)},
+    })  # fmt: skip
 
 
 class _LevelsManifest:
@@ -111,7 +160,7 @@ class _LevelsManifest:
 
 
 def _importance(
-    levels: LevelPlan, header: Any, diagonals: Diagonals | None, manifest: _LevelsManifest
+    levels: LevelPlan, header: Header, diagonals: Diagonals | None, manifest: _LevelsManifest, reporter: Reporter
 ) -> Importance | None:
     """The importance matrix of the pass, of the file the recipe names, or the one that lies in the repo."""
     if levels.imatrix_file is None:
@@ -124,12 +173,15 @@ def _importance(
             if sha256_of_file(temporary) != levels.imatrix_inputs["sha256"]:
                 raise GgufRunError(f"{given}: the importance matrix changed while the build was running; build again")
     elif diagonals is not None:
-        entries = targets_of(diagonals.by_linear, header.converted)
+        vectors = find_vectors(diagonals.by_linear, header.made_of, header.shapes())
+        if vectors.left_out:
+            some = ", ".join(vectors.left_out[:3]) + (", ..." if len(vectors.left_out) > 3 else "")
+            reporter.say(f"{len(vectors.left_out)} tensors have no importance, as their inputs are not known: {some}")
         chunks = int(levels.imatrix_inputs["chunks"])
         tokens = max((count for _, count in diagonals.by_linear.values()), default=0)
         importance = Importance(
-            {new: np.stack([diagonals.by_linear[name][0] for name in old]) for new, old in entries.items()},
-            {new: np.array([diagonals.by_linear[name][1] for name in old]) for new, old in entries.items()},
+            {name: sums for name, (sums, _) in vectors.found.items()},
+            {name: counts for name, (_, counts) in vectors.found.items()},
             str(levels.imatrix_inputs["dataset"]),
             chunks,
             tokens // max(chunks, 1),
@@ -167,8 +219,8 @@ class _Lanes:
         assert build.plan.gguf
         self.build, self.manifest, self.quantizers, self.inputs = build, manifest, quantizers, inputs
         self.levels = build.plan.gguf
-        self._waiting = list(build.plan.level_work)
-        self._lanes, self._threads = quantizers.lanes(len(self._waiting))
+        self._waiting = [item for item in build.plan.level_work if not item.is_projector]
+        self._lanes, self._threads = quantizers.lanes(max(1, len(self._waiting)))
         self._failures: list[Exception] = []
         self._lock = threading.Lock()
         self._advance: Advance = lambda count: None

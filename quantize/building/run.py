@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from quantize.building.build import Build, BuildResult, Diagonals, claim
 from quantize.dist.layout import Dist, locked
@@ -27,6 +28,9 @@ from quantize.planning.planner import plan_recipe
 from quantize.publishing.card import refresh_cards
 from quantize.recipe import LoadedRecipe
 from quantize.reporter import Reporter
+
+if TYPE_CHECKING:
+    from quantize.building.gguf_levels import Converted
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -93,13 +97,17 @@ def _open(plan: Plan, held: Dist, options: BuildOptions, reporter: Reporter) -> 
 
 
 def _build(build: Build, result: BuildResult) -> None:
-    plan, diagonals = build.plan, None
+    plan, diagonals, converted = build.plan, None, None
+    if plan.level_work:
+        from quantize.building.gguf_levels import convert_source
+
+        converted = convert_source(build)
     if plan.native_work or plan.gathers_imatrix:
         diagonals = _build_branches(build, result)
     if plan.engine_work:
         _build_by_engines(build, result)
-    if plan.level_work:
-        _build_levels(build, diagonals, result)
+    if converted:
+        _build_levels(build, converted, diagonals, result)
 
 
 def _build_branches(build: Build, result: BuildResult) -> Diagonals | None:
@@ -156,12 +164,12 @@ def _build_by_engines(build: Build, result: BuildResult) -> None:
         result.add(made.item.label, data["ledger"])
 
 
-def _build_levels(build: Build, diagonals: Diagonals | None, result: BuildResult) -> None:
+def _build_levels(build: Build, converted: Converted, diagonals: Diagonals | None, result: BuildResult) -> None:
     from quantize.building.gguf_levels import build_levels
 
     assert build.plan.gguf
     claim(build.plan, build.dist, build.plan.gguf.folder)
-    result.built += build_levels(build, diagonals)
+    result.built += build_levels(build, converted, diagonals)
     for item in build.plan.level_work:
         if item.outcome and item.outcome.fallbacks:
             result.oddities[item.label] = {"fallback": list(item.outcome.fallbacks)}

@@ -69,6 +69,8 @@ def plan(
         if planned.gguf:
             click.echo(f"{planned.gguf.repo}:")
             click.echo(table([LEVEL_HEADING, *(_level_row(planned, item) for item in levels)], right=frozenset({1, 2})))
+            for note in planned.gguf.notes:
+                click.echo(f"{planned.gguf.repo}: {note}")
         for line in made_otherwise(planned):
             click.echo(line)
         for label, reason in planned.obstacles.items():

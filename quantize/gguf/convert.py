@@ -12,21 +12,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantize.errors import GgufError, GgufRunError
 from quantize.files.atomic import write_atomically
 from quantize.files.cache import cache_folder
 from quantize.files.child import ChildFailed, Task, run_child
 from quantize.files.space import touch
+from quantize.formats.gguf_reader import open_gguf
 from quantize.formats.safetensors_header import write_hollow
 from quantize.formats.tensors import TensorSpec
+from quantize.gguf.reasons import QUIET, reason_of
 from quantize.gguf.toolchain import require_library, tree, tree_identity
 from quantize.reporter import SILENT, Reporter
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.resolved import Source
 from quantize.source.unchanged import check_small_files, check_weights
 
+TABLE = "tensors-2.json"
+"""What is known of a header, beside it; the number is raised when that changes."""
 SLACK = 64 * 2**20  # bytes allowed for the header
 HEADER_SECONDS = 3600.0
 """Time limit of a header run, in seconds: it reads no weights, but a bad tokenizer may never finish."""
@@ -39,15 +43,26 @@ class Header:
     Attributes:
         path: a file with the header, followed by a hole (or the data).
         converted: for each tensor of the checkpoint, the GGUF tensors it was converted to.
-        nbytes: size of the header without padding. keys: names of its metadata.
+        made_of: the reverse, each in the order in which they were put together, such as that of stacked experts.
+        nbytes: size of a level's header before its own metadata, without padding. keys: names of its metadata.
         architecture: its name in the checkpoint's config.
+        notes: what the converter was told to do differently for this checkpoint, one sentence each.
     """
 
     path: Path
     converted: Mapping[str, list[str]]
+    made_of: Mapping[str, list[str]]
     nbytes: int
     keys: frozenset[str]
     architecture: str
+    notes: tuple[str, ...] = ()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the GGUF tensors, in the row-major order of torch."""
+        return {
+            tensor.name: tuple(int(length) for length in reversed(tensor.shape))
+            for tensor in open_gguf(self.path).tensors
+        }
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,8 @@ class Conversion:
         outtype: F16, BF16 or F32. name: ``general.name``.
         authorship: other ``general.`` keys of the file, such as ``general.quantized_by``.
         trust_remote_code: let the converter run code from the model's repo.
+        part: ``text``, the language model, or ``mmproj``, the encoder and projector of its images or sound.
+        nextn: whether layers that predict further tokens go into the file, where the checkpoint has some.
     """
 
     source: Source
@@ -65,6 +82,8 @@ class Conversion:
     name: str
     authorship: Mapping[str, Any]
     trust_remote_code: bool = False
+    part: Literal["text", "mmproj"] = "text"
+    nextn: bool = True
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -77,6 +96,8 @@ class Conversion:
             "authorship": dict(self.authorship),
             # a tokenizer with code in the repo may have another vocabulary than the library's
             **({"trust_remote_code": True} if self.trust_remote_code else {}),
+            **({"part": self.part} if self.part != "text" else {}),
+            **({} if self.nextn else {"nextn": False}),
         }
 
     @property
@@ -95,14 +116,29 @@ class Conversion:
         Raises:
             GgufError: llama.cpp is missing, or cannot convert this model; the message gives its reason.
         """
-        path, table = self.folder / "header.gguf", self.folder / "header.json"
+        path, table = self.folder / "header.gguf", self.folder / TABLE
         if not (path.is_file() and table.is_file()):
             reporter.say(f"asking llama.cpp for the tensors of {self.source.named}")
             found = self._run(path, "header", reporter)
+            if self.part == "text":
+                self._check_loads(path)
             write_atomically(table, json.dumps(found).encode())
         touch(self.folder)
         data = json.loads(table.read_text(encoding="utf-8"))
-        return Header(path, data["became"], data["header_bytes"], frozenset(data["keys"]), data["architecture"])
+        return Header(
+            path, data["became"], data["made_of"], data["header_bytes"], frozenset(data["keys"]), data["architecture"],
+            tuple(data["notes"]),
+        )  # fmt: skip
+
+    def _check_loads(self, header: Path) -> None:
+        """Have llama.cpp load the header, so that what it cannot load is known before any work."""
+        worker = Path(__file__).with_name("worker_logits.py")
+        try:
+            run_child(Task(worker, {"model": str(header.resolve())}, variables=QUIET, seconds=HEADER_SECONDS))
+        except ChildFailed as error:
+            raise GgufError(
+                f"{self.source.named}: llama.cpp converts this model, but cannot load the result: {reason_of(error)}"
+            ) from None
 
     def make(self, reporter: Reporter = SILENT) -> Path:
         """The file, from the cache or converted now.
@@ -135,7 +171,7 @@ class Conversion:
             model = stack.enter_context(_outline(self.source)) if mode == "header" else self.source.folder
             arguments = {
                 "model": str(model.resolve()), "out": str(temporary.resolve()), "outtype": self.outtype, "mode": mode,
-                "name": self.name, "metadata": str(authorship.resolve()),
+                "name": self.name, "metadata": str(authorship.resolve()), "part": self.part, "nextn": self.nextn,
             }  # fmt: skip
             worker = Path(__file__).with_name("worker_convert.py")
             imports = (code.resolve(), code.resolve() / "gguf-py")
@@ -209,4 +245,18 @@ def _reason(error: ChildFailed) -> str:
     for pattern, sentence in KNOWN_REASONS:
         if match := re.search(pattern, error.reason) or re.search(pattern, error.log):
             return sentence.format(*match.groups())
-    return f"{error.kind}: {error.reason}" if error.kind not in {"", "RuntimeError"} else error.reason
+    if error.kind in {"", "RuntimeError"}:
+        return error.reason
+    where = _failed_line(error.log)
+    if error.kind == "KeyError":
+        sought = error.reason.strip("\"'").removeprefix("could not find any of: ")
+        return f"it looks for {sought}, which config.json and the tokenizer's files lack{where}"
+    if error.kind == error.reason or not error.reason:  # such as an assertion without a text
+        return f"its own check failed{where}" if error.kind == "AssertionError" else f"{error.kind}{where}"
+    return f"{error.kind}: {error.reason}"
+
+
+def _failed_line(log: str) -> str:
+    """The last line of code in a traceback, in brackets, or an empty string."""
+    found = re.findall(r'^  File "[^"]*?([^"/]+)", line (\d+), in .*\n    (.+)$', log, re.MULTILINE)
+    return f" ({found[-1][0]}, line {found[-1][1]}: {found[-1][2][:160].strip()})" if found else ""

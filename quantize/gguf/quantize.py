@@ -14,6 +14,7 @@ from typing import Any
 from quantize.errors import GgufError, GgufRunError
 from quantize.files.child import Child, ChildFailed, Task
 from quantize.gguf.convert import Header
+from quantize.gguf.reasons import QUIET, reason_in
 from quantize.recipe.levels import LEVELS
 
 BUFFER_BYTES = 64 * 2**20  # of rows buffered by a running quantizer
@@ -80,7 +81,7 @@ def request(
 def start(request: Mapping[str, Any]) -> Child:
     """Start the child for a :func:`request`."""
     worker = Path(__file__).with_name("worker_quantize.py")
-    return Child(Task(worker, dict(request), variables={"OMP_NUM_THREADS": str(request["threads"])}))
+    return Child(Task(worker, dict(request), variables={"OMP_NUM_THREADS": str(request["threads"]), **QUIET}))
 
 
 def finish(child: Child, on_line: Callable[[str], None] | None = None) -> tuple[int, str]:
@@ -101,12 +102,13 @@ def finish(child: Child, on_line: Callable[[str], None] | None = None) -> tuple[
 
 def failure(level: str, code: int, log: str) -> GgufError:
     """The error for a failed level, with llama.cpp's reason."""
-    if code < 0:
+    reasons = re.findall(r"failed to quantize: (.*)", log)
+    reason = reasons[-1] if reasons else reason_in(log)
+    if code < 0 and not reason:
         return GgufRunError(
             f"{level}: llama.cpp's quantizer was killed by signal {-code}; nothing of this level was saved"
         )
-    reasons = re.findall(r"failed to quantize: (.*)", log)
-    return GgufError(f"{level}: llama.cpp cannot make it: {reasons[-1] if reasons else 'it gave no reason'}")
+    return GgufError(f"{level}: llama.cpp cannot make it: {reason or 'it gave no reason'}")
 
 
 def predict(requests: Mapping[str, Mapping[str, Any]], header: Header) -> dict[str, Outcome]:

@@ -71,6 +71,8 @@ def check_text(loaded: LoadedRecipe, options: MeasureOptions, reporter: Reporter
     task = _Task(plan_recipe(loaded, options, reporter), options.device)
     if all(item.state == "fresh" for item in task.selected) and not task.unmeasured():
         return
+    if any(isinstance(item, PlannedLevel) and item.state != "fresh" for item in task.selected):
+        _check_levels(plan_recipe(loaded, options, reporter, weights=True), reporter)
     for corpus in task.text.dataset:
         try:
             next(read_pieces(corpus), None)
@@ -79,6 +81,21 @@ def check_text(loaded: LoadedRecipe, options: MeasureOptions, reporter: Reporter
             raise CalibrationError(
                 f"measure.dataset: {reason}; branches are measured after the build: name another text, or --no-measure"
             ) from None
+
+
+def _check_levels(plan: Plan, reporter: Reporter) -> None:
+    """Convert the source, and check that its levels can be measured, before they are made."""
+    from quantize.measuring.gguf import GgufFile, check_levels_can_be_read_back
+    from quantize.source.source_tensors import SourceTensors
+
+    levels = plan.gguf
+    assert levels is not None
+    levels.require()
+    header, path = levels.conversion.header(reporter), levels.conversion.make(reporter)
+    full = GgufFile([path])
+    types = [(name, kind) for item in levels.levels if item.outcome for name, kind in item.outcome.types.items()]
+    quantized = {name for name, kind in types if kind != full.type_of(name)}
+    check_levels_can_be_read_back(path, header.converted, SourceTensors(plan.source).read, quantized)
 
 
 class _Task:
@@ -100,7 +117,11 @@ class _Task:
 
     @property
     def selected(self) -> list[Item]:
-        return [item for item in self.plan.everything if item.label in self.plan.selected]
+        return [
+            item
+            for item in self.plan.everything
+            if item.label in self.plan.selected and not (isinstance(item, PlannedLevel) and item.is_projector)
+        ]
 
     @property
     def built(self) -> list[Item]:

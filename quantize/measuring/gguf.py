@@ -1,14 +1,16 @@
 """Tensors of a GGUF level under the names and in the order of the checkpoint that it was made of.
 
-llama.cpp's converter renames tensors, reorders rows (q and k of the Llama family), adds one to some norms. Nothing
-here knows which architecture does what: each tensor of the full-width conversion is laid beside the source's, and what
-turns one into the other is found by comparing their values, once, for all levels.
+llama.cpp's converter renames tensors, reorders rows (q and k of the Llama family), adds one to some norms, splits and
+stacks. Nothing here knows which architecture does what: each tensor of the full-width conversion is compared with the
+source's (``gguf_turns.py``), and what turns one into the other is found by comparing their values, once, for all
+levels. What cannot be turned back but lies in a level as it lies in the conversion is not quantized: the source's own
+values are taken for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +20,10 @@ from numpy.typing import NDArray
 
 from quantize.errors import GgufRunError
 from quantize.formats.gguf_reader import open_gguf
-from quantize.gguf.stacks import find_stacks
+from quantize.measuring.gguf_turns import Turn, find_turn
 from quantize.source.routing import expert_of
 
 ReadSource = Callable[[str], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What turns a converted tensor back: rows in another order (None: as they are), a shift, a transposition.
-
-    Attributes:
-        expert: which matrix of a stack of experts it is.
-    """
-
-    name: str
-    expert: int | None = None
-    rows: NDArray[np.int64] | None = None
-    shift: float = 0.0
-    transposed: bool = False
-
-    def back(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        values = values if self.rows is None else values[self.rows]
-        return (values.T if self.transposed else values) - self.shift
 
 
 class GgufFile:
@@ -57,10 +40,21 @@ class GgufFile:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    def type_of(self, name: str) -> str:
+        """A tensor's type, such as ``Q4_K``; empty if the file has no such tensor."""
+        return str(self._tensors[name].tensor_type.name) if name in self._tensors else ""
+
     def dtype(self, name: str) -> torch.dtype:
         """What the values of a full-width tensor were rounded to."""
-        kind = self._tensors[name].tensor_type.name if name in self._tensors else ""
-        return {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+        return {"F16": torch.float16, "BF16": torch.bfloat16}.get(self.type_of(name), torch.float32)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape in the row-major order of torch.
+
+        Raises:
+            GgufError: the file has no such tensor.
+        """
+        return tuple(int(length) for length in reversed(self._find(name).shape))
 
     def tensor(self, name: str, expert: int | None = None) -> NDArray[np.float32]:
         """float32 values in the row-major order of torch; of one ``expert`` of a stack alone.
@@ -70,60 +64,70 @@ class GgufFile:
         """
         from gguf.quants import dequantize
 
-        if name not in self._tensors:
-            raise GgufRunError(f"{self.path}: holds no tensor {name}")
-        tensor = self._tensors[name]
-        shape, data = tuple(int(length) for length in reversed(tensor.shape)), tensor.data
+        tensor, shape = self._find(name), self.shape(name)
+        data = tensor.data
         if expert is not None:
             shape, data = shape[1:], data[expert]
         return dequantize(data, tensor.tensor_type).astype(np.float32, copy=False).reshape(shape)
 
+    def has_same(self, name: str, other: GgufFile) -> bool:
+        """Whether both files have this tensor with the same type and bytes."""
+        if name not in self or name not in other:
+            return False
+        left, right = self._tensors[name], other._tensors[name]
+        return bool(left.tensor_type == right.tensor_type and np.array_equal(left.data, right.data))
+
+    def _find(self, name: str) -> Any:
+        if name not in self._tensors:
+            raise GgufRunError(f"{self.path}: holds no tensor {name}")
+        return self._tensors[name]
+
 
 class Alignment:
-    """How the tensors of a conversion lie to those of its source.
+    """How the tensors of a conversion correspond to those of its source.
 
     Args:
         conversion: the full-width file that all levels are made from.
-        converted: for each tensor of the checkpoint, the GGUF tensors it went into.
+        converted: for each tensor of the checkpoint, the GGUF tensors that it went into.
         read: the source's tensors by name.
     """
 
     def __init__(self, conversion: Path, converted: Mapping[str, list[str]], read: ReadSource) -> None:
-        self._conversion, self._converted, self._read = GgufFile([conversion]), converted, read
-        self._stacks = find_stacks(converted)
-        self._known: dict[str, Turn] = {}
+        self.conversion, self._converted, self._read = GgufFile([conversion]), converted, read
+        self._known: dict[str, Turn | None] = {}
+
+    def targets(self, name: str) -> list[str]:
+        """The GGUF tensors that a checkpoint's tensor went into."""
+        return self._converted.get(name, [])
 
     def turn(self, name: str) -> Turn | None:
-        """What turns a converted tensor into the checkpoint's ``name``; None where the conversion has none.
-
-        Raises:
-            GgufError: the converter did something to it that is not known here.
-        """
-        expert = expert_of(name)
-        if name not in self._converted and expert is None:
-            return None
+        """What turns converted tensors into the checkpoint's ``name``; None where nothing known here does."""
         if name not in self._known:
-            target, number = self._target(name)
-            wanted = self._read(name).to(self._conversion.dtype(target)).float().numpy()
-            turn = _find_turn(name, target, wanted, self._conversion.tensor(target, number))
-            self._known[name] = replace(turn, expert=number)
+            self._known[name] = self._find(name)
         return self._known[name]
 
-    def _target(self, name: str) -> tuple[str, int | None]:
-        """The converted tensor that a checkpoint's went into, and which matrix of it."""
-        if expert := expert_of(name):
-            mixture, number, rest = expert
-            stack = self._stacks.get((mixture, rest.removesuffix(".weight")))
-            if stack is None:
-                raise GgufRunError(f"{name}: the converter stacked the experts in a way that is not known here")
-            return stack, number
-        targets = self._converted[name]
-        if len(targets) != 1:
-            raise GgufRunError(f"{name} was split into {', '.join(targets)}, which cannot be put together again")
-        return targets[0], None
+    def _find(self, name: str) -> Turn | None:
+        file, targets, wanted = self.conversion, self.targets(name), self._read(name)
+        expert = expert_of(name)
+        if expert and len(targets) == 1:
+            shape = file.shape(targets[0])
+            if len(shape) == wanted.dim() + 1 and expert[1] < shape[0]:
+                # one matrix of a stack; in the experts' order almost always
+                others = (number for number in range(shape[0]) if number != expert[1])
+                for number in (expert[1], *others):
+                    parts = [(targets[0], number, file.tensor(targets[0], number))]
+                    if turn := find_turn(wanted, file.dtype(targets[0]), parts):
+                        return turn
+                return None
+        return find_turn(wanted, file.dtype(targets[0]), [(target, None, file.tensor(target)) for target in targets])
 
     def source(self, name: str) -> torch.Tensor:
         return self._read(name)
+
+    def refusal(self, name: str) -> GgufRunError:
+        """The error for a tensor that cannot be turned back."""
+        made = " and ".join(self.targets(name))
+        return GgufRunError(f"{name}: the converter made {made} of it in a way that cannot be turned back")
 
 
 class LevelReader:
@@ -134,55 +138,27 @@ class LevelReader:
 
     def weight(self, module: str) -> torch.Tensor:
         """A linear's weight, [out_features, in_features] float32, also where the checkpoint stores its transpose."""
-        turn = self._alignment.turn(f"{module}.weight")
-        weight = self.tensor(f"{module}.weight")
+        name = f"{module}.weight"
+        weight = self.tensor(name)
+        turn = self._alignment.turn(name) if self._alignment.targets(name) else None
         return weight.t().contiguous() if turn is not None and turn.transposed else weight
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Any tensor as the checkpoint stores it; what the file does not carry (constants) is the source's."""
-        turn = self._alignment.turn(name)
-        if turn is None:
-            return self._alignment.source(name)
-        return torch.from_numpy(np.ascontiguousarray(turn.back(self._file.tensor(turn.name, turn.expert))))
+        """Any tensor as the checkpoint stores it; what the file does not carry (constants) is the source's.
 
-
-def _find_turn(name: str, target: str, wanted: NDArray[np.float32], found: NDArray[np.float32]) -> Turn:
-    if wanted.ndim == 2 and found.ndim == 2 and found.shape[0] > wanted.shape[0] and found.shape[1] == wanted.shape[1]:
-        # the vocabulary is padded in the file
-        rows = np.arange(wanted.shape[0])
-        if _same(found[rows], wanted):
-            return Turn(target, rows=rows)
-    if found.size == wanted.size:
-        found = found.reshape(wanted.shape) if wanted.ndim == 1 else found
-        if found.shape == wanted.shape:
-            if _same(found, wanted):
-                return Turn(target)
-            if _same(found - 1, wanted):
-                return Turn(target, shift=1.0)
-            rows_found = _rows(found, wanted)
-            if rows_found is not None:
-                return Turn(target, rows=rows_found)
-        if found.shape == wanted.T.shape:
-            if _same(found.T, wanted):
-                return Turn(target, transposed=True)
-            rows_found = _rows(found, wanted.T)
-            if rows_found is not None:
-                return Turn(target, rows=rows_found, transposed=True)
-    raise GgufRunError(f"{name}: the converter made {target} of it in a way that cannot be turned back")
-
-
-def _same(left: NDArray[np.float32], right: NDArray[np.float32]) -> bool:
-    """Equal up to the rounding of a 16-bit type."""
-    return bool(np.allclose(left, right, rtol=2**-7, atol=1e-6 * float(np.abs(right).max(initial=0)) + 1e-12))
-
-
-def _rows(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.int64] | None:
-    """``index`` with ``found[index] == wanted``, or None. Rows are paired by their order along a random direction."""
-    left, right = found.reshape(len(found), -1), wanted.reshape(len(wanted), -1)
-    direction = np.random.Generator(np.random.PCG64(0)).standard_normal(left.shape[1]).astype(np.float64)
-    index = np.empty(len(left), dtype=np.int64)
-    index[np.argsort(right @ direction, kind="stable")] = np.argsort(left @ direction, kind="stable")
-    return index if _same(left[index], right) else None
+        Raises:
+            GgufError: the converter changed it in an unknown way, and the level has it quantized.
+        """
+        alignment = self._alignment
+        targets = alignment.targets(name)
+        if not targets:
+            return alignment.source(name)
+        turn = alignment.turn(name)
+        if turn is not None:
+            return torch.from_numpy(np.ascontiguousarray(turn.back(self._file.tensor)))
+        if all(self._file.has_same(target, alignment.conversion) for target in targets):
+            return alignment.source(name)
+        raise alignment.refusal(name)
 
 
 def open_levels(
@@ -191,3 +167,24 @@ def open_levels(
     """Readers of several levels of one conversion, by their labels."""
     alignment = Alignment(conversion, converted, read)
     return {label: LevelReader(paths, alignment) for label, paths in files.items()}
+
+
+def check_levels_can_be_read_back(
+    conversion: Path, converted: Mapping[str, list[str]], read: ReadSource, quantized: Collection[str]
+) -> None:
+    """Check, before levels are made, that they can be measured. Of alike tensors of all blocks the first is checked.
+
+    Args:
+        quantized: GGUF tensors that some level has in another type than the conversion.
+
+    Raises:
+        GgufError: one of them cannot be turned back.
+    """
+    alignment = Alignment(conversion, converted, read)
+    seen: set[object] = set()
+    for name, targets in converted.items():
+        kind = re.sub(r"\d+", "N", name)
+        if kind not in seen and any(target in quantized for target in targets):
+            seen.add(kind)
+            if alignment.turn(name) is None:
+                raise alignment.refusal(name)

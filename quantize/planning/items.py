@@ -12,6 +12,7 @@ from quantize.engines import Engine
 from quantize.gguf.quantize import Outcome
 from quantize.planning.engines import engine_of, layout_of
 from quantize.planning.sizes import Layout
+from quantize.recipe.levels import MMPROJ
 from quantize.recipe.methods import Method, Variant
 
 State = Literal["missing", "stale", "fresh", "taken"]
@@ -112,7 +113,7 @@ class PlannedLevel:
     """One GGUF file to build.
 
     Attributes:
-        repo: name of its repo. level: such as ``Q4_K_M``.
+        repo: name of its repo. level: such as ``Q4_K_M``, or ``MMPROJ``.
         folder: ``dist/<repo name>/main``; ``file`` is its name there.
         outcome: types, fallbacks, exact size; None if llama.cpp could not be run, with the reason in ``why``.
         key_inputs: what its bytes depend on.
@@ -141,6 +142,11 @@ class PlannedLevel:
     @property
     def label(self) -> str:
         return f"gguf/{self.level}"
+
+    @property
+    def is_projector(self) -> bool:
+        """Whether it is no level, but the encoder and projector of images or sound that go with all levels."""
+        return self.level == MMPROJ
 
     @property
     def wants_imatrix(self) -> bool:

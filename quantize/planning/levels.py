@@ -25,6 +25,7 @@ from quantize.gguf.quantize import ANY, Outcome, predict, request
 from quantize.gguf.toolchain import VERSION, missing_library
 from quantize.planning.items import PlannedLevel, State
 from quantize.planning.keys import STATISTICS_VERSION, differences
+from quantize.recipe.levels import MMPROJ
 from quantize.recipe.methods import Gguf
 from quantize.recipe.schema import Recipe
 from quantize.reporter import SILENT, Reporter
@@ -33,6 +34,8 @@ from quantize.source.resolved import Source, safe_name
 LEVELS_VERSION = 1
 """Raise it when llama.cpp is called in another way for the same level: finished levels become stale."""
 BRANCH = "main"
+ENCODER_CONFIGS = ("vision_config", "audio_config", "vision_encoder", "whisper_config", "visual")
+"""Parts of a config that describe an encoder of images or sound."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class LevelPlan:
         conversion: the full-width file that they are quantized from.
         imatrix_file: name of the importance matrix in the repo, or None; ``imatrix_key`` is what it depends on.
         lacking: the reason why llama.cpp cannot make them, or None.
+        projector: the conversion of the model's encoder and projector of images or sound, or None.
+        notes: what users of the files have to know, one sentence each.
     """
 
     repo: str
@@ -54,6 +59,8 @@ class LevelPlan:
     imatrix_inputs: Mapping[str, Any]
     levels: tuple[PlannedLevel, ...]
     lacking: str | None
+    projector: Conversion | None = None
+    notes: tuple[str, ...] = ()
 
     def require(self) -> None:
         """Raise :class:`GgufError` with the reason if the levels cannot be made."""
@@ -104,7 +111,7 @@ def plan_levels(
     name = recipe.model.name or source.short_name
     model = safe_name(repo.rsplit("/", 1)[-1].removesuffix("-GGUF"))
     outtype, trust = outtype_of(source.checkpoint, section.intermediate), recipe.model.trust_remote_code
-    conversion = Conversion(source, outtype, name, _authorship(recipe, source), trust)
+    conversion = Conversion(source, outtype, name, _authorship(recipe, source), trust, nextn=section.nextn)
     folder = dist / repo.rsplit("/", 1)[-1] / BRANCH
     file, inputs = _imatrix(recipe, source, calibration, model)
     lacking = missing_library()
@@ -112,13 +119,47 @@ def plan_levels(
     outcomes: dict[str, Outcome] = {}
     if lacking is None:
         try:
-            outcomes = _outcomes(blank, conversion.header(reporter))
+            header = conversion.header(reporter)
+            outcomes = _outcomes(blank, header)
+            blank = dataclasses.replace(blank, notes=header.notes)
         except GgufError as error:  # the recipe's other methods can still be built
             blank = dataclasses.replace(blank, lacking=str(error))
     levels = tuple(
         _planned(blank, level, outcomes.get(level), bool(inputs) and _uses_imatrix(level)) for level in section.levels
     )
-    return dataclasses.replace(blank, levels=levels)
+    blank = dataclasses.replace(blank, levels=levels)
+    return _with_projector(blank, reporter) if blank.lacking is None and section.mmproj else blank
+
+
+def _with_projector(plan: LevelPlan, reporter: Reporter) -> LevelPlan:
+    """The plan with the encoder and projector of a model that reads images or sound, if llama.cpp can convert them."""
+    config = plan.conversion.source.checkpoint.config
+    if not any(isinstance(config.get(key), dict) for key in ENCODER_CONFIGS):
+        return plan
+    projector = dataclasses.replace(plan.conversion, outtype="F16", part="mmproj", nextn=True)
+    try:
+        header = projector.header(reporter)
+    except GgufError as error:
+        reason = str(error).removeprefix(f"{plan.conversion.source.named}: llama.cpp cannot convert this model: ")
+        return dataclasses.replace(plan, notes=(*plan.notes, f"text only, without an mmproj file: {reason}"))
+    if not header.converted:
+        note = "text only, without an mmproj file: the checkpoint has no weights of an encoder"
+        return dataclasses.replace(plan, notes=(*plan.notes, note))
+    file = f"mmproj-{plan.model}-{projector.outtype}.gguf"
+    inputs = {
+        "conversion": projector.identity,
+        "quantizer": None,
+        "version": LEVELS_VERSION,
+        "level": MMPROJ,
+        "tensor_types": {},
+        "imatrix": None,
+        "file": file,
+        "max_file_size": plan.section.max_file_size,
+    }
+    state, why = _state(plan.folder, MMPROJ, inputs)
+    outcome = Outcome({}, (), header.path.stat().st_size)
+    item = PlannedLevel(plan.repo, MMPROJ, plan.folder, file, outcome, inputs, state, why)
+    return dataclasses.replace(plan, projector=projector, levels=(*plan.levels, item))
 
 
 def _uses_imatrix(level: str) -> bool:

@@ -206,6 +206,7 @@ class Plan:
                 }
                 for item in (self.gguf.levels if self.gguf else ())
             ],
+            "level_notes": list(self.gguf.notes) if self.gguf else [],
         }
 
 

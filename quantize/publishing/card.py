@@ -48,7 +48,10 @@ def render_gguf_card(plan: Plan) -> str:
     manifest = whole.get("levels") or {}
     elements = sum(spec.nbytes // DTYPE_BYTES[spec.dtype] for spec in plan.source.checkpoint.tensors.values())
     rows, split = [], False
+    projector = next((item for item in plan.gguf.levels if item.is_projector), None)
     for item in plan.gguf.levels:
+        if item is projector:
+            continue
         files = manifest.get(item.level, {}).get("files") or {}
         nbytes = sum(file["bytes"] for file in files.values()) or item.nbytes
         first = min(files, default=item.file)
@@ -66,7 +69,16 @@ def render_gguf_card(plan: Plan) -> str:
         })  # fmt: skip
     # the level that most people use, if it is there
     example = next((row for row in rows if row["level"] == "Q4_K_M"), rows[0])
-    return _render(plan, "gguf", "gguf", rows, imatrix=plan.gguf.imatrix_file, split=split, example=example)
+    notes = [*plan.gguf.notes, *(whole.get("conversion") or {}).get("notes", ())]
+    more = {
+        "notes": [note[0].upper() + note[1:] for note in dict.fromkeys(notes)],
+        "projector": projector and {
+            "file": projector.file,
+            "link": f"{HUB}/{projector.repo}/blob/main/{projector.file}",
+            "size": f"{projector.nbytes / 1e9:.2f} GB",
+        },
+    }  # fmt: skip
+    return _render(plan, "gguf", "gguf", rows, imatrix=plan.gguf.imatrix_file, split=split, example=example, **more)
 
 
 def render(plan: Plan, method: str) -> str:

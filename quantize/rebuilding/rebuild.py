@@ -20,6 +20,7 @@ from quantize.planning.circumstances import difference
 from quantize.planning.keys import differences
 from quantize.rebuilding.recorded import lacking
 from quantize.recipe import load_recipe
+from quantize.recipe.levels import MMPROJ
 from quantize.reporter import SILENT, Reporter
 
 SETTINGS = ("compute_dtype", "batch_tokens")
@@ -218,10 +219,12 @@ def _repo_template(manifest: Manifest) -> str:
 
 def _add_levels(recipe: dict[str, Any], manifest: Manifest, folder: Path) -> None:
     inputs = {level: entry["key_inputs"] for level, entry in manifest["levels"].items()}
-    one = next(iter(inputs.values()))
+    one = next((entry for level, entry in inputs.items() if level != MMPROJ), next(iter(inputs.values())))
     conversion, author = one["conversion"], one["conversion"]["authorship"]
     section = recipe["gguf"] = {
-        "levels": list(inputs),
+        "levels": [level for level in inputs if level != MMPROJ],
+        "mmproj": MMPROJ in inputs,
+        "nextn": conversion.get("nextn", True),
         "intermediate": conversion["outtype"].upper(),
         "tensor_types": one["tensor_types"],
         "max_file_size": one["max_file_size"],

@@ -67,6 +67,9 @@ LEVELS |= {
     for base, suffix in (("Q6_K", "L"), ("Q5_K_M", "L"), ("Q4_K_M", "L"), ("Q3_K_L", "XL"), ("Q2_K", "L"))
 }
 
+MMPROJ = "mmproj-F16"
+"""Not a level: the name, among the files of a GGUF repo, of a model's encoder and projector of images or sound."""
+
 TENSOR_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K", "IQ4_NL",
     "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0", "MXFP4",

@@ -237,6 +237,10 @@ class Gguf(Strict):
     """Regex of GGUF tensor names -> type, for all levels."""
     max_file_size: Size = 50_000_000_000
     """Larger levels are split into files of at most this size, because the hub accepts no larger ones."""
+    nextn: bool = True
+    """Whether layers that predict further tokens (NextN, MTP) go into the files, where the model has some."""
+    mmproj: bool = True
+    """Whether the encoder and projector of a model for images or sound are made too, as a file of their own."""
     logits_tolerance: float = Field(default=0.02, gt=0)
     """Largest allowed mean KL divergence of the conversion from the source, in nats."""
 

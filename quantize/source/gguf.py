@@ -14,13 +14,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from quantize.errors import SourceError, is_memory_shortage, shortly
 from quantize.files.cache import as_os_error, cache_folder
+from quantize.files.child import ChildFailed, Task, run_child
 from quantize.files.digest import cached_sha256, sha256_of_file
 from quantize.files.space import touch
+from quantize.files.threads import thread_count
 from quantize.formats.gguf_reader import check_gguf
 from quantize.formats.gguf_reader import open_gguf as open_reader
 from quantize.reporter import Reporter
@@ -28,7 +31,29 @@ from quantize.source.checkpoint import read_checkpoint
 from quantize.source.resolved import Source, safe_name
 from quantize.source.unchanged import changed
 
-CONVERSION = "1"  # raise it when the conversion's result changes
+CONVERSION = "2"  # raise it when the conversion's result changes
+
+UNREAD = {
+    "attention.key_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "logit_scale": "logit_scale",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention.scale": "attention_multiplier",
+}
+"""Keys of a GGUF header, after the architecture's name, that transformers does not read for every architecture whose
+config has the value."""
+COMPARED = (
+    "The ship had been at sea for three weeks when the cook noticed that the last barrel of flour was damp. "
+    "He told nobody, and baked the bread a little longer."
+)
+MOST_DIVERGENCE = 0.1
+"""Largest mean KL divergence, in nats, of the checkpoint from the file in llama.cpp, which rounds activations too."""
 
 
 def find_in_package(name: str) -> Path:
@@ -77,17 +102,21 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     hidden = io.StringIO()  # hides the reader's progress bars; notify has told the user
     where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
-        _check_sizes(open_reader(path))
+        reader = open_reader(path)
+        _check_sizes(reader)
         with _alone(path) as beside, contextlib.redirect_stderr(hidden):
+            config = AutoConfig.from_pretrained(beside, **where)
+            _complete(config, reader)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 beside,
+                config=config,
                 dtype=torch.float16,
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
@@ -101,7 +130,9 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
         if is_memory_shortage(error):
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise SourceError(f"{path}: transformers cannot read this GGUF file: {reason}") from None
+        raise SourceError(
+            f"{path}: transformers cannot read this GGUF file: {reason}; name the checkpoint it was made of instead"
+        ) from None
     finally:
         logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     state = model.state_dict()
@@ -120,6 +151,7 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
         tokenizer.name_or_path = ""
         tokenizer.save_pretrained(temporary)
         _clean_tokenizer_config(temporary / "tokenizer_config.json")
+        _compare(path, model, tokenizer)
         for file in temporary.iterdir():
             file.chmod(0o644)
         temporary.chmod(0o755)
@@ -152,10 +184,66 @@ def _check_sizes(reader: Any) -> None:
     if count != len(blocks):
         raise ValueError(f"its header claims {shortly(count)} blocks, but its tensors have {len(blocks)}")
     lengths = {int(length) for tensor in reader.tensors for length in tensor.shape}
-    for name in ("embedding_length", "feed_forward_length", "vocab_size"):
+    # a mixture need not have the dense layers that its feed_forward_length is of
+    inner = "expert_feed_forward_length" if value(f"{architecture}.expert_count") else "feed_forward_length"
+    for name in ("embedding_length", inner, "vocab_size"):
         length = value(f"{architecture}.{name}")
         if isinstance(length, int) and length not in lengths:
             raise ValueError(f"its header claims a {name} of {length:,}, which no tensor has")
+
+
+def _complete(config: Any, reader: Any) -> None:
+    """Set what the header says and transformers does not read, where the architecture's config has such a value."""
+    architecture = reader.get_field("general.architecture").contents()
+    for key, name in UNREAD.items():
+        field = reader.get_field(f"{architecture}.{key}")
+        value = field.contents() if field is not None and len(field.types) == 1 else None
+        # Gemma 4 has two widths of heads, which transformers does tell apart
+        if value is not None and hasattr(config, name) and not hasattr(config, "global_head_dim"):
+            setattr(config, name, value)
+    if hasattr(config, "query_pre_attn_scalar"):  # in no header: llama.cpp takes these values
+        widest = architecture in {"gemma2", "gemma3"} and config.num_hidden_layers in {46, 62}  # the models of 27B
+        width = config.hidden_size // config.num_attention_heads if widest else config.head_dim
+        config.query_pre_attn_scalar = width
+
+
+def _compare(path: Path, model: Any, tokenizer: Any) -> None:
+    """Compare the model with the file itself in llama.cpp, if that is installed; what was not read shows there.
+
+    Raises:
+        SourceError: they are not the same model.
+    """
+    import numpy as np
+    import torch
+
+    if find_spec("llama_cpp") is None:
+        return
+    ids = np.array(tokenizer(COMPARED)["input_ids"], dtype=np.int64)
+    worker = Path(__file__).parents[1] / "gguf" / "worker_logits.py"
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch, "ids.npy"), Path(scratch, "logits.npy")
+        np.save(asked, ids)
+        arguments = {
+            "model": str(path.resolve()), "ids": str(asked), "logits": str(answered), "threads": thread_count(),
+            "text": COMPARED,
+        }  # fmt: skip
+        try:
+            run_child(Task(worker, arguments))
+        except ChildFailed:
+            return  # an older or newer format of its tensors; nothing to compare with
+        theirs = torch.from_numpy(np.load(answered))
+    with torch.inference_mode():
+        # float16 overflows in some architectures
+        ours = model.to(torch.bfloat16)(input_ids=torch.from_numpy(ids[None])).logits[0].float()
+    theirs = theirs[:, : ours.shape[1]]
+    ours = ours[:, : theirs.shape[1]]
+    left, right = theirs.log_softmax(-1), ours.log_softmax(-1)
+    divergence = float((left.exp() * (left - right)).sum(-1).mean())
+    if not divergence <= MOST_DIVERGENCE:
+        raise SourceError(
+            f"{path}: transformers reads this GGUF file as another model than llama.cpp does (mean KL divergence "
+            f"{divergence:.3g}, allowed {MOST_DIVERGENCE:g}); name the checkpoint that it was made of instead"
+        )
 
 
 def _clean_config(config: Any) -> dict[str, Any]:

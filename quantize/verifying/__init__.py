@@ -75,13 +75,17 @@ def _check_local(files: LocalFiles, source: Source | None, load: bool) -> list[C
 
 
 def _level_files(files: RepoFiles) -> dict[str, list[str]]:
-    """The GGUF files to load (unsplit files or first parts), with all their parts, without importance matrices."""
+    """The GGUF models to load (unsplit files or first parts), with all their parts."""
     found: dict[str, list[str]] = {}
-    for name in sorted(name for name in files.sizes if name.endswith(".gguf") and "imatrix" not in name):
+    for name in sorted(name for name in files.sizes if _is_level(name)):
         match = PART.match(name)
         first = f"{match['stem']}-{1:05d}-of-{match['parts']}.gguf" if match else name
         found.setdefault(first, []).append(name)
     return found
+
+
+def _is_level(name: str) -> bool:
+    return name.endswith(".gguf") and "imatrix" not in name and not name.startswith("mmproj-")
 
 
 def _check_strays(files: RepoFiles) -> list[Check]:
