@@ -1,4 +1,4 @@
-"""GGUF of architectures whose converter does more than rename: splits, delegates, leaves out; and of their GGUF files."""
+"""GGUF of architectures whose converter does more than rename: it splits, delegates, leaves out."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def convert_source(build: Build) -> Converted:
     Raises:
         GgufError: llama.cpp is missing or refuses, or the logits differ.
     """
-    plan, reporter, levels = build.plan, build.reporter, build.plan.gguf
+    reporter, levels = build.reporter, build.plan.gguf
     assert levels is not None
     with reporter.stage("convert"):
         header = levels.conversion.header(reporter)

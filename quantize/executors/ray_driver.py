@@ -130,7 +130,7 @@ class RayExecutor:
 
     def streams(self, windows: Windows, reporter: Reporter) -> Streams:
         if windows.model.hands_on:
-            raise PlanError("--ray: blocks of this model leave keys and values for later ones; build without --ray")
+            raise PlanError("--ray: blocks of this model leave keys and values for later ones; build without it")
         if windows.model.device.type == "cuda" and len(windows.parts) > self._gpus:
             raise PlanError(
                 f"--shards {len(windows.parts)}: the Ray cluster has {self._gpus} GPUs, and each shard needs one; "
