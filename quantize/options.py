@@ -108,6 +108,20 @@ class PushOptions(HubOptions):
     )
 
 
+class PruneOptions(HubOptions):
+    """Which branches, levels and files are removed that the recipe no longer names."""
+
+    dist: Path = Field(default=Path("dist"), description="Folder that holds the finished branches.")
+    where: Literal["all", "dist", "hub"] = Field(
+        default="all", description="Where to look: in dist, on the hub, or in both."
+    )
+    keep: tuple[str, ...] = Field(
+        default=(),
+        description="Do not remove branches, levels and files that match; may be repeated.",
+        json_schema_extra={"metavar": "PATTERN"},
+    )
+
+
 class VerifyOptions(HubOptions):
     """How finished branches are checked."""
 
