@@ -31,7 +31,7 @@ def measure(
     options: MeasureOptions,
     as_json: bool,
 ) -> None:
-    """Measure finished branches and levels of RECIPE, read back from their own bytes, against the source model.
+    """Measure finished branches and levels of RECIPE, as read back from their files, against the source model.
 
     The text is that of the recipe's `measure:` section (--set measure.dataset=./text.txt). The figures go into the
     manifests and the model cards.

@@ -1,4 +1,4 @@
-"""``quantize status``: what lies in dist, read from the manifests."""
+"""``quantize status``: what is in dist, read from the manifests."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 @click.command()
 @recipe_options
 @dist_option
-@click.option("--hub", is_flag=True, help="Ask the hub too: which branches are published as they lie in dist.")
+@click.option("--hub", is_flag=True, help="Also ask the hub which branches are published as they are in dist.")
 @endpoint_option
 @json_option
 def status(
     recipe: str, overrides: tuple[str, ...], *, dist: Path, hub: bool, endpoint: str | None, as_json: bool
 ) -> None:
-    """Show which branches of RECIPE are built, how well they came out, and what lies beside them in dist."""
+    """Show which branches of RECIPE are built, their quality, and what else is in dist."""
     from quantize.dist.ledger import oddities
     from quantize.dist.resume import find_unfinished
     from quantize.files.space import entries
@@ -96,8 +96,8 @@ def status(
         click.echo(f"{name}: not in this recipe")
     for one in unfinished:
         click.echo(
-            f"unfinished: {one.title}: {one.progress} blocks, {gigabytes(one.nbytes)}; build again to go on, "
-            "or free it with 'quantize clean'"
+            f"unfinished: {one.title}: {one.progress} blocks, {gigabytes(one.nbytes)}; build again to resume, "
+            "or remove it with 'quantize clean'"
         )
     if cached:
         sizes = ", ".join(f"{part} {gigabytes(nbytes)}" for part, nbytes in cached.most_common())
@@ -112,7 +112,7 @@ def _published(planned: Plan, endpoint: str | None) -> dict[str, Any]:
 
 
 def _not_in_recipe(planned: Plan) -> list[str]:
-    """Folders that lie in the repos' folders but are no branch of the recipe."""
+    """Folders inside the repos' folders that are not a branch of the recipe."""
     known = {item.folder for item in planned.everything}
     parents = sorted({folder.parent for folder in known})
     return [
