@@ -45,8 +45,8 @@ class PlanOptions(Selection):
 
     memory: Size | None = Field(
         default=None,
-        description="Memory budget, such as 8GB or 8GiB: to stay within it, hidden states are kept in files and less is "
-        "solved at once.",
+        description="Memory budget, such as 8GB or 8GiB: to stay within it, hidden states are kept in files and less "
+        "is solved at once.",
         json_schema_extra={"metavar": "SIZE"},
     )
     shards: int | None = Field(
@@ -131,5 +131,5 @@ class VerifyOptions(HubOptions):
     load: bool = Field(default=True, description="Load it in the consumers that are installed here.")
     download: bool = Field(
         default=False,
-        description="Download a hub repo's branches and check them like folders; otherwise only their hashes are checked.",
+        description="Download a hub repo's branches and check them like folders; else only hashes are checked.",
     )

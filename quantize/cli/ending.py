@@ -73,9 +73,7 @@ def _run_here(command: click.Command) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         if not stopped and isinstance(error.__context__, EOFError):
-            return _said(
-                "\nerror: there is no input to confirm with; add --yes to continue without asking", WRONG_INPUT
-            )
+            return _said("\nerror: there is no input to confirm with; add --yes to go ahead unasked", WRONG_INPUT)
         signum = stopped[0] if stopped else signal.SIGINT
         by = f" by {signal.Signals(signum).name}" if stopped else ""
         if _invoked() in RESUMABLE:

@@ -92,7 +92,7 @@ def table(rows: list[list[str]], right: frozenset[int] = frozenset()) -> str:
 
 
 def made_otherwise(planned: Plan) -> list[str]:
-    """What ``fresh`` does not cover: fresh branches that a build here would compute differently, one line per difference."""
+    """What ``fresh`` does not cover: fresh branches that a build here would compute differently, a line each."""
     ways: dict[str, list[str]] = {}
     for item in planned.everything:
         if item.state == "fresh" and (differences := planned.made_otherwise(item)):
