@@ -7,7 +7,7 @@ flags, then a :class:`Reporter` that hears what happens. None of them prints or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from quantize.options import (
     BuildOptions,
     MeasureOptions,
     PlanOptions,
+    PruneOptions,
     PushOptions,
     RebuildOptions,
     Selection,
@@ -25,6 +26,7 @@ from quantize.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from quantize.building import BuildResult
+    from quantize.hub.client import Hub
     from quantize.linting import Report
     from quantize.measuring import Measured
     from quantize.planning.plan import Plan
@@ -38,6 +40,7 @@ __all__ = [
     "BuildOptions",
     "MeasureOptions",
     "PlanOptions",
+    "PruneOptions",
     "PushOptions",
     "RebuildOptions",
     "Reporter",
@@ -51,9 +54,9 @@ __all__ = [
     "measure",
     "orphans",
     "plan",
+    "prune",
     "push",
     "rebuild",
-    "remove_orphans",
     "render_cards",
     "report",
     "verify",
@@ -204,37 +207,45 @@ def export_git(
     return write_repos(plan(recipe, options, reporter), Path(out), reporter)
 
 
-def orphans(
+def orphans(recipe: LoadedRecipe, options: PruneOptions | None = None, reporter: Reporter = SILENT) -> list[Orphan]:
+    """Branches, levels and files that earlier builds or pushes left behind and the recipe no longer names.
+
+    Raises:
+        PlanError: dist contains another model's release. PushError: the hub refuses, or cannot be reached.
+    """
+    return _orphans(recipe, options or PruneOptions(), reporter)[0]
+
+
+def prune(
     recipe: LoadedRecipe,
-    options: Selection | None = None,
-    *,
-    on_hub: bool = False,
-    endpoint: str | None = None,
+    options: PruneOptions | None = None,
     reporter: Reporter = SILENT,
+    *,
+    agreed: Callable[[Sequence[Orphan]], bool] | None = None,
 ) -> list[Orphan]:
-    """Branches and levels that earlier builds, or pushes, left behind and the recipe names no more."""
+    """Remove what :func:`orphans` finds, for good; returns what was removed.
+
+    Args:
+        agreed: is shown what would be removed, once, even if that is nothing; unless it returns True, nothing is.
+
+    Raises:
+        ReleaseError, PushError: something was changed in the meantime, or the hub refuses. As :func:`orphans`.
+    """
+    from quantize.publishing.prune import remove
+
+    found, planned, hub = _orphans(recipe, options or PruneOptions(), reporter)
+    if (agreed is not None and not agreed(found)) or not found:
+        return []
+    remove(planned, found, hub)
+    return found
+
+
+def _orphans(recipe: LoadedRecipe, options: PruneOptions, reporter: Reporter) -> tuple[list[Orphan], Plan, Hub | None]:
     from quantize.hub.client import Hub
     from quantize.publishing.prune import orphans_in_dist, orphans_on_hub
 
-    found = plan(recipe, options, reporter)
-    return orphans_on_hub(found, Hub(endpoint, reporter)) if on_hub else orphans_in_dist(found)
-
-
-def remove_orphans(
-    recipe: LoadedRecipe,
-    found: Sequence[Orphan],
-    options: Selection | None = None,
-    *,
-    endpoint: str | None = None,
-    reporter: Reporter = SILENT,
-) -> None:
-    """Remove what :func:`orphans` found, for good.
-
-    Raises:
-        ReleaseError, PushError: something moved meanwhile, or the hub refuses.
-    """
-    from quantize.hub.client import Hub
-    from quantize.publishing.prune import remove
-
-    hub = Hub(endpoint, reporter) if any(one.where == "hub" for one in found) else None
-    remove(plan(recipe, options, reporter), found, hub)
+    planned = plan(recipe, Selection(dist=options.dist), reporter)
+    hub = Hub(options.endpoint, reporter) if options.where != "dist" else None
+    found = orphans_in_dist(planned) if options.where != "hub" else []
+    found += orphans_on_hub(planned, hub) if hub else []
+    return [orphan for orphan in found if not orphan.matches(options.keep)], planned, hub

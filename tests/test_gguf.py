@@ -18,7 +18,7 @@ import torch
 from conftest import Command
 from reporting import Remembering
 from snippets import run_snippets
-from tiny import small_wide_model, write_model
+from tiny import SMALL, small_wide_model, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantize
@@ -28,12 +28,13 @@ from quantize.gguf.imatrix import Importance, read_importance, write_importance
 pytestmark = needs.LLAMA_CPP
 
 LEVELS = ("Q4_K_M", "Q8_0", "IQ2_XS", "Q3_K_XL", "F16")
-RECIPE = """\
-model: {{source: {source}, name: Small, creator: Nobody, license: apache-2.0}}
-release: {{owner: me}}
+RECIPE = (
+    SMALL
+    + """\
 calibration: {{dataset: pydoc, samples: 4, sequence_length: 64, compute_dtype: float32}}
 {body}
 """
+)
 BODY = f"""\
 gptq: {{variants: [{{group_size: 64}}]}}
 awq: {{variants: [{{group_size: 64}}]}}
@@ -42,9 +43,8 @@ gguf: {{levels: [{", ".join(LEVELS)}]}}
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 256-wide rows with a tokenizer that llama.cpp knows."""
-    return small_wide_model(tmp_path_factory.mktemp("models") / "small")
+def small(small_llama: Path) -> Path:
+    return small_llama
 
 
 def write(path: Path, source: Path, body: str = BODY) -> Path:

@@ -11,9 +11,11 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from huggingface_hub import constants
 from outcome import assert_refused
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -162,10 +164,14 @@ def hub(sharded_llama: Path, tmp_path: Path) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def quantize(run_quantize: Command, hub: Hub, tiny_recipe: Path, tmp_path: Path) -> Command:
-    """``quantize("plan", ...)``: the command on the tiny recipe with the hub's model, in ``tmp_path``."""
+def quantize(
+    run_quantize: Command, invoke: Command, hub: Hub, tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Command:
+    """``quantize("plan", ...)``: the command on the tiny recipe with the hub's model, in ``tmp_path``; in this process,
+    or with ``alone=True`` in one of its own. Variables are of the hub's client, which reads them on import."""
+    monkeypatch.chdir(tmp_path)
 
-    def run(command: str, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(command: str, *options: str, alone: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
         variables = {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "hf"),
@@ -176,9 +182,24 @@ def quantize(run_quantize: Command, hub: Hub, tiny_recipe: Path, tmp_path: Path)
             **env,
         }
         overrides = ["--set", f"model.source={REPO}", "--dist", "dist", "--only", "main"]
-        return run_quantize(command, tiny_recipe, *overrides, *options, env=variables, cwd=tmp_path)
+        if alone:
+            return run_quantize(command, tiny_recipe, *overrides, *options, env=variables, cwd=tmp_path)
+        with patch.multiple(constants, **as_constants(variables)):
+            return invoke(command, tiny_recipe, *overrides, *options)
 
     return run
+
+
+def as_constants(variables: dict[str, str]) -> dict[str, object]:
+    """What the hub's client makes of its variables."""
+    endpoint = variables["HF_ENDPOINT"]
+    return {
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(Path(variables["HF_HOME"]) / "hub"),
+        "HF_HUB_OFFLINE": variables["HF_HUB_OFFLINE"] == "1",
+        "HF_HUB_DISABLE_XET": variables["HF_HUB_DISABLE_XET"] == "1",
+    }
 
 
 def test_plan_reads_headers_only(quantize: Command, hub: Hub) -> None:
@@ -202,7 +223,7 @@ def test_plan_reads_headers_only(quantize: Command, hub: Hub) -> None:
 def test_build_fetches_what_it_needs_and_plan_then_says_fresh(
     quantize: Command, hub: Hub, finished: Path, tmp_path: Path
 ) -> None:
-    built = quantize("build", "--device", "cpu")
+    built = quantize("build", "--device", "cpu", alone=True)
     assert built.returncode == 0, built.stderr
     assert set(hub.fetched()) == set(hub.files) - set(UNWANTED)
 
@@ -253,7 +274,7 @@ def test_what_lies_in_the_cache_works_offline(quantize: Command, hub: Hub, tmp_p
         result = quantize("plan", "--check", *pinned, **how)  # the same hashes, and so the same keys
         assert result.returncode == 0, result.stderr
         assert f"commit {COMMIT[:12]} from the HF cache" in result.stderr
-    other = quantize("plan", "--set", "model.revision=other", **offline)
+    other = quantize("plan", "--set", "model.revision=other", alone=True, **offline)
     assert_refused(other, REPO, "is not in the HF cache", code=1)
     cache = tmp_path / "hf" / "hub"
     shutil.rmtree(next(cache.glob("models--*/trees")))

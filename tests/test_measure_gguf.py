@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import HANGS, Command
 from safetensors.torch import load_file
-from tiny import small_wide_model, wide_model
+from tiny import SMALL, wide_model
 
 import quantize
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
@@ -27,26 +27,28 @@ from quantize.recipe.schema import Calibration, Corpus
 pytestmark = needs.LLAMA_CPP
 
 ARCHITECTURES = {
-    "llama": {"num_key_value_heads": 2},
+    "llama": {},
     "gpt2": {"n_embd": 256, "n_layer": 2, "n_ctx": 256},
 }
-RECIPE = """\
-model: {{source: {source}, name: Small}}
+RECIPE = (
+    SMALL
+    + """\
 calibration: {{dataset: pydoc, samples: 4, sequence_length: 64, compute_dtype: float32}}
 measure: {{samples: 4, sequence_length: 64}}
 gguf: {{levels: [Q4_K_M, IQ2_XS, F16], max_file_size: 15MB}}
 """
+)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tensors_come_back_as_the_checkpoint_has_them(
     architecture: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    sizes = {**ARCHITECTURES[architecture], "architecture": architecture}
     if architecture == "llama":
-        source = small_wide_model(tmp_path / "m", **sizes)
+        source = request.getfixturevalue("small_llama")
     else:  # the converter reads no SentencePiece tokenizer of this one
-        source = wide_model(tmp_path / "m", request.getfixturevalue("tokenizer_folder"), **sizes)
+        demo, sizes = request.getfixturevalue("tokenizer_folder"), ARCHITECTURES[architecture]
+        source = wide_model(tmp_path / "m", demo, architecture=architecture, **sizes)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE.format(source=source))
     plan = quantize.plan(quantize.load_recipe(recipe), quantize.PlanOptions(dist=tmp_path / "dist"))
@@ -155,18 +157,9 @@ def test_what_cannot_be_turned_back_is_the_sources_unless_it_is_quantized(tmp_pa
         check_levels_can_be_read_back(full, became, source.__getitem__, quantized={"blk.odd"})
 
 
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("measured")
-    # large weights: a model that is sure of something, so that levels differ in what they say
-    source = small_wide_model(folder / "small", initializer_range=0.2)
-    path = folder / "r.yaml"
-    path.write_text(RECIPE.format(source=source))
-    return path
-
-
-def test_figures_of_levels_are_llama_cpps(recipe: Path, tmp_path: Path, invoke: Command) -> None:
-    dist = tmp_path / "dist"
+def test_figures_of_levels_are_llama_cpps(small_llama: Path, tmp_path: Path, invoke: Command) -> None:
+    recipe, dist = tmp_path / "r.yaml", tmp_path / "dist"
+    recipe.write_text(RECIPE.format(source=small_llama))
     built = invoke("build", recipe, "--dist", dist, "--device", "cpu", "--measure", "--json")
     assert built.returncode == 0, built.stderr
     rows = {row["branch"]: row for row in json.loads(built.stdout)["quality"]["branches"]}
@@ -186,7 +179,7 @@ def test_figures_of_levels_are_llama_cpps(recipe: Path, tmp_path: Path, invoke: 
         divergence = float((reference.exp() * (reference - theirs)).sum(-1).mean())
         assert rows[f"gguf/{level}"]["kl_divergence"] == pytest.approx(divergence, rel=0.1)
     assert rows["gguf/F16"]["kl_divergence"] < 1e-6 < rows["gguf/Q4_K_M"]["kl_divergence"]
-    verified = invoke("verify", folder, "--source", recipe.parent / "small", "--json")
+    verified = invoke("verify", folder, "--source", small_llama, "--json")
     assert verified.returncode == 0, verified.stdout
     checks = json.loads(verified.stdout)[0]["checks"]
     assert [check["outcome"] for check in checks] == ["ok"] * 4  # hashes and three levels

@@ -11,6 +11,8 @@ import pytest
 from conftest import Command
 from hub_server import HubServer
 
+import quantize
+
 NAME = "tiny-llama-GPTQ"
 REPO = f"local/{NAME}"
 
@@ -72,3 +74,16 @@ def test_a_branch_that_somebody_moved_meanwhile_stays(hub: HubServer, run: Comma
     result = run("prune", both, "--where", "hub", "--yes", recipe=smaller)
     assert (result.returncode, "somebody moved the branch meanwhile" in result.stderr) == (1, True)
     assert "theirs.txt" in hub.repos[REPO].tree("eight")
+
+
+def test_python_shows_what_would_go_and_removes_it_only_if_told(both: Path, smaller: Path) -> None:
+    recipe = quantize.load_recipe(smaller)
+    options = quantize.PruneOptions(dist=both, where="dist")
+    (found,) = quantize.orphans(recipe, options)
+    assert (found.where, found.branch) == ("dist", "eight")
+    assert quantize.orphans(recipe, options.model_copy(update={"keep": ("eig*",)})) == []
+    shown: list[object] = []
+    assert quantize.prune(recipe, options, agreed=lambda orphans: shown.extend(orphans)) == []
+    assert (shown, (both / NAME / "eight").is_dir()) == ([found], True)
+    assert quantize.prune(recipe, options) == [found]
+    assert sorted(path.name for path in (both / NAME).iterdir()) == ["main"]

@@ -10,7 +10,7 @@ import needs
 import pytest
 from conftest import Command
 from outcome import assert_refused
-from tiny import small_wide_model, write_recipe
+from tiny import SMALL, write_recipe
 
 VARIANTS = """\
   variants:
@@ -21,11 +21,13 @@ awq:
   variants:
     - {branch: main, group_size: 32}
 """
-GGUF = """\
-model: {{source: {source}, name: Wide, creator: Nobody, license: apache-2.0}}
+GGUF = (
+    SMALL
+    + """\
 calibration: {{dataset: pydoc, samples: 2, sequence_length: 64, compute_dtype: float32}}
 gguf: {{levels: [Q4_K_M, Q8_0, IQ2_XS], tensor_types: {{token_embd: q8_0}}, max_file_size: 15MB}}
 """
+)
 BRANCH = "gptq: {variants: [{group_size: 64}]}\n"
 
 
@@ -74,8 +76,10 @@ def test_another_text_or_version_shows(
 
 
 @pytest.mark.parametrize("sections", [pytest.param(name, marks=needs.LLAMA_CPP) for name in ("levels", "both")])
-def test_gguf_levels_come_out_in_the_same_bytes(invoke: Command, tmp_path: Path, sections: str) -> None:
-    source = small_wide_model(tmp_path / "wide")
+def test_gguf_levels_come_out_in_the_same_bytes(
+    small_llama: Path, invoke: Command, tmp_path: Path, sections: str
+) -> None:
+    source = small_llama
     recipe, dist = tmp_path / "r.yaml", tmp_path / "dist"
     recipe.write_text(GGUF.format(source=source) + (BRANCH if sections == "both" else ""))
     built = invoke("build", recipe, "--dist", dist, "--device", "cpu")

@@ -34,6 +34,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+SMALL = """\
+model: {{source: {source}, name: Small, creator: Nobody, license: apache-2.0}}
+release: {{owner: me}}
+"""
+"""How recipes of ``small_llama`` begin, so that they share one conversion to GGUF, which depends on this."""
+
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 6},
     "qwen2_moe": {"num_experts": 6, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},

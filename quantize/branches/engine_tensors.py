@@ -168,7 +168,7 @@ class _Rewriting:
         known = {name: said[name] for name in ("damp_percent", "tokens") if name in said}
         if self.kind != "awq":  # whose columns are scaled, nobody tells by how much
             known["weight_error"] = error
-        return LedgerEntry(linear.name, str(said.get("outcome", "foreign")), **known)
+        return LedgerEntry(linear.name, str(said.get("outcome", "external")), **known)
 
     def _weight_error(self, linear: LinearSpec, tensors: Tensors) -> float:
         weight = decode(self.kind, tensors, self.variant.bits, self._checkpoint_format())

@@ -17,25 +17,25 @@ SECTIONS = {
         "plan": Entry("plan", "Every branch with its exact size, time and memory."),
         "build": Entry("build", "Calibrate once, build and measure what is not up to date."),
         "measure": Entry("measure", "Perplexity and KL divergence of what is built."),
-        "rebuild": Entry("rebuild", "Build again what manifests say, compare every hash."),
-        "engines": Entry("engines", "Other quantizers behind the same recipe."),
+        "rebuild": Entry("rebuild", "Repeat a build from its manifests, compare hashes."),
+        "engines": Entry("engines", "Other quantizers, run from the same recipe."),
     },
     "Look": {
-        "status": Entry("status", "What is built, and how well it came out."),
+        "status": Entry("status", "What is built, and its quality."),
         "explain": Entry("explain", "Why a branch is fresh or stale."),
         "report": Entry("report", "The measured quality as one HTML page."),
-        "verify": Entry("verify", "Hashes, tensors, and whether loaders read it."),
-        "lint": Entry("lint", "Check anybody's quantized repo."),
+        "verify": Entry("verify", "Hashes, tensors, and loading in real consumers."),
+        "lint": Entry("lint", "Check any quantized repo, whoever made it."),
         "matrix": Entry("matrix", "What is left to build, as a CI matrix."),
     },
     "Publish": {
         "card": Entry("card", "Render the model cards again."),
-        "push": Entry("push", "Bring the hub to what lies in dist."),
+        "push": Entry("push", "Update the hub to match dist."),
         "diff": Entry("push", "How the hub differs from dist."),
         "git": Entry("git", "The release as bare git repos with LFS."),
     },
     "Tidy": {
-        "prune": Entry("prune", "Remove branches that the recipe names no more."),
+        "prune": Entry("prune", "Remove branches that are no longer in the recipe."),
         "clean": Entry("clean", "Remove unfinished builds from a dist."),
         "gc": Entry("clean", "Free space in the cache."),
     },
@@ -59,11 +59,11 @@ def quantize() -> None:
 
     \b
     Exit codes:
-      0 done    1 something failed while working    2 the recipe, an argument or the source is wrong
-      3 the answer of a check is no                 130, 143 stopped by Ctrl-C, by SIGTERM
+      0 done    1 failed at run time    2 the recipe, an argument or the source is wrong
+      3 a check's answer is no    130, 143 stopped by Ctrl-C, by SIGTERM
     """
 
 
 def main() -> None:
-    """The console script. Exit codes: 0 done, 1 failed while working, 2 wrong input, 3 a check's answer is no."""
+    """The console script. Exit codes: 0 done, 1 failed at run time, 2 wrong input, 3 a check's answer is no."""
     sys.exit(run(quantize))

@@ -1,4 +1,4 @@
-"""``quantize clean`` and ``quantize gc``: free what can be made again."""
+"""``quantize clean`` and ``quantize gc``: free what can be computed again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OLD = 30
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 def clean(dist: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
-    """Remove unfinished builds from a dist: blocks saved for a build to resume from. Asks first.
+    """Remove unfinished builds from a dist: the saved blocks from which they would resume. Asks first.
 
     Finished branches and levels are not touched.
     """
@@ -40,7 +40,7 @@ def clean(dist: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
     if dry_run or not (folder / WORK_FOLDER).is_dir():
         return
     agreed = bool(found) and confirmed(f"Remove {len(found)} unfinished?", yes)
-    with locked(folder, create=False):  # which in itself clears away what a killed build left
+    with locked(folder, create=False):  # taking the lock also clears what a killed build left
         shown, freed = {one.folder for one in found}, 0
         for one in find_unfinished(folder) if agreed else ():
             if one.folder in shown:
@@ -53,23 +53,23 @@ def clean(dist: Path, dry_run: bool, yes: bool, as_json: bool) -> None:
 @click.command()
 @click.option(
     "--older-than", "days", type=click.FloatRange(min=0), default=OLD, show_default=True, metavar="DAYS",
-    help="Remove what was not used for so many days; 0 removes everything.",
+    help="Remove entries that have not been used for this many days; 0 removes everything.",
 )  # fmt: skip
 @click.option("--part", "parts", multiple=True, metavar="PART", help="Only this part, such as statistics.")
 @click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 def gc(days: float, parts: tuple[str, ...], dry_run: bool, yes: bool, as_json: bool) -> None:
-    """Free space in the cache: conversions, kept statistics and the like, all of which can be made again.
+    """Free space in the cache: conversions, saved statistics and other data that can be computed again.
 
-    Do not run it beside a build with --older-than 0: the build may be using what it removes.
+    Do not run it with --older-than 0 during a build, which may be using what it removes.
     """
     from quantize.files.cache import cache_folder
     from quantize.files.space import PARTS, entries, free
 
     for part in parts:
         if part not in PARTS:
-            raise PlanError(f"--part {part}: is no part of the cache; the parts are {', '.join(PARTS)}")
+            raise PlanError(f"--part {part}: not a part of the cache; the parts are {', '.join(PARTS)}")
     found = [entry for entry in entries() if not parts or entry.part in parts]
     old = [entry for entry in found if entry.age >= days]
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])

@@ -73,7 +73,7 @@ def _run_here(command: click.Command) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
         if not stopped and isinstance(error.__context__, EOFError):
-            return _said("\nerror: nobody is there to answer; add --yes to go on without asking", WRONG_INPUT)
+            return _said("\nerror: there is no input to confirm with; add --yes to go ahead unasked", WRONG_INPUT)
         signum = stopped[0] if stopped else signal.SIGINT
         by = f" by {signal.Signals(signum).name}" if stopped else ""
         if _invoked() in RESUMABLE:
@@ -123,8 +123,8 @@ def _is_broken_off(error: BaseException | None) -> bool:
 def _shortage(error: BaseException) -> str:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return (
-        f"not enough memory ({reason}){under_limits()}; allow more, let the build keep to less with --memory, or "
-        "build fewer branches at once with --only. What was finished before is kept"
+        f"not enough memory ({reason}){under_limits()}; allow more, give the build a smaller budget with --memory, "
+        "or build fewer branches at once with --only. Finished work is kept"
     )
 
 
@@ -158,6 +158,6 @@ def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
 def _report_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     traceback.print_exception(kind, error, trace)
     print(
-        "error: this is a defect of quantize, not a mistake of yours; please report it with the lines above",
+        "error: this is a bug in quantize, not a mistake of yours; please report it with the lines above",
         file=sys.stderr,
     )

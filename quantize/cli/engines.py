@@ -1,4 +1,4 @@
-"""``quantize engines``: the tools that can stand behind a recipe in our solvers' place."""
+"""``quantize engines``: external tools that make branches in place of our solvers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def engines() -> None:
-    """Other quantizers behind the same recipe (`engine:`), each in an environment of its own."""
+    """Other quantizers, run from the same recipe (`engine:`), each in its own environment."""
 
 
 @engines.command("list")
@@ -38,13 +38,13 @@ def list_(as_json: bool) -> None:
 
 @engines.command()
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Make the environment again.")
+@click.option("--force", is_flag=True, help="Create the environment again.")
 @click.option(
     "--python", type=click.Path(dir_okay=False),
-    help="Take this interpreter, in which the engine is installed already (a CUDA build, say).",
+    help="Use this interpreter, in which the engine is already installed (such as a CUDA build).",
 )  # fmt: skip
 def install(name: str, force: bool, python: str | None) -> None:
-    """Make the environment of engine NAME in the cache, with pinned packages."""
+    """Create the environment of engine NAME in the cache, with pinned packages."""
     environment = _environment(name)
     if python:
         environment.adopt(Path(python), reporter())

@@ -25,13 +25,13 @@ from quantize.cli.reporting import reporter, say
 @only_option
 @click.option(
     "--out", required=True, type=click.Path(file_okay=False),
-    help="Folder for the git repos, one bare repo a format.",
+    help="Folder for the git repos, one bare repo for each format.",
 )  # fmt: skip
 @json_option
 def git(recipe: str, overrides: tuple[str, ...], *, dist: Path, only: tuple[str, ...], out: str, as_json: bool) -> None:
     """Write the finished branches of RECIPE as git repos with LFS; needs no account.
 
-    Each format is one bare repo below --out, each variant a branch with a history of its own. Weights are hard links
+    Each format is one bare repo below --out, and each variant a branch with its own history. Weights are hard links
     to dist. `git clone --branch NAME` (with git-lfs) checks a variant out, `git push` sends it anywhere.
     """
     from quantize import api
@@ -50,4 +50,4 @@ def git(recipe: str, overrides: tuple[str, ...], *, dist: Path, only: tuple[str,
     click.echo(table(rows, right=frozenset({4, 5})))
     copied = sum(branch.copied for branch in written)
     if copied:
-        say(f"{copied} files were copied: {out} lies on another filesystem than {dist}, so they cannot be linked")
+        say(f"{copied} files were copied: {out} is on a different filesystem than {dist}, so they cannot be linked")

@@ -1,4 +1,4 @@
-"""A group whose commands are imported when they are called, so that ``quantize --help`` answers at once."""
+"""A group whose commands are imported when they are called, so that ``quantize --help`` is fast."""
 
 from __future__ import annotations
 

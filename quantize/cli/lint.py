@@ -1,4 +1,4 @@
-"""``quantize lint``: a careful publisher's checks on anybody's repo."""
+"""``quantize lint``: a careful publisher's checks on any quantized repo."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from quantize.errors import ANSWER_IS_NO
 def lint(target: str, source: str | None, strict: bool, endpoint: str | None, as_json: bool) -> None:
     """Check a quantized repo: configs, weights, tokenizer, card, licence, sizes.
 
-    REPO_OR_DIR is a branch's folder, a folder of branches as in dist, owner/name or owner/name@branch on the hub, of
-    which headers and small files alone are read. Exits with code 3 if there are errors.
+    REPO_OR_DIR is a branch's folder, a folder of branches as in dist, owner/name or owner/name@branch on the hub.
+    Only headers and small files are read. Exits with code 3 if there are errors.
     """
     from quantize.linting import lint as check
 

@@ -15,7 +15,7 @@ from quantize.cli.reporting import reporter
 @recipe_options
 @dist_option
 @only_option
-@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Most jobs that calibrate.")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1), help="Maximum of calibrating jobs.")
 def matrix(recipe: str, overrides: tuple[str, ...], dist: Path, only: tuple[str, ...], jobs: int) -> None:
     """Print what is left to build of RECIPE as a CI matrix, one line of JSON.
 

@@ -15,7 +15,7 @@ from quantize.cli.options import (
     table,
 )
 from quantize.cli.reporting import reporter
-from quantize.options import MeasureOptions
+from quantize.options import MeasureOptions, Selection
 
 if TYPE_CHECKING:
     from quantize.measuring import Measured
@@ -31,20 +31,24 @@ def measure(
     options: MeasureOptions,
     as_json: bool,
 ) -> None:
-    """Measure finished branches and levels of RECIPE, read back from their own bytes, against the source model.
+    """Measure finished branches and levels of RECIPE, as read back from their files, against the source model.
 
     The text is that of the recipe's `measure:` section (--set measure.dataset=./text.txt). The figures go into the
     manifests and the model cards.
     """
     quiet_libraries()
     from quantize.measuring import measure_recipe
+    from quantize.planning.planner import plan_recipe
+    from quantize.publishing.judgement import require_sound
     from quantize.recipe import load_recipe
 
-    found = measure_recipe(load_recipe(recipe, overrides), options, reporter())
+    loaded = load_recipe(recipe, overrides)
+    found = measure_recipe(loaded, options, reporter())
     if as_json:
         print_json(found.as_data())
     else:
         show(found)
+    require_sound(plan_recipe(loaded, Selection(dist=options.dist, only=options.only), reporter()))
 
 
 def show(found: Measured) -> None:

@@ -38,7 +38,7 @@ endpoint_option = click.option(
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True,
-    help="Print JSON for machines; what happens meanwhile is a JSON object a line on stderr.",
+    help="Print the result as JSON; progress goes to stderr, one JSON object per line.",
 )  # fmt: skip
 
 
@@ -48,18 +48,18 @@ def recipe_options(function: Function) -> Function:
 
 
 def confirmed(question: str, yes: bool) -> bool:
-    """Whether the user agrees that something is removed.
+    """Ask the user to confirm a removal; returns the answer.
 
     Args:
-        yes: agreed beforehand, with --yes.
+        yes: already confirmed, with --yes.
 
     Raises:
-        PlanError: there is no terminal to ask at.
+        PlanError: there is no terminal to ask on.
     """
     if yes:
         return True
     if not sys.stdin.isatty():
-        raise PlanError("nobody can be asked here; add --yes to remove them, or --dry-run to see them")
+        raise PlanError("there is no terminal to confirm on; add --yes to remove them, or --dry-run to list them")
     return click.confirm(question, default=False, err=True)
 
 
@@ -92,13 +92,13 @@ def table(rows: list[list[str]], right: frozenset[int] = frozenset()) -> str:
 
 
 def made_otherwise(planned: Plan) -> list[str]:
-    """What ``fresh`` does not cover: fresh branches computed otherwise than a build here would, a line for each way."""
+    """What ``fresh`` does not cover: fresh branches that a build here would compute differently, a line each."""
     ways: dict[str, list[str]] = {}
     for item in planned.everything:
         if item.state == "fresh" and (differences := planned.made_otherwise(item)):
             ways.setdefault("; ".join(differences), []).append(item.label)
     return [
-        f"fresh, but computed otherwise than here ({way}): {', '.join(labels[:3])}"
+        f"fresh, but computed differently than it would be here ({way}): {', '.join(labels[:3])}"
         + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
         for way, labels in ways.items()
     ]

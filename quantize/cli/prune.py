@@ -1,85 +1,65 @@
-"""``quantize prune``: away with what the recipe names no more."""
+"""``quantize prune``: remove what is no longer in the recipe."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from quantize.cli.options import (
-    dist_option,
-    endpoint_option,
-    gigabytes,
-    json_option,
-    print_json,
-    recipe_options,
-    table,
-)
+from quantize.cli.flags import model_options
+from quantize.cli.options import confirmed, gigabytes, json_option, print_json, recipe_options, table
 from quantize.cli.reporting import reporter, say
-from quantize.errors import ReleaseError
+from quantize.options import PruneOptions
+
+if TYPE_CHECKING:
+    from quantize.publishing.prune import Orphan
 
 
 @click.command()
 @recipe_options
-@dist_option
-@click.option(
-    "--where", type=click.Choice(["all", "dist", "hub"]), default="all", show_default=True,
-    help="Where to look: in dist, on the hub, or both.",
-)  # fmt: skip
-@endpoint_option
-@click.option("--keep", multiple=True, metavar="PATTERN", help="Leave branches, levels and files that match alone.")
+@model_options(PruneOptions)
 @click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 def prune(
-    recipe: str,
-    overrides: tuple[str, ...],
-    *,
-    dist: Path,
-    where: str,
-    endpoint: str | None,
-    keep: tuple[str, ...],
-    dry_run: bool,
-    yes: bool,
-    as_json: bool,
+    recipe: str, overrides: tuple[str, ...], *, options: PruneOptions, dry_run: bool, yes: bool, as_json: bool
 ) -> None:
-    """Remove what RECIPE does not name, in dist and on the hub. Asks first.
+    """Remove what is no longer in RECIPE, from dist and from the hub. Asks first.
 
-    That is branches and GGUF levels which quantize built (they carry its manifest) and RECIPE names no more, and files
-    on the hub that lie in a branch of RECIPE without being part of it. Other people's branches stay, and every `main`.
+    This covers branches and GGUF levels that quantize built (they carry its manifest) and that are no longer in RECIPE,
+    and files on the hub in RECIPE's branches that quantize did not write. Branches that quantize did not build are
+    never removed, nor is any `main`.
     """
-    from quantize.hub.client import Hub
-    from quantize.options import Selection
-    from quantize.planning.planner import plan_recipe
-    from quantize.publishing.prune import orphans_in_dist, orphans_on_hub, remove
+    from quantize import api
     from quantize.recipe import load_recipe
 
-    plan = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist), reporter())
-    hub = Hub(endpoint, reporter()) if where != "dist" else None
-    orphans = [*(orphans_in_dist(plan) if where != "hub" else ()), *(orphans_on_hub(plan, hub) if hub else ())]
-    orphans = [orphan for orphan in orphans if not orphan.matches(keep)]
-    if as_json:
-        print_json([orphan.as_data() for orphan in orphans])
-    elif orphans:
-        rows = [["where", "repo", "branch", "level or file", "bytes"]]
-        rows += [
-            [item.where, item.repo, item.branch, item.level or item.file or "", gigabytes(item.nbytes)]
-            for item in orphans
-        ]
-        click.echo(table(rows, right=frozenset({4})))
-        for item in orphans:
-            for name in item.others:
-                click.echo(f"{item.label}: goes with {name}, which quantize did not write")
-    else:
-        click.echo("nothing to prune")
-    if dry_run or not orphans:
-        return
-    if not yes:
-        if not sys.stdin.isatty():
-            raise ReleaseError("nobody can be asked here; add --yes to remove them, or --dry-run to see them")
-        if not click.confirm(f"Remove these {len(orphans)}?", err=True):
+    def agreed(found: Sequence[Orphan]) -> bool:
+        _show(found, as_json)
+        if dry_run or not found:
+            return False
+        if not confirmed(f"Remove these {len(found)}?", yes):
             say("nothing was removed")
-            return
-    remove(plan, orphans, hub)
-    say(f"removed {len(orphans)}, {gigabytes(sum(orphan.nbytes for orphan in orphans))}")
+            return False
+        return True
+
+    removed = api.prune(load_recipe(recipe, overrides), options, reporter(), agreed=agreed)
+    if removed:
+        say(f"removed {len(removed)}, {gigabytes(sum(orphan.nbytes for orphan in removed))}")
+
+
+def _show(found: Sequence[Orphan], as_json: bool) -> None:
+    if as_json:
+        print_json([orphan.as_data() for orphan in found])
+        return
+    if not found:
+        click.echo("nothing to prune")
+        return
+    rows = [["where", "repo", "branch", "level or file", "bytes"]]
+    rows += [
+        [item.where, item.repo, item.branch, item.level or item.file or "", gigabytes(item.nbytes)] for item in found
+    ]
+    click.echo(table(rows, right=frozenset({4})))
+    for item in found:
+        for name in item.others:
+            click.echo(f"{item.label}: {name}, which quantize did not write, is removed with it")

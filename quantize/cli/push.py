@@ -49,7 +49,7 @@ def push(
 ) -> None:
     """Push the finished branches of RECIPE to their hub repos: one commit a branch, `main` last.
 
-    Uploads only what differs, after holding it against the manifest. Files on the hub that quantize did not write stay.
+    Uploads only what differs, and checks it against the manifest. Files on the hub that quantize did not write stay.
     The token comes from HF_TOKEN or `hf auth login`.
     """
     from quantize import api

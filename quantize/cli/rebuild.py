@@ -15,7 +15,7 @@ from quantize.errors import ANSWER_IS_NO, printable, shortened
 from quantize.options import RebuildOptions
 
 LONGEST = 300
-"""Characters of a note; its values are a stranger's."""
+"""Characters of a note, whose values come from an untrusted manifest."""
 
 
 @click.command()
@@ -27,7 +27,7 @@ def rebuild(
     options: RebuildOptions,
     as_json: bool,
 ) -> None:
-    """Build again what MANIFEST says, and compare every file's hash. Exits with code 3 if one differs.
+    """Repeat the build that MANIFEST describes, and compare every file's hash. Exits with code 3 if one differs.
 
     MANIFEST is a quantize-manifest.json, or a folder: all manifests below it are built from one calibration pass.
     """

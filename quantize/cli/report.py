@@ -17,7 +17,7 @@ from quantize.cli.reporting import reporter
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="The page's file; by default report.html in dist."
 )  # fmt: skip
 def report(recipe: str, overrides: tuple[str, ...], dist: Path, out: Path | None) -> None:
-    """Write the measured quality of RECIPE as one HTML page that needs nothing else: table, plot, errors by module."""
+    """Write the measured quality of RECIPE as one self-contained HTML page: table, plot, error of every module."""
     from quantize import api
     from quantize.options import Selection
     from quantize.recipe import load_recipe

@@ -37,7 +37,7 @@ class TerminalReporter(Reporter):
 
 
 class JsonReporter(Reporter):
-    """One JSON object a line: ``{"event": "say" | "progress" | "stage", ...}``."""
+    """One JSON object per line: ``{"event": "say" | "progress" | "stage", ...}``."""
 
     def say(self, line: str) -> None:
         self._event("say", message=line)
@@ -80,11 +80,11 @@ def output_options(command: click.Command) -> None:
         command.params += [
             click.Option(
                 ["-q", "--quiet", "quiet"], is_flag=True, expose_value=False, callback=_remember,
-                help="Say nothing on stderr but errors.",
+                help="Print nothing but errors to stderr.",
             ),
             click.Option(
                 ["--debug", "--verbose", "debug"], is_flag=True, expose_value=False, callback=_remember,
-                help="Show what libraries log, and the traceback of an error.",
+                help="Show the logs of libraries, and the traceback of an error.",
             ),
         ]  # fmt: skip
 

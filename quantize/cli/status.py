@@ -1,4 +1,4 @@
-"""``quantize status``: what lies in dist, read from the manifests."""
+"""``quantize status``: what is in dist, read from the manifests."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ if TYPE_CHECKING:
 @click.command()
 @recipe_options
 @dist_option
-@click.option("--hub", is_flag=True, help="Ask the hub too: which branches are published as they lie in dist.")
+@click.option("--hub", is_flag=True, help="Also ask the hub which branches are published as they are in dist.")
 @endpoint_option
 @json_option
 def status(
     recipe: str, overrides: tuple[str, ...], *, dist: Path, hub: bool, endpoint: str | None, as_json: bool
 ) -> None:
-    """Show which branches of RECIPE are built, how well they came out, and what lies beside them in dist."""
+    """Show which branches of RECIPE are built, their quality, and what else is in dist."""
     from quantize.dist.ledger import oddities
     from quantize.dist.resume import find_unfinished
     from quantize.files.space import entries
     from quantize.options import Selection
     from quantize.planning.planner import plan_recipe
+    from quantize.publishing.judgement import verdicts
     from quantize.recipe import load_recipe
 
     planned = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist), reporter())
     there = _published(planned, endpoint) if hub or endpoint else {}
+    broken = verdicts(planned)
     report: list[dict[str, Any]] = []
     for item in planned.everything:
         known = planned.finished(item)
@@ -59,6 +61,7 @@ def status(
             "modules": len(ledger) or len(known.get("tensor_types", {})),
             "mean_relative_error": sum(errors) / len(errors) if errors else None,
             "oddities": strange,
+            "broken": broken.get(item.label),
             "made_otherwise": planned.made_otherwise(item),
         })  # fmt: skip
     others = _not_in_recipe(planned)
@@ -79,6 +82,7 @@ def status(
     for row in report:
         error = row["mean_relative_error"]
         odd = ", ".join(f"{len(modules)} {what}" for what, modules in row["oddities"].items())
+        odd = ", ".join(part for part in ("BROKEN" if row["broken"] else "", odd) if part)
         rows.append([
             row["branch"],
             row["state"],
@@ -96,8 +100,8 @@ def status(
         click.echo(f"{name}: not in this recipe")
     for one in unfinished:
         click.echo(
-            f"unfinished: {one.title}: {one.progress} blocks, {gigabytes(one.nbytes)}; build again to go on, "
-            "or free it with 'quantize clean'"
+            f"unfinished: {one.title}: {one.progress} blocks, {gigabytes(one.nbytes)}; build again to resume, "
+            "or remove it with 'quantize clean'"
         )
     if cached:
         sizes = ", ".join(f"{part} {gigabytes(nbytes)}" for part, nbytes in cached.most_common())
@@ -112,7 +116,7 @@ def _published(planned: Plan, endpoint: str | None) -> dict[str, Any]:
 
 
 def _not_in_recipe(planned: Plan) -> list[str]:
-    """Folders that lie in the repos' folders but are no branch of the recipe."""
+    """Folders inside the repos' folders that are not a branch of the recipe."""
     known = {item.folder for item in planned.everything}
     parents = sorted({folder.parent for folder in known})
     return [

@@ -65,7 +65,7 @@ def supervised(work: Callable[[], int]) -> int:
     with suppress(OSError):
         print(
             f"error: not enough memory: the process was ended by {name}{under_limits()}; allow more, or build with "
-            "less: fewer branches at once (--only), a smaller --memory. What was finished before is kept",
+            "less: fewer branches at once (--only), a smaller --memory. Finished work is kept",
             file=sys.stderr,
         )
     return FAILED

@@ -1,4 +1,4 @@
-"""``quantize validate``: is the recipe right, without looking at the model."""
+"""``quantize validate``: is the recipe valid, without looking at the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``quantize verify``: is a release what it says, and does it load?"""
+"""``quantize verify``: is a release what its manifest says, and does it load?"""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from quantize.options import VerifyOptions
 def verify(target: str, options: VerifyOptions, as_json: bool) -> None:
     """Verify finished branches: hashes against the manifest, tensors against the source, loading in real consumers.
 
-    DIR_OR_REPO is a branch's folder, a folder of branches as in dist, or a hub repo, of which without --download the
-    hashes alone are looked at. What loaded goes into the manifest, and with `quantize card` into the card. Exits with
-    code 3 if a check fails, or if every check of a branch was skipped, so that nothing is known of it.
+    DIR_OR_REPO is a branch's folder, a folder of branches as in dist, or a hub repo, of which only the hashes are
+    checked unless --download is given. The consumers that loaded a branch are recorded in its manifest, and shown in
+    the card after `quantize card`. Exits with code 3 if a check fails, or if every check of a branch was skipped.
     """
     quiet_libraries()
     from quantize.verifying import verify as check

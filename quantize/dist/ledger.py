@@ -6,6 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 
+ORDINARY = frozenset({"solved", "external", "foreign"})
+"""Outcomes that nobody needs to be told of; ``foreign`` is what manifests called ``external`` before."""
+
+
 @dataclass(frozen=True)
 class LedgerEntry:
     """One quantized module.
@@ -14,8 +18,8 @@ class LedgerEntry:
         outcome: ``solved``, ``damp_raised``, ``rtn_fallback``, ``starved_expert`` (an expert that saw fewer tokens than
             the recipe asks for; one that saw none is rounded to nearest), ``scale_underflow`` or ``scale_overflow``
             (weights that matter need scales smaller or larger than any of float16, and are lost for the most part),
-            ``unscaled`` (AWQ, where no operation before the linear can take a scale), or ``foreign`` (made by another
-            engine, of which only what is given is known).
+            ``unscaled`` (AWQ, where no operation before the linear can take a scale), or ``external`` (made by another
+            engine; only what it reports is known. Older manifests call it ``foreign``).
         damp_percent: the damping that was used.
         dead_columns: input channels that were zero in every calibration token.
         relative_error: tr((W-Q) H (W-Q)^T) / tr(W H W^T).
@@ -44,7 +48,7 @@ def oddities(ledger: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Modules that did not come out as they should, or had dead input channels, by what happened to them."""
     found: dict[str, list[str]] = {}
     for entry in ledger:
-        if entry["outcome"] not in {"solved", "foreign"}:
+        if entry["outcome"] not in ORDINARY:
             found.setdefault(entry["outcome"], []).append(entry["module"])
         if entry.get("dead_columns"):
             found.setdefault("dead_columns", []).append(entry["module"])

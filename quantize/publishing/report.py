@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantize import __version__
+from quantize.dist.ledger import ORDINARY
 from quantize.planning.items import PlannedVariant
 from quantize.planning.plan import Plan
 from quantize.publishing.picture import draw
@@ -86,7 +87,7 @@ def _cell(entry: Mapping[str, Any] | None, low: float, high: float) -> dict[str,
         return {"error": None, "share": 0.0, "outcome": ""}
     error = _error(entry)
     share = (math.log10(error) - low) / (high - low) if error > 0 and high > low else 0.0
-    odd = entry["outcome"] if entry["outcome"] not in {"solved", "foreign"} else ""
+    odd = entry["outcome"] if entry["outcome"] not in ORDINARY else ""
     if entry.get("dead_columns"):
         odd = f"{odd} {entry['dead_columns']} dead columns".strip()
     return {"error": f"{error:.1e}", "share": round(share, 3), "outcome": odd}
