@@ -30,9 +30,11 @@ def energy(rows: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 
     Squares of very small or very large rows would leave float32: such rows are first multiplied by a power of two.
     """
-    largest = float(rows.abs().max()) if rows.numel() else 0.0
+    low, high = torch.aminmax(rows)
+    largest = max(-float(low), float(high))
     power = math.frexp(largest)[1] if math.isfinite(largest) else 0
     if abs(power) <= SAFE_POWER:
         power = 0
-    near = rows if not power else rows * 2.0 ** (-power // 2) * 2.0 ** (-power - -power // 2)  # 2^149 is no float32
+    half = -power // 2  # in two steps: 2^149 is no float32
+    near = rows * 2.0**half * 2.0 ** (-power - half) if power else rows
     return ((near @ hessian) * near).sum(dim=1, dtype=torch.float64).cpu() * 4.0**power
