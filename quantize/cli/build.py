@@ -17,7 +17,7 @@ from quantize.cli.options import (
     recipe_options,
 )
 from quantize.cli.reporting import reporter, say
-from quantize.options import BuildOptions, MeasureOptions, Selection
+from quantize.options import BuildOptions, MeasureOptions
 
 if TYPE_CHECKING:
     from quantize.building.build import BuildResult
@@ -43,7 +43,6 @@ def build(
     quiet_libraries()
     from quantize.building import build_recipe
     from quantize.measuring import check_text, measure_recipe
-    from quantize.planning.planner import plan_recipe
     from quantize.publishing.judgement import require_sound
     from quantize.recipe import load_recipe
 
@@ -54,7 +53,7 @@ def build(
     result = build_recipe(loaded, options, reporter())
     quality = measure_recipe(loaded, measuring, reporter()) if measured else None
     _show(result, quality, as_json)
-    require_sound(plan_recipe(loaded, Selection(dist=options.dist, only=options.only), reporter()))
+    require_sound(result.plan)
 
 
 def _show(result: BuildResult, quality: Measured | None, as_json: bool) -> None:

@@ -127,7 +127,7 @@ def require_fit(plan: Plan) -> None:
     for label, why in broken.items():
         raise QualityError(
             f"{label}: {why}, so it is not published; build it again, leave it out with --only, or publish it all the "
-            "same with --broken"
+            "same with push --broken"
         )
 
 

@@ -32,8 +32,8 @@ def verdicts(plan: Plan) -> dict[str, str]:
 
 
 def require_sound(plan: Plan) -> None:
-    """Raise :class:`QualityError` if a measured variant must be taken for broken."""
-    found = verdicts(plan)
+    """Raise :class:`QualityError` if a selected, measured variant must be taken for broken."""
+    found = {label: why for label, why in verdicts(plan).items() if label in plan.selected}
     if found:
         label, why = next(iter(found.items()))
         more = f"; and {len(found) - 1} more: {', '.join(list(found)[1:])}" if len(found) > 1 else ""
