@@ -204,7 +204,7 @@ def _outline(source: Source) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shards: dict[str, dict[str, TensorSpec]] = {}
-        for name, spec in source.checkpoint.tensors.items():
+        for name, spec in source.checkpoint.in_files.items():
             shards.setdefault(spec.file, {})[name] = spec
         for file in source.small_files.iterdir():
             if file.is_file() and file.name not in shards:
@@ -219,7 +219,7 @@ def outtype_of(checkpoint: Checkpoint, requested: str) -> str:
     if requested != "auto":
         return requested
     sizes: dict[str, int] = {}
-    for spec in checkpoint.tensors.values():
+    for spec in checkpoint.in_files.values():
         sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
     return "F16" if max(sizes, key=lambda kind: sizes[kind]) == "F16" else "BF16"
 

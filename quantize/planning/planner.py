@@ -30,6 +30,7 @@ from quantize.source.anatomy import Anatomy
 from quantize.source.examination import anatomy_of
 from quantize.source.resolve import resolve
 from quantize.source.resolved import Source
+from quantize.source.slices import with_slices
 
 Item = TypeVar("Item", PlannedVariant, PlannedLevel)
 
@@ -60,6 +61,7 @@ def plan_recipe(
     trust = recipe.model.trust_remote_code
     source = resolve(recipe.model, weights=weights, small_files=trust or recipe.gguf is not None, reporter=reporter)
     anatomy = anatomy_of(source, trust_remote_code=trust, here=weights, reporter=reporter)
+    source = replace(source, checkpoint=with_slices(source.checkpoint, anatomy.slices))
     table = _table(loaded, source, anatomy)
     _check_length(loaded, source)
     if shards > recipe.calibration.samples:

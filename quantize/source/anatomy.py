@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from quantize.formats.tensors import TensorSpec
+from quantize.source.slices import Slice
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Anatomy:
         linears: of all blocks, in block order. inside: the block of every tensor that belongs to one.
         unread: tensors that the model does not read. towers: tensors of linears outside the text model's blocks, as of
             a vision tower. outside: shortest names of modules that hold such linears, in the checkpoint and in
-            transformers.
+            transformers. slices: linears that are stored stacked in one tensor.
     """
 
     model_class: str
@@ -46,17 +47,20 @@ class Anatomy:
     unread: tuple[str, ...] = ()
     towers: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
+    slices: Mapping[str, Slice] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Anatomy:
         """From plain data."""
         linears = tuple(Found(*row) for row in data["linears"])
         names = {key: tuple(data[key]) for key in ("unread", "towers", "outside")}
-        return cls(**{**data, **names, "linears": linears})
+        slices = {name: Slice.of(row) for name, row in data["slices"].items()}
+        return cls(**{**data, **names, "linears": linears, "slices": slices})
 
     def as_data(self) -> dict[str, Any]:
         """As plain data."""
-        return {**asdict(self), "linears": [list(asdict(one).values()) for one in self.linears]}
+        slices = {name: list(asdict(one).values()) for name, one in self.slices.items()}
+        return {**asdict(self), "linears": [list(asdict(one).values()) for one in self.linears], "slices": slices}
 
 
 def table_of(tensors: Mapping[str, Any]) -> dict[str, TensorSpec]:

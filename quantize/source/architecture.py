@@ -54,7 +54,7 @@ def build_empty(folder: Path, named: str, checkpoint: Checkpoint, dtype: torch.d
         except Exception as error:
             reason = reason or _unsupported(named, checkpoint, error)
             continue
-        missing = len(missing_parameters(model, match_names(model, checkpoint.tensors)))
+        missing = len(missing_parameters(model, match_names(model, checkpoint.in_files)))
         if found is None or missing < found[0]:
             found = (missing, model)
         if not missing:

@@ -17,6 +17,7 @@ from quantize.files.inside import sound_files, stray
 from quantize.formats.names import is_file_name
 from quantize.formats.safetensors_header import file_header
 from quantize.formats.tensors import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, TensorSpec
+from quantize.source.slices import Slice
 
 MOST_JSON = 100_000_000
 """Largest accepted config or index, in bytes; the largest real ones take 10 MB."""
@@ -42,14 +43,18 @@ class Checkpoint:
 
     Attributes:
         config: ``config.json`` as data.
-        tensors: every tensor by its name in the files.
+        tensors: every tensor by its name in the files; in place of stacked ones their ``slices``.
         folder: the files' folder, or None if only headers were fetched from the hub.
+        slices: linears inside stacked tensors, by their own names. stored: all tensors as they lie in the files, where
+            there are slices.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorSpec]
     folder: Path | None = None
     shards: tuple[str, ...] = field(default=())
+    slices: Mapping[str, Slice] = field(default_factory=dict)
+    stored: Mapping[str, TensorSpec] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
@@ -65,6 +70,11 @@ class Checkpoint:
         """The first of these config values that is set. Names must be in ``MOST_SIZES``, whose limits were checked."""
         found = (self.text_config.get(name) for name in names)
         return next((int(value) for value in found if value is not None), None)
+
+    @property
+    def in_files(self) -> Mapping[str, TensorSpec]:
+        """Every tensor by its name in the files."""
+        return self.stored or self.tensors
 
     @property
     def nbytes(self) -> int:

@@ -25,7 +25,7 @@ from quantize.reporter import SILENT, Reporter
 from quantize.source.anatomy import Anatomy
 from quantize.source.resolved import Source
 
-SCHEMA = 2
+SCHEMA = 3
 FOLDER = "anatomy"
 PACKAGE = Path(__file__).parents[1]
 
@@ -45,7 +45,7 @@ def anatomy_of(
     code = {name: value for name, value in source.hashes.items() if name.endswith(".py")} if trust_remote_code else {}
     key = key_of({
         "schema": SCHEMA, "config": checkpoint.config, "code": code, "trust_remote_code": trust_remote_code,
-        "tensors": {name: [spec.dtype, list(spec.shape)] for name, spec in checkpoint.tensors.items()},
+        "tensors": {name: [spec.dtype, list(spec.shape)] for name, spec in checkpoint.in_files.items()},
         "versions": versions_of(["torch", "transformers"]),
     })  # fmt: skip
     place = cache_folder() / FOLDER / f"{key}.json"
@@ -82,7 +82,7 @@ def _in_child(folder: Path, source: Source, trust_remote_code: bool) -> Any:
         "folder": str(folder.absolute()),
         "named": source.named,
         "config": dict(source.checkpoint.config),
-        "tensors": {name: [spec.dtype, list(spec.shape)] for name, spec in source.checkpoint.tensors.items()},
+        "tensors": {name: [spec.dtype, list(spec.shape)] for name, spec in source.checkpoint.in_files.items()},
         "trust_remote_code": trust_remote_code,
     }
     worker = Path(__file__).with_name("worker_anatomy.py")

@@ -16,8 +16,11 @@ from quantize.formats.tensors import TensorSpec
 from quantize.source.anatomy import Anatomy, Found
 from quantize.source.architecture import match_names, missing_parameters, tied_parameters
 from quantize.source.blocks import Trial, find_blocks, other_towers, try_blocks
-from quantize.source.experts import split_experts
+from quantize.source.checkpoint import Checkpoint
+from quantize.source.experts import Experts
 from quantize.source.routing import find_routers
+from quantize.source.slices import Slice, with_slices
+from quantize.source.split import split_experts
 
 UNCALLED = "its weight is read by other code, so no loader can replace it"
 UNREACHED = "text alone does not reach it"
@@ -29,8 +32,9 @@ class Examined:
     """A model on the meta device, and its parts.
 
     Attributes:
-        names: checkpoint tensor by parameter or buffer name. prefix: of the blocks in the model. towers: prefixes of
-            modules that do not take part in generating text.
+        tensors: of the checkpoint, with slices in place of stacked ones. names: checkpoint tensor by parameter or
+            buffer. prefix: of the blocks in the model. towers: prefixes of modules that do not take part in generating
+            text.
     """
 
     model: Any
@@ -40,6 +44,7 @@ class Examined:
     blocks: nn.ModuleList
     trial: Trial
     towers: tuple[str, ...]
+    slices: Mapping[str, Slice]
 
     def is_outside_text(self, name: str) -> bool:
         """Whether a parameter belongs to a tower that text does not reach."""
@@ -52,7 +57,7 @@ class Examined:
 
     def reason(self, block: int, local: str) -> str:
         """Why a linear of a block has to stay as it is; empty if it can be quantized."""
-        if self.names[f"{self.prefix}{block}.{local}.weight"] in self._routers:
+        if self.names[f"{self.prefix}{block}.{local}.weight"] in self._routers or local in self._scores(block):
             return ROUTER
         if block in self.unreached:
             return UNREACHED
@@ -66,6 +71,18 @@ class Examined:
             if isinstance(module, nn.Linear | Conv1D)
             and self.names.get(f"{self.prefix}{block}.{local}.weight", "").endswith(".weight")
         ]
+
+    def _scores(self, block: int) -> frozenset[str]:
+        """Names in a block of linears beside experts with an output for each of them."""
+        counts = {name: len(one) for name, one in self.blocks[block].named_modules() if isinstance(one, Experts)}
+        found = set()
+        for mixture, count in counts.items():
+            beside = mixture.rpartition(".")[0]
+            for local, module in self.blocks[block].named_modules():
+                inside = local.startswith(f"{beside}.") if beside else "router" in local
+                if inside and not local.startswith(f"{mixture}.") and isinstance(module, nn.Linear):
+                    found |= {local} if module.out_features == count else set()
+        return frozenset(found)
 
     @cached_property
     def _routers(self) -> frozenset[str]:
@@ -99,6 +116,7 @@ class Examined:
             tuple(unread),
             tuple(sorted(stored)),
             tuple(sorted({*shortest(modules, prefix), *shortest(beside, self.prefix)})),
+            self.slices,
         )
 
     def _linears_outside(self) -> list[str]:
@@ -145,13 +163,15 @@ def examine(model: Any, tensors: Mapping[str, TensorSpec], named: str) -> Examin
     Raises:
         SourceError: the checkpoint does not fit the model, or the model cannot be run block by block.
     """
-    split_experts(model, tensors)
+    split = split_experts(model, tensors)
     found = find_blocks(model)
     if found is None:
         raise SourceError(f"{named}: {type(model).__name__} has no list of decoder blocks")
     prefix, blocks = found
     towers = tuple(f"{name}." for name in other_towers(model, blocks))
-    one = Examined(model, tensors, match_names(model, tensors), prefix, blocks, try_blocks(model, blocks), towers)
+    names = {**match_names(model, tensors), **split.names}
+    seen = with_slices(Checkpoint({}, tensors), split.slices).tensors
+    one = Examined(model, seen, names, prefix, blocks, try_blocks(model, blocks), towers, split.slices)
     _check_tensors(one, named)
     _check_calls(one, named)
     return one

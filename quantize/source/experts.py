@@ -1,22 +1,17 @@
 """Mixtures of experts with one linear for every projection of every expert, as in checkpoints.
 
-transformers 5 stacks the experts of a block into three-dimensional parameters when it loads a checkpoint. Here each
-such module is replaced by one with plain linears under the checkpoint's names, so that loading, statistics, solving
-and measuring treat them like all others. The modules and their stacked parameters are found in transformers' own table
-of conversions; no architecture is named here.
+transformers 5 stacks the experts of a block into three-dimensional parameters. Here each such module is replaced by one
+with plain linears, so that loading, statistics, solving and measuring treat them like all others. ``source/split.py``
+finds the modules, and the names of the linears in the checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-
-from quantize.source.routing import expert_of
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -69,6 +64,22 @@ class Experts(nn.ModuleList):
         return output
 
 
+class DenseExperts(Experts):
+    """Experts whose mixture hands every expert its own copy of all tokens, zero where the router did not choose it."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """``hidden_states`` [experts * tokens, width] -> the same shape."""
+        output = torch.zeros_like(hidden_states)
+        rows = len(hidden_states) // len(self)
+        for number, expert in enumerate(self):
+            assert isinstance(expert, Expert)
+            own = hidden_states[number * rows : (number + 1) * rows]
+            expert.tokens = own.any(dim=-1).nonzero()[:, 0]
+            if len(expert.tokens):
+                output[number * rows + expert.tokens] = expert(own[expert.tokens])
+        return output
+
+
 @contextlib.contextmanager
 def pinned_routing(block: nn.Module) -> Iterator[None]:
     """Context in which every run of a block routes its tokens like the first run, with the same weights.
@@ -85,71 +96,3 @@ def pinned_routing(block: nn.Module) -> Iterator[None]:
             if isinstance(module, Experts):
                 stack.callback(module.register_forward_pre_hook(pin).remove)
         yield
-
-
-def split_experts(model: Any, stored: Iterable[str]) -> None:
-    """Replace every module of stacked experts by :class:`Experts` on the meta device.
-
-    Args:
-        model: a transformers model. stored: names of the checkpoint's tensors.
-
-    A module that computes anything other than ``down(gate(inner(x)))``, or has biases, is not replaced; loading its
-    block then reports missing tensors.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        Concatenate,
-        MergeModulelist,
-        WeightConverter,
-        WeightRenaming,
-        rename_source_key,
-    )
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [item for item in mapping if type(item) is WeightRenaming]
-    converters = [item for item in mapping if type(item) is WeightConverter]
-    stacking = {
-        pattern: place
-        for item in converters
-        if [type(step) for step in item.operations] in ([MergeModulelist], [MergeModulelist, Concatenate])
-        for place, pattern in enumerate(item.source_patterns)
-    }
-    state = model.state_dict()
-    found: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
-    for tensor in stored:
-        expert = expert_of(tensor)
-        if expert is not None:
-            name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
-            if pattern in stacking and name in state:
-                owner, _, parameter = name.rpartition(".")
-                found[owner][parameter][stacking[pattern]] = expert[2].removesuffix(".weight")
-    for owner, parameters in found.items():
-        leaves = {parameter: [leaf for _, leaf in sorted(parts.items())] for parameter, parts in parameters.items()}
-        if experts := _split(model.get_submodule(owner), leaves):
-            model.set_submodule(owner, experts)
-
-
-def _split(stacked: nn.Module, leaves: dict[str, list[str]]) -> Experts | None:
-    """The experts of one module; ``leaves`` are the linears stacked into each of its parameters, in order."""
-    plain = getattr(stacked, "has_gate", False) and not any(
-        getattr(stacked, name, False) for name in ("has_bias", "has_post_expert_norm", "is_transposed")
-    )
-    shapes = {name: tuple(parameter.shape) for name, parameter in stacked.named_parameters()}
-    if not plain or set(shapes) != {"gate_up_proj", "down_proj"} or set(leaves) != set(shapes):
-        return None
-    count, twice, width = shapes["gate_up_proj"]
-    inner, (outer,) = leaves["gate_up_proj"], leaves["down_proj"]
-    dtype = next(stacked.parameters()).dtype
-    gate: Any = stacked._apply_gate
-
-    def linear(inputs: int, outputs: int) -> nn.Linear:
-        return nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype)
-
-    return Experts(
-        Expert(
-            {name: linear(width, twice // len(inner)) for name in inner},
-            {outer: linear(twice // len(inner), width)},
-            gate,
-        )
-        for _ in range(count)
-    )

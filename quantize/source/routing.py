@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from quantize.formats.tensors import TensorSpec
 
-_EXPERT = re.compile(r"^(?P<mixture>.+)\.experts\.(?P<number>\d+)\.(?P<rest>.+)$")
+_EXPERT = re.compile(r"^(?P<mixture>.+)\.(experts|input_linear|output_linear)\.(?P<number>\d+)\.(?P<rest>.+)$")
 
 
 def expert_of(name: str) -> tuple[str, int, str] | None:

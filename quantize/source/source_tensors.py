@@ -9,6 +9,7 @@ from quantize.files.digest import identity_of
 from quantize.formats.tensor_file import NotAsWritten, TensorFile
 from quantize.source.fingerprints import note_tensor
 from quantize.source.resolved import Source
+from quantize.source.stacked import StackedTensors
 from quantize.source.unchanged import changed
 
 
@@ -18,17 +19,22 @@ class SourceTensors:
     def __init__(self, source: Source) -> None:
         self._source = source
         self._files: dict[str, TensorFile] = {}
+        self._stacked = StackedTensors(self._read)
 
     def __contains__(self, name: str) -> bool:
         return name in self._source.checkpoint.tensors
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as stored.
+        """A tensor as stored, or a slice of one.
 
         Raises:
             SourceChanged: it differs from its hash. SourceError: its file can no longer be read.
         """
-        shard = self._source.checkpoint.tensors[name].file
+        one = self._source.checkpoint.slices.get(name)
+        return self._read(name) if one is None else self._stacked.take(one)
+
+    def _read(self, name: str) -> torch.Tensor:
+        shard = self._source.checkpoint.in_files[name].file
         path, whole = self._source.folder / shard, self._source.fingerprints[shard]
         try:
             identity = identity_of(path.resolve())

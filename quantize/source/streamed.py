@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from quantize.source.experts import Expert
 from quantize.source.linear import Linear
 from quantize.source.prefetch import Prefetch
 from quantize.source.resolved import Source
+from quantize.source.slices import with_slices
 from quantize.source.source_tensors import SourceTensors, is_finite
 
 
@@ -63,10 +65,11 @@ class StreamedModel:
         prefetch: bool | None = None,
         taken: Collection[str] | None = None,
     ) -> None:
-        self.source, self.compute_dtype, self.device = source, compute_dtype, device
-        self._tensors = SourceTensors(source)
+        self.compute_dtype, self.device = compute_dtype, device
         self.model = empty_model(source, compute_dtype, trust_remote_code)
-        self.form = examine(self.model, source.checkpoint.tensors, source.named)
+        self.form = examine(self.model, source.checkpoint.in_files, source.named)
+        self.source = replace(source, checkpoint=with_slices(source.checkpoint, self.form.slices))
+        self._tensors = SourceTensors(self.source)
         self.names, self.block_prefix, self.blocks = self.form.names, self.form.prefix, self.form.blocks
         self._index = {id(block): index for index, block in enumerate(self.blocks)}
         wanted = device.type == "cuda" if prefetch is None else prefetch
@@ -93,7 +96,7 @@ class StreamedModel:
         """
         tensor = self._tensors.read(name)
         if tensor.is_floating_point() and not is_finite(tensor):
-            path = self.source.folder / self.source.checkpoint.tensors[name].file
+            path = self.source.folder / self.source.checkpoint.in_files[name].file
             raise SourceError(f"{path}: {name} contains NaN or infinity; the source is damaged")
         return tensor
 

@@ -1,0 +1,280 @@
+"""Replace modules of stacked experts by plain linears, and find their tensors in the checkpoint.
+
+A checkpoint stores experts one by one, which transformers' own table of conversions stacks when it loads them, or
+stacked, and then each linear is a slice of a stored tensor. What a stacked module computes is read from the attributes
+that transformers gives it (``has_gate``, ``is_transposed`` and so on); no architecture is named here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantize.formats.tensors import TensorSpec
+from quantize.source.experts import DenseExperts, Expert, Experts, Gate
+from quantize.source.routing import expert_of
+from quantize.source.slices import Slice
+
+BLOCKS, SCALES = "_blocks", "_scales"
+"""Ends of the names of MXFP4 tensors, after the name of the parameter that they hold."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What became of stacked experts.
+
+    Attributes:
+        names: tensor by parameter of linears that are slices. slices: by tensor.
+    """
+
+    names: dict[str, str] = field(default_factory=dict)
+    slices: dict[str, Slice] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a module of stacked experts computes: ``down(gate(first(x)))`` for each expert.
+
+    Attributes:
+        first, down: names of its parameters. width, inner: inputs of an expert, and of its ``down``. halves: outputs
+            of ``first`` for each input of ``down``: 2 with a gate. transposed: stacked as [in_features, out_features].
+        interleaved: outputs of gate and up alternate. dense: every expert gets a copy of all tokens.
+    """
+
+    first: str
+    count: int
+    width: int
+    inner: int
+    halves: int
+    transposed: bool
+    interleaved: bool
+    bias: bool
+    gate: Gate
+    dense: bool = False
+    down: str = "down_proj"
+
+    @property
+    def matrices(self) -> tuple[str, str]:
+        """Names of the parameters that hold matrices."""
+        return self.first, self.down
+
+
+def split_experts(model: Any, stored: Mapping[str, TensorSpec]) -> Split:
+    """Replace every module of stacked experts by :class:`Experts` on the meta device.
+
+    Args:
+        model: a transformers model on the meta device. stored: the checkpoint's tensors.
+
+    A module that computes anything other than ``down(gate(first(x)))`` is not replaced.
+    """
+    split = Split()
+    single, stacked = _single(model, stored), _stacked(model, stored)
+    for owner, module in list(model.named_modules()):
+        form = _form(module)
+        if form is None:
+            continue
+        if set(single.get(owner, {})) == {form.first, form.down} and not form.bias and not form.interleaved:
+            leaves = single[owner]
+            if len(leaves[form.first]) in (1, form.halves) and len(leaves[form.down]) == 1:
+                model.set_submodule(owner, _experts(form, module, leaves[form.first], leaves[form.down][0]))
+        elif f"{owner}.{form.first}" in stacked and f"{owner}.{form.down}" in stacked:
+            _split_stored(model, owner, form, stored, stacked=stacked, split=split)
+    return split
+
+
+def _form(module: nn.Module) -> _Form | None:
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
+    if "down_proj" not in shapes or len(shapes["down_proj"]) != 3:
+        return None
+    if hasattr(module, "has_gate") and not getattr(module, "has_post_expert_norm", False):
+        first = "gate_up_proj" if module.has_gate else "up_proj"
+        transposed, bias = bool(module.is_transposed), bool(module.has_bias)
+        gate: Any = module._apply_gate if module.has_gate else module.act_fn
+        interleaved, dense = bool(module.has_gate and not module.is_concatenated), False
+    elif list(signature(type(module).forward).parameters) == ["self", "hidden_states"] and hasattr(module, "act_fn"):
+        first, transposed, bias, interleaved, dense = "gate_up_proj", True, False, False, True
+        act: Any = module.act_fn
+
+        def gate(hidden: torch.Tensor) -> torch.Tensor:
+            gated, up = hidden.chunk(2, dim=-1)
+            found: torch.Tensor = up * act(gated)
+            return found
+    else:
+        return None
+    expected = {first, "down_proj", *((f"{first}_bias", "down_proj_bias") if bias else ())}
+    if set(shapes) != expected or len(shapes[first]) != 3:
+        return None
+    count, inner, width = shapes["down_proj"] if transposed else _swapped(shapes["down_proj"])
+    outputs = shapes[first][2] if transposed else shapes[first][1]
+    halves = 2 if first == "gate_up_proj" else 1
+    if (
+        shapes[first] != ((count, width, outputs) if transposed else (count, outputs, width))
+        or outputs != halves * inner
+    ):
+        return None
+    return _Form(first, count, width, inner, halves, transposed, interleaved, bias, gate, dense)
+
+
+def _swapped(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    return shape[0], shape[2], shape[1]
+
+
+def _experts(form: _Form, module: nn.Module, first: list[str], down: str) -> Experts:
+    dtype = next(module.parameters()).dtype
+
+    def linear(inputs: int, outputs: int) -> nn.Linear:
+        return nn.Linear(inputs, outputs, bias=form.bias, device="meta", dtype=dtype)
+
+    outputs = form.halves * form.inner // len(first)
+    kind = DenseExperts if form.dense else Experts
+    return kind(
+        Expert(
+            {name: linear(form.width, outputs) for name in first},
+            {down: linear(form.inner, form.width)},
+            _alternating(form.gate) if form.interleaved else form.gate,
+        )
+        for _ in range(form.count)
+    )
+
+
+def _alternating(gate: Gate) -> Gate:
+    """The gate of a module whose outputs of gate and up alternate, for outputs that follow one another."""
+    return lambda hidden: gate(torch.stack(hidden.chunk(2, dim=-1), dim=-1).flatten(-2))
+
+
+def _single(model: Any, stored: Mapping[str, TensorSpec]) -> dict[str, dict[str, list[str]]]:
+    """Of experts stored one by one: by module, the linears that are stacked into each of its parameters, in order."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
+    converters = [item for item in mapping if type(item) is WeightConverter]
+    stacking = {
+        pattern: place
+        for item in converters
+        if [type(step) for step in item.operations] in ([MergeModulelist], [MergeModulelist, Concatenate])
+        for place, pattern in enumerate(item.source_patterns)
+    }
+    state = model.state_dict()
+    found: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    for tensor in sorted(stored):
+        expert = expert_of(tensor)
+        if expert is not None:
+            name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
+            if pattern in stacking and name in state:
+                owner, _, parameter = name.rpartition(".")
+                found[owner][parameter][stacking[pattern]] = expert[2].removesuffix(".weight")
+    return {
+        owner: {parameter: [leaf for _, leaf in sorted(parts.items())] for parameter, parts in parameters.items()}
+        for owner, parameters in found.items()
+    }
+
+
+def _stacked(model: Any, stored: Mapping[str, TensorSpec]) -> dict[str, tuple[str, str]]:
+    """Stored tensors of stacked parameters: by parameter, the tensor, and that of its scales if it is MXFP4."""
+    from quantize.source.architecture import match_names
+
+    plain = {name: (tensor, "") for name, tensor in match_names(model, stored).items()}
+    packed = {
+        tensor.removesuffix(BLOCKS): tensor
+        for tensor, spec in stored.items()
+        if tensor.endswith(BLOCKS) and spec.dtype == "U8" and tensor.removesuffix(BLOCKS) + SCALES in stored
+    }
+    for name, base in match_names(model, packed).items():
+        plain.setdefault(name, (packed[base], base + SCALES))
+    return plain
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One linear of every expert, inside a stacked tensor.
+
+    Attributes:
+        leaf: its name in the expert. start, step, count: which outputs of the stacked parameter it has. inputs: its K.
+    """
+
+    leaf: str
+    start: int
+    step: int
+    count: int
+    inputs: int
+
+
+def _split_stored(
+    model: Any,
+    owner: str,
+    form: _Form,
+    stored: Mapping[str, TensorSpec],
+    *,
+    stacked: Mapping[str, tuple[str, str]],
+    split: Split,
+) -> None:
+    """Replace a module whose parameters are stored stacked, if its tensors have the expected shapes."""
+    module = model.get_submodule(owner)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
+    parts = {parameter: _parts(parameter, form, stacked[f"{owner}.{parameter}"][0]) for parameter in form.matrices}
+    names, slices = {}, {}
+    for parameter, members in parts.items():
+        tensor, scales = stacked[f"{owner}.{parameter}"]
+        turned = _is_turned(tuple(stored[tensor].shape), shapes[parameter], form.transposed, bool(scales))
+        bias = stacked.get(f"{owner}.{parameter}_bias", ("", ""))[0] if form.bias else None
+        if turned is None or bias == "":
+            return
+        base = _base(tensor, parameter)
+        for part in members:
+            for number in range(form.count):
+                stem = f"{base}.{number}.{'linear' if tensor.endswith('.weight') else part.leaf}"
+                inside = f"{owner}.{number}.{part.leaf}"
+                cut = (part.start, part.step, part.count)
+                names[f"{inside}.weight"] = f"{stem}.weight"
+                shape = (part.count, part.inputs)
+                slices[f"{stem}.weight"] = Slice(tensor, number, turned, *cut, shape, scales)
+                if bias:
+                    names[f"{inside}.bias"] = f"{stem}.bias"
+                    slices[f"{stem}.bias"] = Slice(bias, number, False, *cut, (part.count,))
+    first, (down,) = parts[form.first], parts[form.down]
+    model.set_submodule(owner, _experts(form, module, [part.leaf for part in first], down.leaf))
+    split.names.update(names)
+    split.slices.update(slices)
+
+
+def _parts(parameter: str, form: _Form, tensor: str) -> list[_Part]:
+    """The linears in a stacked parameter. A tensor that is stored as a module's weight stays one linear."""
+    if parameter == form.down:
+        return [_Part(form.down, 0, 1, form.width, form.inner)]
+    if form.halves == 1 or (tensor.endswith(".weight") and not form.interleaved):
+        return [_Part(form.first, 0, 1, form.halves * form.inner, form.width)]
+    step = 2 if form.interleaved else 1
+    starts = {"gate_proj": 0, "up_proj": 1 if form.interleaved else form.inner}
+    return [_Part(leaf, start, step, form.inner, form.width) for leaf, start in starts.items()]
+
+
+def _base(tensor: str, parameter: str) -> str:
+    """What the names of slices begin with: the experts' module, or the module whose weight is stacked."""
+    return tensor.removesuffix(BLOCKS).removesuffix(".weight").removesuffix(f".{parameter}")
+
+
+def _is_turned(stored: tuple[int, ...], shape: tuple[int, ...], transposed: bool, packed: bool) -> bool | None:
+    """Whether a tensor is stacked as [in_features, out_features]; None if it does not fit the parameter.
+
+    MXFP4 blocks are always [experts, out_features, groups, 16].
+    """
+    if packed:
+        outputs, inputs = (shape[2], shape[1]) if transposed else (shape[1], shape[2])
+        return False if stored == (shape[0], outputs, inputs // 32, 16) else None
+    if stored == shape:
+        return transposed
+    return not transposed if stored == (shape[0], shape[2], shape[1]) else None
