@@ -1,8 +1,7 @@
 """Executor of a Ray cluster (https://docs.ray.io); the only module that imports ray.
 
-Each shard of the windows is run by an actor, which reads the model itself; solves and GGUF levels are tasks. An actor
-that is lost is made anew from the states that entered the present block. What comes back is put together in one
-order, whoever was ready first, and all artefacts are written by the driver.
+Each shard of the windows is run by an actor, which reads the model itself and, if lost, is made anew from the last
+states; solves and GGUF levels are tasks. Results are put together in one order, and the driver writes all artefacts.
 """
 
 from __future__ import annotations
@@ -131,9 +130,9 @@ class RayExecutor:
     def streams(self, windows: Windows, reporter: Reporter) -> Streams:
         if windows.model.hands_on:
             raise PlanError("--ray: blocks of this model leave keys and values for later ones; build without it")
-        if windows.model.device.type == "cuda" and len(windows.parts) > self._gpus:
+        if windows.model.device.type == "cuda" and (shards := len(windows.parts)) > self._gpus:
             raise PlanError(
-                f"--shards {len(windows.parts)}: the Ray cluster has {self._gpus} GPUs, and each shard needs one; "
+                f"--shards {shards}: the Ray cluster has {self._gpus} GPUs, and each shard needs one; "
                 f"use --shards {self._gpus} or --device cpu"
                 if self._gpus
                 else "--device cuda: the Ray cluster has no GPU; use --device cpu"

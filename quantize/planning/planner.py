@@ -27,10 +27,10 @@ from quantize.recipe.methods import Gptq
 from quantize.recipe.schema import RepoNameError, repo_id
 from quantize.reporter import SILENT, Reporter
 from quantize.source.anatomy import Anatomy
+from quantize.source.checkpoint import with_slices
 from quantize.source.examination import anatomy_of
 from quantize.source.resolve import resolve
 from quantize.source.resolved import Source
-from quantize.source.slices import with_slices
 
 Item = TypeVar("Item", PlannedVariant, PlannedLevel)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,23 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.tensors.values())
+
+
+def with_slices(checkpoint: Checkpoint, slices: Mapping[str, Slice]) -> Checkpoint:
+    """The same checkpoint with slices in place of the tensors that they are taken from."""
+    if checkpoint.slices or not slices:
+        return checkpoint
+    parts: dict[str, list[str]] = {}
+    for name, one in slices.items():
+        parts.setdefault(one.stored, []).append(name)
+    hidden = {one.scales for one in slices.values()}
+    tensors = {}
+    for name, spec in checkpoint.tensors.items():
+        for part in parts.get(name, ()):
+            tensors[part] = slices[part].spec(spec)
+        if name not in parts and name not in hidden:
+            tensors[name] = spec
+    return replace(checkpoint, tensors=tensors, slices=slices, stored=checkpoint.tensors)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -16,10 +16,10 @@ from quantize.formats.tensors import TensorSpec
 from quantize.source.anatomy import Anatomy, Found
 from quantize.source.architecture import match_names, missing_parameters, tied_parameters
 from quantize.source.blocks import Trial, find_blocks, other_towers, try_blocks
-from quantize.source.checkpoint import Checkpoint
+from quantize.source.checkpoint import Checkpoint, with_slices
 from quantize.source.experts import Experts
 from quantize.source.routing import find_routers
-from quantize.source.slices import Slice, with_slices
+from quantize.source.slices import Slice
 from quantize.source.split import split_experts
 
 UNCALLED = "its weight is read by other code, so no loader can replace it"

@@ -6,14 +6,10 @@ stores its quantized form under its name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from quantize.formats.tensors import TensorSpec
-
-if TYPE_CHECKING:
-    from quantize.source.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,20 +41,3 @@ class Slice:
     def spec(self, stored: TensorSpec) -> TensorSpec:
         """The slice as a tensor of its own."""
         return TensorSpec("BF16" if self.scales else stored.dtype, self.shape, stored.file)
-
-
-def with_slices(checkpoint: Checkpoint, slices: Mapping[str, Slice]) -> Checkpoint:
-    """The same checkpoint with slices in place of the tensors that they are taken from."""
-    if checkpoint.slices or not slices:
-        return checkpoint
-    parts: dict[str, list[str]] = {}
-    for name, one in slices.items():
-        parts.setdefault(one.stored, []).append(name)
-    hidden = {one.scales for one in slices.values()}
-    tensors = {}
-    for name, spec in checkpoint.tensors.items():
-        for part in parts.get(name, ()):
-            tensors[part] = slices[part].spec(spec)
-        if name not in parts and name not in hidden:
-            tensors[name] = spec
-    return replace(checkpoint, tensors=tensors, slices=slices, stored=checkpoint.tensors)

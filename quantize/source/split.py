@@ -7,6 +7,7 @@ that transformers gives it (``has_gate``, ``is_transposed`` and so on); no archi
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,15 @@ from quantize.source.slices import Slice
 
 BLOCKS, SCALES = "_blocks", "_scales"
 """Ends of the names of MXFP4 tensors, after the name of the parameter that they hold."""
+
+_APART = re.compile(r"^(?P<base>.+)\.\d+\.(?P<leaf>gate_proj|up_proj|down_proj|linear)\.weight$")
+_HOLDERS = {
+    "gate_proj": ("gate_up_proj",),
+    "up_proj": ("gate_up_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+    "linear": ("weight",),
+}
+"""Names that slices of stacked parameters get, and what the parameters are called."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ def split_experts(model: Any, stored: Mapping[str, TensorSpec]) -> Split:
     A module that computes anything other than ``down(gate(first(x)))`` is not replaced.
     """
     split = Split()
-    single, stacked = _single(model, stored), _stacked(model, stored)
+    single, stacked, apart = _single(model, stored), _stacked(model, stored), _apart(model, stored)
     for owner, module in list(model.named_modules()):
         form = _form(module)
         if form is None:
@@ -85,6 +95,8 @@ def split_experts(model: Any, stored: Mapping[str, TensorSpec]) -> Split:
                 model.set_submodule(owner, _experts(form, module, leaves[form.first], leaves[form.down][0]))
         elif f"{owner}.{form.first}" in stacked and f"{owner}.{form.down}" in stacked:
             _split_stored(model, owner, form, stored, stacked=stacked, split=split)
+        elif f"{owner}.{form.first}" in apart and f"{owner}.{form.down}" in apart:
+            _split_apart(model, owner, form, stored, apart=apart, split=split)
     return split
 
 
@@ -196,6 +208,55 @@ def _stacked(model: Any, stored: Mapping[str, TensorSpec]) -> dict[str, tuple[st
     for name, base in match_names(model, packed).items():
         plain.setdefault(name, (packed[base], base + SCALES))
     return plain
+
+
+def _apart(model: Any, stored: Mapping[str, TensorSpec]) -> dict[str, tuple[str, list[str]]]:
+    """Stacked parameters whose linears are stored under the names that slices of them have, as releases store them.
+
+    Returns:
+        By parameter: what the linears' names begin with, and their names in an expert.
+    """
+    from quantize.source.architecture import match_names
+
+    bases: dict[str, tuple[str, dict[str, None]]] = {}
+    for tensor in stored:
+        if found := _APART.match(tensor):
+            leaf = found["leaf"]
+            for parameter in _HOLDERS[leaf]:
+                stem = f"{found['base']}.{parameter}"
+                bases.setdefault(stem, (found["base"], {}))[1][leaf] = None
+    order = {leaf: place for place, leaf in enumerate(_HOLDERS)}
+    return {
+        name: (bases[stem][0], sorted(bases[stem][1], key=lambda leaf: order[leaf]))
+        for name, stem in match_names(model, bases).items()
+    }
+
+
+def _split_apart(
+    model: Any,
+    owner: str,
+    form: _Form,
+    stored: Mapping[str, TensorSpec],
+    *,
+    apart: Mapping[str, tuple[str, list[str]]],
+    split: Split,
+) -> None:
+    """Replace a module whose linears are stored one by one under the names of slices."""
+    names, leaves = {}, {}
+    for parameter in form.matrices:
+        base, members = apart[f"{owner}.{parameter}"]
+        plain = [part.leaf for part in _parts(parameter, form, ".weight" if members == ["linear"] else "")]
+        leaves[parameter] = plain
+        for number in range(form.count):
+            for leaf, member in zip(plain, members if len(members) == len(plain) else [], strict=False):
+                for kind in ("weight", "bias") if form.bias else ("weight",):
+                    names[f"{owner}.{number}.{leaf}.{kind}"] = f"{base}.{number}.{member}.{kind}"
+    if len(names) == form.count * sum(map(len, leaves.values())) * (2 if form.bias else 1) and all(
+        tensor in stored for tensor in names.values()
+    ):
+        module = model.get_submodule(owner)
+        model.set_submodule(owner, _experts(form, module, leaves[form.first], leaves[form.down][0]))
+        split.names.update(names)
 
 
 @dataclass(frozen=True)

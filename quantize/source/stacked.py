@@ -47,7 +47,7 @@ class StackedTensors:
 
 
 def from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Dequantize uint8 [rows, groups, 16] and exponents uint8 [rows, groups] to bfloat16 [rows, groups * 32], exactly."""
+    """Dequantize uint8 [rows, groups, 16], exponents uint8 [rows, groups], to bfloat16 [rows, groups * 32], exactly."""
     table = torch.tensor(MXFP4)
     codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2).long()
     values = torch.ldexp(table[codes], scales.to(torch.int32)[..., None] - 127)

@@ -30,12 +30,12 @@ from quantize.source.calls import (
     replaced_forward,
     split_call,
 )
+from quantize.source.checkpoint import with_slices
 from quantize.source.examine import examine
 from quantize.source.experts import Expert
 from quantize.source.linear import Linear
 from quantize.source.prefetch import Prefetch
 from quantize.source.resolved import Source
-from quantize.source.slices import with_slices
 from quantize.source.source_tensors import SourceTensors, is_finite
 
 
