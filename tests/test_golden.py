@@ -259,7 +259,7 @@ SLOW_LEVELS = {"IQ1_M", "IQ2_M", "IQ3_XXS"}
 def cases() -> Iterator[Any]:
     for part, (_, compute, names) in PARTS.items():
         for name in names:
-            marks = [needs.LLAMA_CPP] if compute is made_level else []
+            marks = [*needs.LLAMA_CPP] if compute is made_level else []
             marks += [pytest.mark.full] if name in SLOW_LEVELS else []
             yield pytest.param(part, name, id=name, marks=marks)
 
