@@ -24,6 +24,7 @@ from tiny import write_model, write_recipe
 
 import quantize
 from quantize.dist.layout import Dist, locked, place_problem
+from quantize.dist.ledger import oddities
 from quantize.dist.manifest import MANIFEST_NAME, read_manifest, update, with_level, with_quality, without_level
 from quantize.dist.origins import remember_origins
 from quantize.errors import BuildError, PlanError
@@ -456,3 +457,9 @@ def test_what_is_the_same_model(both: Path, tiny_recipe: Path, tmp_path: Path) -
     assert other_owner(repo, bobs) == "'alice/tiny-llama' of the hub"
     path.write_text(json.dumps({**data, "source": [1]}))
     assert other_owner(both / "nothing-here", bobs) is None
+
+
+@pytest.mark.parametrize("outcome", ["external", "foreign"])
+def test_modules_of_another_engine_are_no_oddity_in_old_manifests_either(outcome: str) -> None:
+    rows = [{"module": "fine", "outcome": outcome}, {"module": "odd", "outcome": "rtn_fallback"}]
+    assert oddities(rows) == {"rtn_fallback": ["odd"]}

@@ -35,7 +35,7 @@ def test_every_type_of_error_stands_in_the_table_with_its_code() -> None:
 
 
 def test_help_shows_the_codes_where_they_apply(invoke: Command) -> None:
-    assert "3 the answer of a check is no" in invoke("--help").stdout
+    assert "3 a check's answer is no" in invoke("--help").stdout
     for command in (["plan"], ["push"], ["lint"], ["verify"], ["rebuild"], ["engines", "check"]):
         assert re.search(r"code\s+3", invoke(*command, "--help").stdout), command
 

@@ -252,10 +252,16 @@ PARTS: dict[str, tuple[int | str, Part, list[str]]] = {
 """By the version that pins them: its number, what computes a hash, and the names of the hashes."""
 
 
+SLOW_LEVELS = {"IQ1_M", "IQ2_M", "IQ3_XXS"}
+"""Seconds each, spent on tables of grids that IQ1_S, IQ2_S and IQ3_S, which always run, make or do without."""
+
+
 def cases() -> Iterator[Any]:
     for part, (_, compute, names) in PARTS.items():
-        marks = needs.LLAMA_CPP if compute is made_level else []
-        yield from (pytest.param(part, name, id=name, marks=marks) for name in names)
+        for name in names:
+            marks = [*needs.LLAMA_CPP] if compute is made_level else []
+            marks += [pytest.mark.full] if name in SLOW_LEVELS else []
+            yield pytest.param(part, name, id=name, marks=marks)
 
 
 def pinned() -> dict[str, Any]:

@@ -26,10 +26,10 @@ Measured = dict[tuple[str, str], tuple[float, float]]
 
 BITS = {"four": 4, "three": 3}
 GROUP_SIZE = 32
-WINDOWS = 2
+WINDOWS = 1
 RECIPE = """\
 extends: demo
-calibration: {{samples: 4, sequence_length: 256, compute_dtype: float32}}
+calibration: {{samples: 3, sequence_length: 256, compute_dtype: float32}}
 gptq:
   variants:
     - {{branch: four, bits: 4, group_size: 32, desc_act: static}}
@@ -127,9 +127,14 @@ def carrying(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterat
 
 
 @pytest.fixture(scope="module")
-def measured(result: Any, model: torch.nn.Module, windows: torch.Tensor) -> Measured:
+def right(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """The source's log-probabilities."""
+    return log_probabilities(model, windows)
+
+
+@pytest.fixture(scope="module")
+def measured(result: Any, model: torch.nn.Module, windows: torch.Tensor, right: torch.Tensor) -> Measured:
     """Perplexity, and divergence from the source, of each branch and of rounding to nearest."""
-    right = log_probabilities(model, windows)
     found = {("source", "source"): (perplexity(right, windows), 0.0)}
     for planned in result.plan.of("gptq"):
         bits = BITS[planned.branch]
@@ -158,7 +163,9 @@ def test_four_bits_are_near_the_source_and_nearer_than_three(measured: Measured)
     assert near < far
 
 
-def test_awq_beats_rounding_to_nearest_on_its_own_grid(result: Any, model: Any, windows: torch.Tensor) -> None:
+def test_awq_beats_rounding_to_nearest_on_its_own_grid(
+    result: Any, model: Any, windows: torch.Tensor, right: torch.Tensor
+) -> None:
     """Scales alone: the same zero points, groups and rounding, with and without them."""
     (planned,) = result.plan.of("awq")
     reader = BranchReader(planned.folder)
@@ -167,7 +174,6 @@ def test_awq_beats_rounding_to_nearest_on_its_own_grid(result: Any, model: Any, 
     scaled = {name: reader.weight(name) for name in names}
     scaled |= {name.removesuffix(".weight"): reader.tensor(name).float() for name in norms}
     plain = {name: nearest_with_zero_point(model.get_parameter(f"{name}.weight").data) for name in names}
-    right = log_probabilities(model, windows)
     with carrying(model, scaled):
         near = divergence(right, log_probabilities(model, windows))
     with carrying(model, plain):

@@ -174,4 +174,4 @@ def test_gc_frees_what_was_not_used_for_long(invoke: Command, recipe: Path, tmp_
     assert "freed" in freed.stderr
     assert not kept.exists()
     assert (cache / "hashes").is_dir()
-    assert_refused(invoke("gc", "--part", "compute-dtype"), "no part of the cache")
+    assert_refused(invoke("gc", "--part", "compute-dtype"), "is not a part of the cache")

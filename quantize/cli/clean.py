@@ -69,7 +69,7 @@ def gc(days: float, parts: tuple[str, ...], dry_run: bool, yes: bool, as_json: b
 
     for part in parts:
         if part not in PARTS:
-            raise PlanError(f"--part {part}: not a part of the cache; the parts are {', '.join(PARTS)}")
+            raise PlanError(f"--part {part}: is not a part of the cache; the parts are {', '.join(PARTS)}")
     found = [entry for entry in entries() if not parts or entry.part in parts]
     old = [entry for entry in found if entry.age >= days]
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
