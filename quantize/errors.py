@@ -201,12 +201,6 @@ class ReleaseError(QuantizeError):
     exit_code = WRONG_INPUT
 
 
-class QualityError(QuantizeError):
-    """A finished variant was measured, and must be taken for broken."""
-
-    exit_code = FAILED
-
-
 class ExportError(ReleaseError):
     """git failed, or the place where its repos shall go cannot be written."""
 

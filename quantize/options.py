@@ -103,7 +103,6 @@ class PushOptions(HubOptions):
 
     create: bool = Field(default=True, description="Create repos that do not exist.")
     private: bool | None = Field(default=None, description="Create repos as private ones; refused for public ones.")
-    broken: bool = Field(default=False, description="Push variants too that were measured to be broken.")
     overwrite: tuple[str, ...] = Field(
         default=(),
         description="Replace a file on the hub that quantize did not write, such as README.md; may be repeated.",

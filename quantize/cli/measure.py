@@ -15,7 +15,7 @@ from quantize.cli.options import (
     table,
 )
 from quantize.cli.reporting import reporter
-from quantize.options import MeasureOptions, Selection
+from quantize.options import MeasureOptions
 
 if TYPE_CHECKING:
     from quantize.measuring import Measured
@@ -38,17 +38,13 @@ def measure(
     """
     quiet_libraries()
     from quantize.measuring import measure_recipe
-    from quantize.planning.planner import plan_recipe
-    from quantize.publishing.judgement import require_sound
     from quantize.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides)
-    found = measure_recipe(loaded, options, reporter())
+    found = measure_recipe(load_recipe(recipe, overrides), options, reporter())
     if as_json:
         print_json(found.as_data())
     else:
         show(found)
-    require_sound(plan_recipe(loaded, Selection(dist=options.dist, only=options.only), reporter()))
 
 
 def show(found: Measured) -> None:

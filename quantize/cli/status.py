@@ -39,12 +39,10 @@ def status(
     from quantize.files.space import entries
     from quantize.options import Selection
     from quantize.planning.planner import plan_recipe
-    from quantize.publishing.judgement import verdicts
     from quantize.recipe import load_recipe
 
     planned = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist), reporter())
     there = _published(planned, endpoint) if hub or endpoint else {}
-    broken = verdicts(planned)
     report: list[dict[str, Any]] = []
     for item in planned.everything:
         known = planned.finished(item)
@@ -61,7 +59,6 @@ def status(
             "modules": len(ledger) or len(known.get("tensor_types", {})),
             "mean_relative_error": sum(errors) / len(errors) if errors else None,
             "oddities": strange,
-            "broken": broken.get(item.label),
             "made_otherwise": planned.made_otherwise(item),
         })  # fmt: skip
     others = _not_in_recipe(planned)
@@ -82,7 +79,6 @@ def status(
     for row in report:
         error = row["mean_relative_error"]
         odd = ", ".join(f"{len(modules)} {what}" for what, modules in row["oddities"].items())
-        odd = ", ".join(part for part in ("BROKEN" if row["broken"] else "", odd) if part)
         rows.append([
             row["branch"],
             row["state"],

@@ -19,7 +19,6 @@ from quantize.planning.items import PlannedVariant
 from quantize.planning.left import grouped
 from quantize.planning.plan import Plan
 from quantize.publishing.finished import LICENCE_FILES
-from quantize.publishing.judgement import verdicts
 from quantize.publishing.picture import FILE, FORMER_FILES, draw
 from quantize.publishing.prompt import Prompt, find_prompt, prompt_as_python
 from quantize.publishing.quality import cells, loads_in, measured, summary
@@ -175,7 +174,6 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
             .render(
                 metadata=metadata.to_yaml(line_break="\n").strip(),
                 **_unchanged(plan),
-                broken=verdicts(plan),
                 name=name,
                 creator=recipe.model.creator,
                 creator_url=f"{HUB}/{base.split('/')[0]}" if base and "/" in base else None,

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from quantize.dist.manifest import MANIFEST_NAME, Manifest, described_files, read_manifest
-from quantize.errors import QualityError, ReleaseError
+from quantize.errors import ReleaseError
 from quantize.files.digest import cached_sha256
 from quantize.planning.plan import Plan
-from quantize.publishing.judgement import verdicts
 from quantize.publishing.picture import FILE, FORMER_FILES
 from quantize.reporter import SILENT, Reporter
 
@@ -119,16 +118,6 @@ class LocalFile:
         if self.wanted is not None and self.wanted not in {sha256, f"git:{blob}"}:
             raise self.differs()
         self._hashes, self.checked = (sha256, blob), True
-
-
-def require_fit(plan: Plan) -> None:
-    """Raise :class:`QualityError` if a selected variant was measured and is broken."""
-    broken = {label: why for label, why in verdicts(plan).items() if label in plan.selected}
-    for label, why in broken.items():
-        raise QualityError(
-            f"{label}: {why}, so it is not published; build it again, leave it out with --only, or publish it all the "
-            "same with push --broken"
-        )
 
 
 def finished_folders(plan: Plan) -> dict[Path, tuple[str, str]]:

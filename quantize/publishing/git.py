@@ -19,7 +19,7 @@ from pathlib import Path
 
 from quantize.errors import ExportError, ReleaseError
 from quantize.planning.plan import Plan
-from quantize.publishing.finished import LocalFile, checked_files, commit_message, finished_folders, require_fit
+from quantize.publishing.finished import LocalFile, checked_files, commit_message, finished_folders
 from quantize.reporter import SILENT, Reporter
 
 LFS_SUFFIXES = (".safetensors", ".gguf")
@@ -66,7 +66,6 @@ def write_repos(plan: Plan, out: Path, reporter: Reporter = SILENT) -> list[Writ
     Raises:
         ReleaseError: a branch is not built or stale, git is missing or fails, or the disk cannot be written.
     """
-    require_fit(plan)
     folders = finished_folders(plan)
     files = {folder: checked_files(folder) for folder in folders}
     if shutil.which("git") is None:

@@ -16,7 +16,7 @@ from quantize.hub.retry import Patience, patient, sleep
 from quantize.options import PushOptions
 from quantize.planning.plan import Plan
 from quantize.publishing.compare import BranchChange, compare, finished_changes
-from quantize.publishing.finished import commit_message, finished_folders, require_fit
+from quantize.publishing.finished import commit_message, finished_folders
 from quantize.publishing.upload import addition
 from quantize.reporter import SILENT, Reporter
 
@@ -71,14 +71,12 @@ class Pusher:
             The changes that were made.
 
         Raises:
-            ReleaseError: a selected branch is not built, stale, or damaged. QualityError: one is broken.
+            ReleaseError: a selected branch is not built, stale, or damaged.
             HubInputError: a repo was renamed, or is public although ``private`` was requested.
             PushError: the hub refuses; somebody else's file has the name of one of ours; or somebody moved a branch
                 meanwhile. Branches pushed before stay complete.
         """
         # check first, so that nothing is created for a release that is not finished or cannot be pushed
-        if not self.options.broken:
-            require_fit(self.plan)
         branches = finished_changes(finished_folders(self.plan))
         standings = {repo: self._look(repo) for repo in dict.fromkeys(change.repo for change in branches)}
         changes = [self._compare(change, standings[change.repo]) for change in branches]

@@ -170,9 +170,6 @@ class Measure(Strict):
     seed: int = Field(default=0, ge=0, lt=2**32, strict=True)
     allow_calibration_text: bool = False
     """Allow measuring on the calibration text; the card then says so."""
-    max_kl: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
-    """Mean KL divergence from the source, in nats, above which a variant is broken: the build fails, and it is not
-    published. ``auto`` takes a bound by bits, and compares siblings."""
 
     def corpora(self, calibration: Calibration) -> list[Corpus]:
         """The texts, with ``auto`` resolved."""
