@@ -44,7 +44,7 @@ class Measured:
 
     Attributes:
         text: its name. tokens: how many. on_calibration_text: whether it is the text of the calibration.
-        rows: figures by label, as the manifests hold them; ``source`` is the first. A figure that is not finite is None.
+        rows: figures by label, as the manifests hold them (None: not finite); ``source`` is the first.
         plan: the plan whose variants were measured.
     """
 

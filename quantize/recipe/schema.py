@@ -180,8 +180,8 @@ class Measure(Strict):
     allow_calibration_text: bool = False
     """Allow measuring on the calibration text; the card then says so."""
     max_kl: Annotated[float | Literal["auto"] | None, BeforeValidator(_nats)] = "auto"
-    """Largest KL divergence from the source, in nats, of a variant that is not an error. ``auto`` is by bits of a weight:
-    5 nats up to 2 bits, 2.5 at 3, 1 at 4, 0.5 at 5 to 7, 0.25 from 8 up. ``null`` is no such bound."""
+    """Largest KL divergence from the source, in nats, of a variant that is not an error. ``auto`` is by bits of a
+    weight: 5 nats up to 2 bits, 2.5 at 3, 1 at 4, 0.5 at 5 to 7, 0.25 from 8 up. ``null`` is no such bound."""
     max_kl_ratio: Annotated[float | None, Field(gt=1, allow_inf_nan=False)] = 10.0
     """Largest multiple of the worst other variant with the same or fewer bits; applied above 0.5 nats. ``null`` is no
     such bound."""
