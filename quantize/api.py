@@ -190,8 +190,8 @@ def push(
     """Bring the hub to what is finished: one commit a branch, ``main`` last; returns what was changed.
 
     Raises:
-        ReleaseError: a selected branch is not built, not what was built, or out of the recipe's bounds. PushError: refused; what was pushed before
-            stays whole.
+        ReleaseError: a selected branch is not built, not what was built, or out of bounds.
+        PushError: refused; what was pushed before stays whole.
     """
     from quantize.publishing.push import Pusher
 

@@ -66,7 +66,8 @@ def write_repos(plan: Plan, out: Path, reporter: Reporter = SILENT, *, force: bo
         force: write also what is out of the recipe's bounds.
 
     Raises:
-        ReleaseError: a branch is not built, stale, or out of the recipe's bounds, git is missing or fails, or the disk cannot be written.
+        ReleaseError: a branch is not built, stale, or out of the recipe's bounds, git is missing or fails, or the disk
+            cannot be written.
     """
     folders = finished_folders(plan)
     if not force:
