@@ -78,11 +78,15 @@ def build(recipe: LoadedRecipe, options: BuildOptions | None = None, reporter: R
     """Build every selected branch and level that is not up to date, from one calibration pass. Measures nothing.
 
     Raises:
-        QuantizeError: one of its kinds; finished branches are untouched then.
+        QualityError: what was built and measured before is out of the recipe's bounds; all else is built then.
+        QuantizeError: another of its kinds; finished branches are untouched then.
     """
     from quantize.building import build_recipe
+    from quantize.publishing.bounds import require_within_bounds
 
-    return build_recipe(recipe, options, reporter)
+    result = build_recipe(recipe, options, reporter)
+    require_within_bounds(result.plan)
+    return result
 
 
 def measure(recipe: LoadedRecipe, options: MeasureOptions | None = None, reporter: Reporter = SILENT) -> Measured:
@@ -90,10 +94,13 @@ def measure(recipe: LoadedRecipe, options: MeasureOptions | None = None, reporte
 
     Raises:
         CalibrationError: the text is the calibration text, or cannot be read. ReleaseError: nothing is built.
+        QualityError: a variant is out of the recipe's bounds; all figures are noted then.
     """
     from quantize.measuring import measure_recipe
 
-    return measure_recipe(recipe, options, reporter)
+    found = measure_recipe(recipe, options, reporter)
+    found.require_within_bounds()
+    return found
 
 
 def rebuild(target: Path | str, options: RebuildOptions | None = None, reporter: Reporter = SILENT) -> list[Compared]:
@@ -186,8 +193,8 @@ def push(
     """Bring the hub to what is finished: one commit a branch, ``main`` last; returns what was changed.
 
     Raises:
-        ReleaseError: a selected branch is not built, or not what was built. PushError: refused; what was pushed before
-            stays whole.
+        ReleaseError: a selected branch is not built, not what was built, or out of bounds.
+        PushError: refused; what was pushed before stays whole.
     """
     from quantize.publishing.push import Pusher
 
@@ -195,16 +202,21 @@ def push(
 
 
 def export_git(
-    recipe: LoadedRecipe, out: Path | str, options: Selection | None = None, reporter: Reporter = SILENT
+    recipe: LoadedRecipe,
+    out: Path | str,
+    options: Selection | None = None,
+    reporter: Reporter = SILENT,
+    *,
+    force: bool = False,
 ) -> list[WrittenBranch]:
-    """Write the finished branches as bare git repos with LFS.
+    """Write the finished branches as bare git repos with LFS; with ``force`` also what is out of the recipe's bounds.
 
     Raises:
         ReleaseError: a branch is not finished, or cannot be written there.
     """
     from quantize.publishing.git import write_repos
 
-    return write_repos(plan(recipe, options, reporter), Path(out), reporter)
+    return write_repos(plan(recipe, options, reporter), Path(out), reporter, force=force)
 
 
 def orphans(recipe: LoadedRecipe, options: PruneOptions | None = None, reporter: Reporter = SILENT) -> list[Orphan]:

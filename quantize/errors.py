@@ -139,6 +139,10 @@ class CalibrationError(QuantizeError):
     exit_code = WRONG_INPUT
 
 
+class NotFiniteError(CalibrationError):
+    """The forward pass gave NaN or infinity."""
+
+
 class TextUnreachableError(CalibrationError):
     """The text is on a hub that does not answer."""
 
@@ -193,6 +197,10 @@ class EngineRunError(EngineError):
     """Another engine failed, or its output does not match the plan."""
 
     exit_code = FAILED
+
+
+class QualityError(QuantizeError):
+    """What was built is measured, and so far from its source that it is damaged. Its files and figures are in place."""
 
 
 class ReleaseError(QuantizeError):

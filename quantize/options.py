@@ -103,6 +103,9 @@ class PushOptions(HubOptions):
 
     create: bool = Field(default=True, description="Create repos that do not exist.")
     private: bool | None = Field(default=None, description="Create repos as private ones; refused for public ones.")
+    force: bool = Field(
+        default=False, description="Push also what is out of the recipe's bounds (measure.max_kl, max_kl_ratio)."
+    )
     overwrite: tuple[str, ...] = Field(
         default=(),
         description="Replace a file on the hub that quantize did not write, such as README.md; may be repeated.",

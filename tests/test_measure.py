@@ -106,11 +106,11 @@ def test_an_interrupted_measurement_goes_on_where_it_was(
     blocks: list[int] = []
     run = StreamedModel.run
 
-    def interrupted(self: StreamedModel, index: int, block: Any, hidden: torch.Tensor) -> torch.Tensor:
+    def interrupted(self: StreamedModel, index: int, block: Any, hidden: torch.Tensor, *more: Any) -> torch.Tensor:
         blocks.append(index)
         if index == 2 and blocks.count(2) == 1:
             raise KeyboardInterrupt
-        return run(self, index, block, hidden)
+        return run(self, index, block, hidden, *more)
 
     monkeypatch.setattr(StreamedModel, "run", interrupted)
     assert invoke("measure", tiny_recipe, "--dist", dist, *options(text), "--device", "cpu").returncode == 130

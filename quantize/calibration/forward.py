@@ -12,7 +12,7 @@ from torch import nn
 
 from quantize.calibration.states import StateFiles, States
 from quantize.calibration.statistics import Collector, InputStatistics
-from quantize.errors import CalibrationError
+from quantize.errors import CalibrationError, NotFiniteError
 from quantize.reporter import SILENT, Reporter
 from quantize.source.calls import HandedOn
 from quantize.source.processor import forward_dtype
@@ -114,7 +114,7 @@ class Activations:
             CalibrationError: an output is NaN or infinite.
         """
         if not bool(torch.isfinite(self._extent)):
-            raise CalibrationError(
+            raise NotFiniteError(
                 f"{self.model.block_prefix}{index}: its output contains NaN or infinity; "
                 "the weights are damaged, or the compute dtype is too narrow (calibration.compute_dtype: float32)"
             )

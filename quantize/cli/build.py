@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from quantize.cli.flags import model_options
@@ -16,6 +18,10 @@ from quantize.cli.options import (
 )
 from quantize.cli.reporting import reporter, say
 from quantize.options import BuildOptions, MeasureOptions
+
+if TYPE_CHECKING:
+    from quantize.building import BuildResult
+    from quantize.measuring import Measured
 
 
 @click.command()
@@ -37,6 +43,7 @@ def build(
     quiet_libraries()
     from quantize.building import build_recipe
     from quantize.measuring import check_text, measure_recipe
+    from quantize.publishing.bounds import require_within_bounds
     from quantize.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -45,6 +52,11 @@ def build(
         check_text(loaded, measuring, reporter())
     result = build_recipe(loaded, options, reporter())
     quality = measure_recipe(loaded, measuring, reporter()) if measured else None
+    _show(result, quality, as_json)
+    require_within_bounds(result.plan)
+
+
+def _show(result: BuildResult, quality: Measured | None, as_json: bool) -> None:
     if as_json:
         print_json({
             "repos": dict(result.plan.repos),

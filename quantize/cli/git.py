@@ -27,8 +27,11 @@ from quantize.cli.reporting import reporter, say
     "--out", required=True, type=click.Path(file_okay=False),
     help="Folder for the git repos, one bare repo for each format.",
 )  # fmt: skip
+@click.option("--force", is_flag=True, help="Write also what is out of the recipe's bounds (measure.max_kl).")
 @json_option
-def git(recipe: str, overrides: tuple[str, ...], *, dist: Path, only: tuple[str, ...], out: str, as_json: bool) -> None:
+def git(
+    recipe: str, overrides: tuple[str, ...], *, dist: Path, only: tuple[str, ...], out: str, force: bool, as_json: bool
+) -> None:
     """Write the finished branches of RECIPE as git repos with LFS; needs no account.
 
     Each format is one bare repo below --out, and each variant a branch with its own history. Weights are hard links
@@ -38,7 +41,8 @@ def git(recipe: str, overrides: tuple[str, ...], *, dist: Path, only: tuple[str,
     from quantize.options import Selection
     from quantize.recipe import load_recipe
 
-    written = api.export_git(load_recipe(recipe, overrides), out, Selection(dist=dist, only=only), reporter())
+    loaded, selection = load_recipe(recipe, overrides), Selection(dist=dist, only=only)
+    written = api.export_git(loaded, out, selection, reporter(), force=force)
     if as_json:
         print_json([{**asdict(branch), "folder": str(branch.folder)} for branch in written])
         return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -45,16 +46,25 @@ def measure(
         print_json(found.as_data())
     else:
         show(found)
+    found.require_within_bounds()
+
+
+COLUMNS = {
+    "perplexity": ".3f", "perplexity_error": ".3f", "kl_divergence": ".4f", "kl_error": ".4f", "kl_p99": ".3f",
+    "top1_agreement": ".1%",
+}  # fmt: skip
+
+
+def _cell(row: Mapping[str, Any], name: str, form: str) -> str:
+    if name not in row:
+        return ""
+    return "nan" if row[name] is None else format(row[name], form)
 
 
 def show(found: Measured) -> None:
     """The figures as a table."""
     cells = [["branch", "PPL", "±", "KLD", "±", "99 %", "top-1"]]
     for label, row in found.rows.items():
-        cells.append([label, f"{row['perplexity']:.3f}", f"{row['perplexity_error']:.3f}"])
-        cells[-1] += (
-            [f"{row['kl_divergence']:.4f}", f"{row['kl_error']:.4f}", f"{row['kl_p99']:.3f}",
-             f"{row['top1_agreement']:.1%}"] if "kl_divergence" in row else [""] * 4
-        )  # fmt: skip
+        cells.append([label, *(_cell(row, name, form) for name, form in COLUMNS.items())])
     click.echo(f"{found.tokens} tokens of {found.text}" + (", the calibration text" * found.on_calibration_text))
     click.echo(table(cells, right=frozenset({1, 2, 3, 4, 5, 6})))

@@ -49,6 +49,7 @@ def plan(
     Reads the model's config and headers only, not its weights.
     """
     from quantize.planning.planner import plan_recipe
+    from quantize.publishing.bounds import out_of_bounds
     from quantize.recipe import load_recipe
 
     planned = plan_recipe(load_recipe(recipe, overrides), options, reporter())
@@ -73,6 +74,8 @@ def plan(
                 click.echo(f"{planned.gguf.repo}: {note}")
         for line in made_otherwise(planned):
             click.echo(line)
+        for label, reason in out_of_bounds(planned).items():
+            click.echo(f"{label}: unfit for use: {reason}")
         for label, reason in planned.obstacles.items():
             click.echo(f"{label} cannot be built yet: {reason}")
         left = len(planned.work) + len(planned.level_work)

@@ -112,6 +112,8 @@ def _show(changes: Sequence[BranchChange], as_json: bool) -> None:
             click.echo(
                 f"refuse  {change.repo} {change.branch} {name}  (not written by quantize; --overwrite replaces it)"
             )
+        for label, reason in change.out_of_bounds.items():
+            click.echo(f"refuse  {change.repo} {change.branch} {label}  ({reason}; --force pushes it)")
         _name_others(change, click.echo)
 
 

@@ -39,10 +39,12 @@ def status(
     from quantize.files.space import entries
     from quantize.options import Selection
     from quantize.planning.planner import plan_recipe
+    from quantize.publishing.bounds import out_of_bounds
     from quantize.recipe import load_recipe
 
     planned = plan_recipe(load_recipe(recipe, overrides), Selection(dist=dist), reporter())
     there = _published(planned, endpoint) if hub or endpoint else {}
+    beyond = out_of_bounds(planned)
     report: list[dict[str, Any]] = []
     for item in planned.everything:
         known = planned.finished(item)
@@ -54,6 +56,8 @@ def status(
         report.append({
             "branch": item.label,
             "state": item.state,
+            "kl_divergence": (known.get("quality") or {}).get("kl_divergence"),
+            "out_of_bounds": beyond.get(item.label),
             **({"published": there[item.label]} if there else {}),
             "bytes_on_disk": size,
             "modules": len(ledger) or len(known.get("tensor_types", {})),
@@ -81,7 +85,7 @@ def status(
         odd = ", ".join(f"{len(modules)} {what}" for what, modules in row["oddities"].items())
         rows.append([
             row["branch"],
-            row["state"],
+            "unfit" if row["out_of_bounds"] else row["state"],
             *([row["published"]] if there else []),
             gigabytes(row["bytes_on_disk"]) if row["modules"] else "-",
             str(row["modules"] or "-"),
@@ -92,6 +96,8 @@ def status(
     click.echo(table(rows, right=frozenset({3, 4, 5} if there else {2, 3, 4})))
     for line in made_otherwise(planned):
         click.echo(line)
+    for label, reason in beyond.items():
+        click.echo(f"{label}: unfit for use: {reason}; `push` refuses it without --force")
     for name in others:
         click.echo(f"{name}: not in this recipe")
     for one in unfinished:

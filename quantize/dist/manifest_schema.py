@@ -64,6 +64,12 @@ class _SourceQuality(_Part):
     perplexity_error: float
 
 
+class _Verdict(_Part):
+    within_bounds: bool
+    bound: float | None = None
+    reason: Text | None = None
+
+
 class _Quality(_Part):
     key: Text
     text: Text
@@ -72,13 +78,14 @@ class _Quality(_Part):
     on_calibration_text: bool
     source: _SourceQuality
     noise_floor: float | None = None
-    perplexity: float
+    perplexity: float | None
     perplexity_error: float | None = None
-    kl_divergence: float
+    kl_divergence: float | None
     kl_error: float | None = None
     kl_median: float | None = None
     kl_p99: float | None = None
-    top1_agreement: float
+    top1_agreement: float | None
+    verdict: _Verdict | None = None
 
 
 class _Engine(_Part):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quantize.calibration.corpus import title
@@ -21,6 +22,7 @@ from quantize.planning.estimate import measuring_seconds
 from quantize.planning.items import PlannedLevel, PlannedVariant
 from quantize.planning.plan import Plan
 from quantize.planning.planner import plan_recipe
+from quantize.publishing.bounds import out_of_bounds, require_within_bounds, verdicts
 from quantize.publishing.card import refresh_cards
 from quantize.recipe import LoadedRecipe
 from quantize.reporter import SILENT, Reporter
@@ -42,13 +44,24 @@ class Measured:
 
     Attributes:
         text: its name. tokens: how many. on_calibration_text: whether it is the text of the calibration.
-        rows: figures by label, as the manifests hold them; ``source`` is the first.
+        rows: figures by label, as the manifests hold them (None: not finite); ``source`` is the first.
+        plan: the plan whose variants were measured.
     """
 
     text: str
     tokens: int
     on_calibration_text: bool
     rows: Mapping[str, Mapping[str, Any]]
+    plan: Plan = field(repr=False)
+
+    @property
+    def out_of_bounds(self) -> dict[str, str]:
+        """Why variants are out of the recipe's bounds, by label."""
+        return out_of_bounds(self.plan, self.plan.selected)
+
+    def require_within_bounds(self) -> None:
+        """Raise :class:`QualityError` if a variant is out of the recipe's bounds."""
+        require_within_bounds(self.plan)
 
     def as_data(self) -> dict[str, Any]:
         """The figures for machines."""
@@ -56,6 +69,7 @@ class Measured:
             "text": self.text,
             "tokens": self.tokens,
             "on_calibration_text": self.on_calibration_text,
+            "out_of_bounds": self.out_of_bounds,
             "branches": [{"branch": label, **row} for label, row in self.rows.items()],
         }
 
@@ -168,10 +182,11 @@ def measure_recipe(
                 rows = _measure(task, todo, reporter)
             for item, row in zip(todo, rows, strict=True):
                 _note(held, item, row)
+        _note_verdicts(held, task.plan)
         refresh_cards(task.plan, held)
     figures = {item.label: task.known(item) for item in built}
     source = next(iter(figures.values()))["source"]
-    return Measured(task.title, task.tokens, task.on_calibration_text, {"source": source, **figures})
+    return Measured(task.title, task.tokens, task.on_calibration_text, {"source": source, **figures}, task.plan)
 
 
 def _measure(task: _Task, todo: Sequence[Item], reporter: Reporter) -> list[dict[str, Any]]:
@@ -199,6 +214,11 @@ def _measure(task: _Task, todo: Sequence[Item], reporter: Reporter) -> list[dict
         )
         found = measure_quality(model, ids, _readers(plan, todo, model.read), batch, store=store, reporter=reporter)
     rows = {row.branch: _figures(row) for row in found}
+    if rows[SOURCE]["perplexity"] is None:
+        raise CalibrationError(
+            "the source's own output contains NaN or infinity, so nothing can be compared with it; the weights are "
+            "damaged, or the compute dtype is too narrow (calibration.compute_dtype: float32)"
+        )
     common = {
         "key": task.key,
         "text": task.title,
@@ -228,8 +248,12 @@ def _readers(plan: Plan, todo: Sequence[Item], read: Any) -> dict[str, Weights]:
 
 
 def _figures(row: Quality) -> dict[str, Any]:
-    """Five digits are more than the figures are worth."""
-    return {name: float(f"{value:.5g}") for name, value in row.as_data().items() if name != "branch"}
+    """Five digits are more than the figures are worth; None is a figure that is not finite, which JSON cannot hold."""
+    return {
+        name: float(f"{value:.5g}") if math.isfinite(value) else None
+        for name, value in row.as_data().items()
+        if name != "branch"
+    }
 
 
 def _note(held: Dist, item: Item, quality: Mapping[str, Any]) -> None:
@@ -239,3 +263,12 @@ def _note(held: Dist, item: Item, quality: Mapping[str, Any]) -> None:
         return with_quality(known, quality, item.level if isinstance(item, PlannedLevel) else None)
 
     update(held, item.folder, noted)
+
+
+def _note_verdicts(held: Dist, plan: Plan) -> None:
+    """Note in the manifests which measured variants are out of bounds, as far as that is not noted yet."""
+    items = {item.label: item for item in plan.everything}
+    for label, verdict in verdicts(plan).items():
+        quality, data = plan.finished(items[label])["quality"], verdict.as_data()
+        if quality.get("verdict") != data:
+            _note(held, items[label], {**quality, "verdict": data})

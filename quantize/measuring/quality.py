@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from quantize.calibration.forward import Activations
+from quantize.errors import NotFiniteError
 from quantize.measuring.store import Store
 from quantize.methods.sums import mean, total
 from quantize.reporter import SILENT, Reporter
@@ -83,13 +84,15 @@ def measure_quality(
 ) -> list[Quality]:
     """Quality of the source (first, against itself), of the source in other batches, and of every branch.
 
+    The figures of a branch whose hidden states are NaN or infinite are NaN.
+
     Args:
         model: the source, with its head loaded.
         ids: int64 [samples, length].
         batch: windows run at a time.
         store: keeps the source's outputs for the next call, and everything after an interruption.
     """
-    states, start = _begin(model, ids, branches, batch, store)
+    states, start, broken = _begin(model, ids, branches, batch, store)
     own = [name for name in states if name not in branches]
     with reporter.progress("measure", len(model), "block", start) as advance:
         for index in range(start, len(model)):
@@ -99,14 +102,21 @@ def measure_quality(
                     if store is None or not store.has_source:
                         states[name].advance(index, block)
                 for name, weights in branches.items():
+                    if name in broken:
+                        continue
                     with _worn(model, index, block, linears, weights):
-                        states[name].advance(index, block)
+                        try:
+                            states[name].advance(index, block)
+                        except NotFiniteError:  # this branch is damaged; the others are measured all the same
+                            broken.add(name)
+                            del states[name]
             if store is not None and not model.hands_on:
                 store.interim(index + 1, {name: state.hidden for name, state in states.items()})
             advance(1)
     if store is not None:
         store.keep_source({name: states[name].hidden for name in own})
     rows = list(_compare(model, states, branches, reporter))
+    rows += [Quality(name, *[math.nan] * (len(fields(Quality)) - 1)) for name in branches if name in broken]
     if store is not None:
         store.done()
     return rows
@@ -114,8 +124,8 @@ def measure_quality(
 
 def _begin(
     model: StreamedModel, ids: NDArray[np.int64], branches: Mapping[str, Weights], batch: int, store: Store | None
-) -> tuple[dict[str, Activations], int]:
-    """The states of the source and all branches, and the block that they are to enter."""
+) -> tuple[dict[str, Activations], int, set[str]]:
+    """The states of the source and all branches, the block that they are to enter, and which branches gave NaN."""
     states = {SOURCE: Activations(model, ids, batch)}
     if len(ids) > 1:
         states[AGAIN] = Activations(model, ids, 1 if batch > 1 else 2)
@@ -123,13 +133,16 @@ def _begin(
         model.load_outside(weights.tensor)
         states[name] = Activations(model, ids, batch)
     model.load_outside()
-    start = 0
+    start, broken = 0, set[str]()
     if store is not None:
         start, kept = store.resume()
         for name, hidden in kept.items():
             if name in states:
                 states[name].hidden = hidden
-    return states, start
+        broken = {name for name in branches if start and name not in kept}
+        for name in broken:
+            del states[name]
+    return states, start, broken
 
 
 def branch_logits(model: StreamedModel, ids: Sequence[int], weights: Weights) -> torch.Tensor:
@@ -196,7 +209,7 @@ class _Figures:
     def quality(self, name: str) -> Quality:
         loss, agreement = torch.cat(self.losses).flatten(), torch.cat(self.agreements)
         spread = torch.cat(self.divergences).flatten().clamp(min=0)
-        perplexity, count = math.exp(mean(loss)), spread.numel()
+        perplexity, count = _exp(mean(loss)), spread.numel()
         return Quality(
             branch=name,
             perplexity=perplexity,
@@ -207,6 +220,14 @@ class _Figures:
             kl_p99=float(spread.kthvalue(max(1, math.ceil(0.99 * count))).values),
             top1_agreement=mean(agreement),
         )
+
+
+def _exp(value: float) -> float:
+    """e to a power; infinity where a float cannot hold it."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def _deviation(values: torch.Tensor) -> float:

@@ -18,10 +18,11 @@ from quantize.planning.engines import layout_of
 from quantize.planning.items import PlannedVariant
 from quantize.planning.left import grouped
 from quantize.planning.plan import Plan
+from quantize.publishing.bounds import out_of_bounds
 from quantize.publishing.finished import LICENCE_FILES
 from quantize.publishing.picture import FILE, FORMER_FILES, draw
 from quantize.publishing.prompt import Prompt, find_prompt, prompt_as_python
-from quantize.publishing.quality import cells, loads_in, measured, summary
+from quantize.publishing.quality import cells, fit, loads_in, measured, summary
 from quantize.publishing.signature import sign
 from quantize.publishing.source_card import HUB, absolute_links, source_card, text_of, texts_of
 from quantize.recipe.levels import LEVELS
@@ -102,7 +103,7 @@ def refresh_cards(plan: Plan, held: Dist) -> list[Path]:
     """
     plan.require_own()
     cards = {method: render(plan, method).encode() for method in plan.repos}
-    picture = draw(measured(plan))
+    picture = draw(fit(measured(plan), out_of_bounds(plan)))
     pictures = {FILE: picture} if picture else {}
     changed = []
     for folder, method in {item.folder: item.method for item in plan.everything}.items():
@@ -190,7 +191,7 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
                 prompt_python=prompt_as_python(template),
                 fence=_fence(template or ""),
                 rows=rows,
-                quality=summary(measured(plan)),
+                quality=summary(measured(plan), out_of_bounds(plan)),
                 loads=any(row["loads"] != "-" for row in rows),
                 engines=sorted({row["engine"] for row in rows if row.get("engine", OURS) != OURS}),
                 samples=recipe.calibration.samples,

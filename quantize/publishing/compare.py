@@ -41,6 +41,7 @@ class BranchChange:
         others: files on the hub that are not ours; they stay.
         cards: files of the card that somebody else wrote or edited; they stay too.
         blocked: files of the release whose names are taken by somebody else's files; a push refuses them.
+        out_of_bounds: why what was measured of it is out of the recipe's bounds, by label; a push refuses it too.
         remote: names of all files of the branch on the hub. files: those of dist.
     """
 
@@ -54,6 +55,7 @@ class BranchChange:
     others: list[str] = field(default_factory=list)
     cards: list[str] = field(default_factory=list)
     blocked: list[str] = field(default_factory=list)
+    out_of_bounds: Mapping[str, str] = field(default_factory=dict)
     remote: frozenset[str] = frozenset()
     files: Mapping[str, LocalFile] = field(default_factory=dict, repr=False)
 
@@ -64,7 +66,7 @@ class BranchChange:
     @property
     def differs(self) -> bool:
         """Whether the hub differs from dist, including differences that a push would not change."""
-        return bool(self.is_needed or self.cards or self.blocked)
+        return bool(self.is_needed or self.cards or self.blocked or self.out_of_bounds)
 
     @property
     def upload_bytes(self) -> int:
@@ -82,6 +84,7 @@ class BranchChange:
             "unchanged": self.same,
             "stays": [*self.cards, *self.others],
             "blocked": list(self.blocked),
+            "out_of_bounds": dict(self.out_of_bounds),
         }
 
 

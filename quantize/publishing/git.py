@@ -19,6 +19,7 @@ from pathlib import Path
 
 from quantize.errors import ExportError, ReleaseError
 from quantize.planning.plan import Plan
+from quantize.publishing.bounds import refuse_out_of_bounds
 from quantize.publishing.finished import LocalFile, checked_files, commit_message, finished_folders
 from quantize.reporter import SILENT, Reporter
 
@@ -55,18 +56,22 @@ class WrittenBranch:
     copied: int
 
 
-def write_repos(plan: Plan, out: Path, reporter: Reporter = SILENT) -> list[WrittenBranch]:
+def write_repos(plan: Plan, out: Path, reporter: Reporter = SILENT, *, force: bool = False) -> list[WrittenBranch]:
     """Update the git repos below ``out`` to the finished branches in dist.
 
     A new branch starts without a parent, a branch that differs gets one more commit, an equal branch stays.
 
     Args:
         out: folder of ``<repo name>.git``, one bare repo for each of the plan's repos.
+        force: write also what is out of the recipe's bounds.
 
     Raises:
-        ReleaseError: a branch is not built or stale, git is missing or fails, or the disk cannot be written.
+        ReleaseError: a branch is not built, stale, or out of the recipe's bounds, git is missing or fails, or the disk
+            cannot be written.
     """
     folders = finished_folders(plan)
+    if not force:
+        refuse_out_of_bounds(plan, folders)
     files = {folder: checked_files(folder) for folder in folders}
     if shutil.which("git") is None:
         raise ReleaseError("git is not installed, and `quantize git` writes through it; install it (Debian: git)")

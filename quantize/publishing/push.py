@@ -15,6 +15,7 @@ from quantize.hub.errors import AskedToWait, cause_of, is_passing, own_error, se
 from quantize.hub.retry import Patience, patient, sleep
 from quantize.options import PushOptions
 from quantize.planning.plan import Plan
+from quantize.publishing.bounds import out_of_bounds_in, refuse_out_of_bounds
 from quantize.publishing.compare import BranchChange, compare, finished_changes
 from quantize.publishing.finished import commit_message, finished_folders
 from quantize.publishing.upload import addition
@@ -60,6 +61,8 @@ class Pusher:
         standings = {repo: self.hub.look(repo) for repo in dict.fromkeys(change.repo for change in branches)}
         found = [self._compare(change, standings[change.repo]) for change in branches]
         for change in found:
+            if not self.options.force:
+                change.out_of_bounds = out_of_bounds_in(self.plan, change.folder)
             for name in change.uploads:
                 change.files[name].check()  # a push would check it while sending
         return found
@@ -71,13 +74,16 @@ class Pusher:
             The changes that were made.
 
         Raises:
-            ReleaseError: a selected branch is not built, stale, or damaged.
+            ReleaseError: a selected branch is not built, stale, damaged, or out of the recipe's bounds.
             HubInputError: a repo was renamed, or is public although ``private`` was requested.
             PushError: the hub refuses; somebody else's file has the name of one of ours; or somebody moved a branch
                 meanwhile. Branches pushed before stay complete.
         """
         # check first, so that nothing is created for a release that is not finished or cannot be pushed
-        branches = finished_changes(finished_folders(self.plan))
+        folders = finished_folders(self.plan)
+        if not self.options.force:
+            refuse_out_of_bounds(self.plan, folders)
+        branches = finished_changes(folders)
         standings = {repo: self._look(repo) for repo in dict.fromkeys(change.repo for change in branches)}
         changes = [self._compare(change, standings[change.repo]) for change in branches]
         _stop_at_blocked(changes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,9 @@ class Point:
 
     @property
     def kl_divergence(self) -> float:
-        return float(self.quality["kl_divergence"])
+        """In nats; infinite where the variant's outputs are not finite."""
+        value = self.quality["kl_divergence"]
+        return math.inf if value is None else float(value)
 
     @property
     def title(self) -> str:
@@ -97,10 +99,14 @@ def cells(quality: Mapping[str, Any] | None) -> dict[str, str]:
     """A card's columns PPL, KLD and Top-1."""
     if not quality:
         return {"perplexity": "-", "divergence": "-", "top1": "-"}
+    forms = {
+        "perplexity": ("perplexity", ".3f"),
+        "divergence": ("kl_divergence", ".4f"),
+        "top1": ("top1_agreement", ".1%"),
+    }
     return {
-        "perplexity": f"{quality['perplexity']:.3f}",
-        "divergence": f"{quality['kl_divergence']:.4f}",
-        "top1": f"{quality['top1_agreement']:.1%}",
+        column: "nan" if quality[name] is None else format(quality[name], form)
+        for column, (name, form) in forms.items()
     }
 
 
@@ -114,8 +120,18 @@ def loads_in(manifest: Mapping[str, Any], file: str | None = None) -> str:
     return ", ".join(found) or "-"
 
 
-def summary(points: Sequence[Point]) -> dict[str, Any] | None:
-    """Data for the text below a card's table; None if nothing was measured."""
+def fit(points: Sequence[Point], unfit: Collection[str]) -> list[Point]:
+    """The points that may be drawn and recommended: without those out of bounds, whose labels are ``unfit``."""
+    return [point for point in points if point.label not in unfit]
+
+
+def summary(points: Sequence[Point], unfit: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    """Data for the text below a card's table; None if nothing was measured.
+
+    Args:
+        unfit: why variants are out of bounds, by label; they are neither recommended nor in the picture.
+    """
+    unfit = unfit or {}
     if not points:
         return None
     first = points[0].quality
@@ -128,8 +144,9 @@ def summary(points: Sequence[Point]) -> dict[str, Any] | None:
         "perplexity": f"{first['source']['perplexity']:.3f}",
         "error": f"{first['source']['perplexity_error']:.3f}",
         "noise": f"{noise:.1g}" if noise is not None else None,
-        "recommendation": recommendation(points),
-        "alternative": alternative_text(points),
+        "recommendation": recommendation(fit(points, unfit)),
+        "alternative": alternative_text(fit(points, unfit)),
+        "unfit": [{"label": label, "reason": reason} for label, reason in unfit.items()],
     }
 
 

@@ -13,8 +13,9 @@ from quantize import __version__
 from quantize.dist.ledger import ORDINARY
 from quantize.planning.items import PlannedVariant
 from quantize.planning.plan import Plan
+from quantize.publishing.bounds import out_of_bounds
 from quantize.publishing.picture import draw
-from quantize.publishing.quality import NAMES, Point, measured, pareto_front, summary
+from quantize.publishing.quality import NAMES, Point, fit, measured, pareto_front, summary
 
 FIGURES = (
     "perplexity", "perplexity_error", "kl_divergence", "kl_error", "kl_median", "kl_p99", "top1_agreement",
@@ -25,7 +26,9 @@ def render_report(plan: Plan) -> str:
     """Render the page. Items that are not built or not measured are in the table without figures."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+    unfit = out_of_bounds(plan)
     points = measured(plan)
+    sound = fit(points, unfit)
     environment = Environment(
         loader=PackageLoader("quantize.publishing"), autoescape=select_autoescape(default=True),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -34,9 +37,9 @@ def render_report(plan: Plan) -> str:
         name=plan.recipe.model.name or plan.source.short_name,
         version=__version__,
         repos=dict(plan.repos),
-        rows=_rows(plan, points),
-        picture=(draw(points) or b"").decode(),
-        quality=summary(points),
+        rows=_rows(plan, points, unfit),
+        picture=(draw(sound) or b"").decode(),
+        quality=summary(points, unfit),
         maps=[_heat_map(_map_title(item), plan.finished(item)) for item in plan.variants if plan.finished(item)],
     )
 
@@ -46,16 +49,16 @@ def _map_title(item: PlannedVariant) -> str:
     return f"{item.label} ({item.engine.title}: error of the weights)" if item.engine else item.label
 
 
-def _rows(plan: Plan, points: Sequence[Point]) -> list[dict[str, Any]]:
+def _rows(plan: Plan, points: Sequence[Point], unfit: Mapping[str, str]) -> list[dict[str, Any]]:
     by_label = {point.label: point for point in points}
-    front = {point.label for point in pareto_front(points)}
+    front = {point.label for point in pareto_front(fit(points, unfit))}
     rows = []
     for item in plan.everything:
         quality: Mapping[str, Any] = by_label[item.label].quality if item.label in by_label else {}
         rows.append({
             "method": NAMES[item.method],
             "name": item.branch,
-            "state": item.state,
+            "state": f"unfit: {unfit[item.label]}" if item.label in unfit else item.state,
             "nbytes": item.nbytes,
             "size": f"{item.nbytes / 1e9:.2f} GB",
             "front": item.label in front,

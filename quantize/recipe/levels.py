@@ -5,6 +5,7 @@ Source: ``llama_ftype`` and the option table of llama-quantize (llama.cpp of lla
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -69,6 +70,12 @@ LEVELS |= {
 
 MMPROJ = "mmproj-F16"
 """Not a level: the name, among the files of a GGUF repo, of a model's encoder and projector of images or sound."""
+
+
+def bits_of(level: str) -> int:
+    """Nominal bits of a weight, as in the level's name: 4 of ``Q4_K_M``, 2 of ``IQ2_XS``, 16 of ``BF16``."""
+    return int("".join(itertools.takewhile(str.isdigit, level.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))))
+
 
 TENSOR_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "Q3_K", "Q2_K", "IQ4_NL",

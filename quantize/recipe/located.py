@@ -223,6 +223,7 @@ def set_value(tree: Located, assignment: str) -> None:
             key = part
             if not last and not isinstance(here.get(part), dict | list):
                 here[part] = {}
+                tree.places[*path, part] = Place(origin)
         else:
             raise RecipeError(f"{origin}: {dotted(path)} is a plain value and has no '{part}'")
         path = (*path, key)

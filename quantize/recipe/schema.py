@@ -5,11 +5,13 @@ Pure data; no torch, no files. Field names are the keys of the YAML and the usua
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from quantize.errors import shortly
 from quantize.recipe.methods import METHODS, Awq, Gguf, Gptq, Method, Size, Strict, Variant
 from quantize.recipe.presets import PRESETS
 from quantize.recipe.quantized import Quantized
@@ -159,6 +161,14 @@ def _held_out(value: Any) -> Any:
     return None if value == "auto" or value is None else _corpora(value)
 
 
+def _nats(value: Any) -> Any:
+    if value is None or value == "auto":
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"must be a number of nats above 0, auto or null, not {shortly(value)}")
+    return float(value)
+
+
 class Measure(Strict):
     """The held-out text for measuring finished branches, and how much of it is used."""
 
@@ -170,6 +180,12 @@ class Measure(Strict):
     seed: int = Field(default=0, ge=0, lt=2**32, strict=True)
     allow_calibration_text: bool = False
     """Allow measuring on the calibration text; the card then says so."""
+    max_kl: Annotated[float | Literal["auto"] | None, BeforeValidator(_nats)] = "auto"
+    """Largest KL divergence from the source, in nats, of a variant that is not an error. ``auto`` is by bits of a
+    weight: 5 nats up to 2 bits, 2.5 at 3, 1 at 4, 0.5 at 5 to 7, 0.25 from 8 up. ``null`` is no such bound."""
+    max_kl_ratio: Annotated[float | None, Field(gt=1, allow_inf_nan=False)] = 10.0
+    """Largest multiple of the worst other variant with the same or fewer bits; applied above 0.5 nats. ``null`` is no
+    such bound."""
 
     def corpora(self, calibration: Calibration) -> list[Corpus]:
         """The texts, with ``auto`` resolved."""
