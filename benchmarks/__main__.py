@@ -14,7 +14,21 @@ from pathlib import Path
 
 import click
 
-from benchmarks import archived, awq, curves, engines, gguf, gpu, kills, memory, peers, quality, ray_scaling, sequential
+from benchmarks import (
+    architectures,
+    archived,
+    awq,
+    curves,
+    engines,
+    gguf,
+    gpu,
+    kills,
+    memory,
+    peers,
+    quality,
+    ray_scaling,
+    sequential,
+)
 from benchmarks.ours import DEMO, Task, Variant
 
 EIGHT = [Variant(4, 64, False), Variant(4, 32, True), Variant(4, 16, True), Variant(4, 64, True),
@@ -53,7 +67,7 @@ class Given:
 class Table:
     """A section of the document. needs: the options without which it is skipped."""
 
-    measure: Callable[[Given], None]
+    measure: Callable[[Given], object]
     needs: tuple[str, ...] = ()
 
 
@@ -108,6 +122,7 @@ TABLES = {
         lambda it: peers.compare("eight", f"The set of eight on {SMOLLM}", it.demo, EIGHT, it.held_out, it.folder),
         TEXTS,
     ),
+    "architectures": Table(lambda it: architectures.run(it.model, it.folder) if it.model else None, ("model",)),
     "gpu": Table(lambda it: gpu.compare(EIGHT, it.folder)),
     "ray": Table(lambda it: ray_scaling.compare(it.folder, it.model)),
 }
@@ -118,7 +133,11 @@ FILE = click.Path(exists=True, dir_okay=False)
 @click.argument("names", nargs=-1, type=click.Choice(list(TABLES)))
 @click.option("--calibration", type=FILE, help="Calibration text.")
 @click.option("--evaluation", type=FILE, help="Held-out text.")
-@click.option("--model", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A small model.")
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A small model; of `architectures` a folder of checkpoints.",
+)
 @click.option("--samples", default=32, show_default=True)
 @click.option("--length", default=512, show_default=True)
 @click.option("--kills", "killed", default=40, show_default=True, help="Builds to kill, each way (kills).")

@@ -123,9 +123,8 @@ class RayExecutor:
         return ", ".join(f"{count} {word}{'s' if count != 1 else ''}" for count, word in words if count)
 
     def room(self, device: str) -> int:
-        if choose_device(device).type == "cuda":
-            return max(1, self._gpus)
-        return max(1, sum(max(1, cpus // self._threads) for cpus in self._cpus if cpus))
+        cuda = choose_device(device).type == "cuda"
+        return max(1, self._gpus if cuda else sum(max(1, cpus // self._threads) for cpus in self._cpus if cpus))
 
     def streams(self, windows: Windows, reporter: Reporter) -> Streams:
         if windows.model.hands_on:
