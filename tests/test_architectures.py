@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,38 @@ def test_a_checkpoint_without_its_head_is_refused_by_the_plan(tmp_path: Path, in
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     done = invoke("plan", recipe(tmp_path, source), "--dist", tmp_path / "dist")
     assert_refused(done, "the checkpoint lacks the tensor lm_head.weight")
+
+
+def test_experts_in_mxfp4_are_those_of_their_dequantized_weights(
+    model_of: Callable[[str], Path], tmp_path: Path, invoke: Command
+) -> None:
+    plain = model_of("interleaved-experts")
+    tensors, dice = load_file(plain / "model.safetensors"), torch.Generator().manual_seed(1)
+    packed = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = packed.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=dice, dtype=torch.uint8)
+        scales = torch.randint(118, 123, blocks.shape[:3], generator=dice, dtype=torch.uint8)
+        packed |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        whole = [from_mxfp4(*one).t() for one in zip(blocks, scales, strict=True)]
+        tensors[name] = torch.stack(whole).float()
+    folders = [tmp_path / "plain", tmp_path / "packed"]
+    for folder, content in zip(folders, (tensors, packed), strict=True):
+        shutil.copytree(plain, folder)
+        save_file({key: value.contiguous() for key, value in content.items()}, folder / "model.safetensors")
+    config = json.loads((folders[1] / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    (folders[1] / "config.json").write_text(json.dumps(config))
+
+    built = []
+    for folder in folders:
+        path = recipe(tmp_path, folder)
+        assert invoke("build", path, "--dist", tmp_path / "dist").returncode == 0
+        built.append(load_file(tmp_path / "dist" / f"{folder.name}-GPTQ" / "main" / "model.safetensors"))
+    assert built[0].keys() == built[1].keys()
+    assert all(torch.equal(value, built[1][name]) for name, value in built[0].items())
+    said = json.loads((tmp_path / "dist" / "packed-GPTQ" / "main" / "config.json").read_text())
+    assert said["quantization_config"]["quant_method"] == "gptq"
 
 
 def test_mxfp4_is_read_exactly() -> None:

@@ -32,6 +32,8 @@ WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".npz",
     ".tflite", ".mlmodel", ".ot",
 )  # fmt: skip
+READABLE = "mxfp4"
+"""The quantized form that is read exactly, as 16-bit weights: gpt-oss is published in no other."""
 NOT_COPIED = frozenset(
     {"README.md", "config.json", "quantize_config.json", "quant_config.json", INDEX_NAME, "quantize-manifest.json"}
 )
@@ -170,9 +172,9 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise SourceError(f"{where}: names no model_type, so the architecture is unknown")
-    if config.get("quantization_config"):
-        settings = config["quantization_config"]
-        method = settings.get("quant_method", "") if isinstance(settings, dict) else ""
+    settings = config.get("quantization_config")
+    method = settings.get("quant_method", "") if isinstance(settings, dict) else ""
+    if settings and method != READABLE:
         method = shortened(method, 80) if isinstance(method, str) else shortly(method)
         raise SourceError(
             f"{where}: the model is already quantized ({method or 'unknown method'}); "
