@@ -37,6 +37,7 @@ GEMMA_3N = {
     "sliding_window": 16,
 }  # fmt: skip
 SPARSE = {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}
+READ = "quantize: {unread_experts: true}"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # a vision tower with more blocks than the text has
     "image-text": ("gemma3", {"text_config": TEXT, "vision_config": {**VISION, "image_size": 56, "patch_size": 14}}),
@@ -86,7 +87,7 @@ def recipe(folder: Path, source: Path, *more: str) -> Path:
         f"model: {{source: {source}, name: Small, creator: nobody, license: mit}}",
         "calibration: {dataset: pydoc, samples: 4, sequence_length: 32, batch_tokens: 64, compute_dtype: bfloat16}",
         "gptq: {variants: [{branch: main, bits: 8, group_size: 32}]}",
-        *more,
+        *(more or [READ]),
     ]))  # fmt: skip
     return path
 
@@ -115,7 +116,7 @@ def test_blocks_give_the_logits_of_the_whole_model(name: str, model_of: Callable
 def test_what_is_built_answers_like_its_source(name: str, model_of: Callable[[str], Path], tmp_path: Path) -> None:
     """In 8 bits, with a pass in bfloat16, read back from the branch's own bytes."""
     source = model_of(name)
-    loaded = quantize.load_recipe(recipe(tmp_path, source, "awq: {variants: [{branch: main, group_size: 32}]}"))
+    loaded = quantize.load_recipe(recipe(tmp_path, source, "awq: {variants: [{branch: main, group_size: 32}]}", READ))
     plan = quantize.build(loaded, quantize.BuildOptions(dist=tmp_path / "dist", device="cpu")).plan
     model = StreamedModel(plan.source, torch.float32, torch.device("cpu"))
     whole = type(model.model).from_pretrained(source, dtype=torch.float32).eval()
@@ -233,6 +234,14 @@ def test_what_cannot_be_taken_apart_is_refused_by_the_plan(
 ) -> None:
     source = write(tmp_path / kind, kind, config)
     assert_refused(invoke("plan", recipe(tmp_path, source), "--dist", tmp_path / "dist"), *words)
+
+
+def test_experts_that_no_loader_reads_are_refused_but_for_gguf(
+    model_of: Callable[[str], Path], tmp_path: Path, invoke: Command
+) -> None:
+    path = recipe(tmp_path, model_of("fused-experts"), "release: {owner: me}")
+    done = invoke("plan", path, "--dist", tmp_path / "dist")
+    assert_refused(done, "no loader is known to read its experts", "GPTQModel", "quantize.unread_experts")
 
 
 def test_a_checkpoint_without_its_head_is_refused_by_the_plan(tmp_path: Path, invoke: Command) -> None:

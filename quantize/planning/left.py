@@ -22,6 +22,12 @@ from quantize.source.routing import find_routers
 ROUTER = "router of experts"
 SKIPPED = "the recipe says so (quantize.skip)"
 NOT_ASKED_FOR = "the recipe does not ask for it (quantize.only)"
+UNREAD_EXPERTS = {
+    "gpt_oss": "GPTQModel 7.6.0 loads them and answers with something else; vLLM was not tried",
+    "granitemoe": "GPTQModel 7.6.0 loads them and answers with something else; vLLM was not tried",
+}
+"""Mixtures that checkpoints store stacked, and whose quantized experts no loader is known to read: what was tried on
+2026-11-25 (`quantize verify` of tiny models). A type begins with one of these names."""
 NO_LINEAR = "not stored as a linear of its own"
 OUTSIDE = "outside the blocks"
 SMALLEST = 32
@@ -90,6 +96,13 @@ def split_linears(checkpoint: Checkpoint, anatomy: Anatomy, asked: Quantized) ->
         if name.endswith(".weight") and is_matrix(checkpoint.tensors[name].shape)
     ]
     return Split(tuple(taken), tuple(left))
+
+
+def unread_experts(checkpoint: Checkpoint, asked: Quantized) -> str | None:
+    """Why no loader could use a branch of this mixture; None if one may, or the recipe insists."""
+    if not checkpoint.slices or asked.unread_experts:
+        return None
+    return next((why for kind, why in UNREAD_EXPERTS.items() if checkpoint.model_type.startswith(kind)), None)
 
 
 def is_matrix(shape: Sequence[int]) -> bool:

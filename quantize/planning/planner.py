@@ -16,6 +16,7 @@ from quantize.files.digest import key_of
 from quantize.options import PlanOptions, Selection
 from quantize.planning.items import PlannedLevel, PlannedVariant, State
 from quantize.planning.keys import differences
+from quantize.planning.left import unread_experts
 from quantize.planning.levels import plan_levels
 from quantize.planning.modules import ModuleTable, find_linears
 from quantize.planning.ownership import other_owner
@@ -102,6 +103,12 @@ def _table(loaded: LoadedRecipe, source: Source, anatomy: Anatomy) -> ModuleTabl
     except PlanError as error:
         key, found, _ = str(error).partition(": ")
         raise (loaded.error(("quantize",), str(error)) if found and key.startswith("quantize.") else error) from None
+    if loaded.recipe.methods and (why := unread_experts(source.checkpoint, asked)) is not None:
+        raise PlanError(
+            f"architecture '{source.checkpoint.model_type}': no loader is known to read its experts in GPTQ or AWQ "
+            f"({why}); its GGUF builds (leave out the gptq: and awq: sections); to build them all the same, set "
+            "`quantize.unread_experts: true` in the recipe"
+        )
     if loaded.recipe.methods and table.share < asked.min_share:
         most = max(table.left, key=lambda one: one.parameters if one.block is not None else 0)
         raise PlanError(

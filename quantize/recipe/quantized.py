@@ -18,5 +18,7 @@ class Quantized(Strict):
     """Linears that stay in 16 bits."""
     only: tuple[Pattern, ...] = ()
     """If given, all others stay in 16 bits; also quantizes gates that would be left out by rule."""
+    unread_experts: bool = False
+    """Build GPTQ and AWQ branches of mixtures whose quantized experts no loader is known to read."""
     min_share: float = Field(default=0.9, ge=0, le=1)
     """The part of the blocks' weights that must be quantized; a plan with less is refused."""

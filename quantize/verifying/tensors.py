@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,9 +11,11 @@ from quantize.dist.manifest import read_manifest
 from quantize.errors import SourceError
 from quantize.formats.reader import BranchReader
 from quantize.formats.tensor_file import TensorFile
-from quantize.source.checkpoint import read_header
+from quantize.source.anatomy import Anatomy
+from quantize.source.checkpoint import read_header, with_slices
 from quantize.source.examination import anatomy_of
 from quantize.source.resolved import Source
+from quantize.source.stacked import StackedTensors
 from quantize.verifying.checks import Check
 
 MOST_ERROR = {2: 0.9, 3: 0.5, 4: 0.3, 8: 0.05}
@@ -32,7 +35,11 @@ def check_tensors(folder: Path, source: Source | None) -> Check:
         packed = reader.packed
     except (SourceError, OSError, KeyError, ValueError) as error:
         return Check("tensors", "failed", f"cannot be read: {error}")
-    original, folds, turned = _Original(source), _Folds(folder, reader.method), _transposed(source)
+    anatomy = _anatomy(source)
+    if anatomy is not None:
+        source = replace(source, checkpoint=with_slices(source.checkpoint, anatomy.slices))
+    turned = {found.name for found in anatomy.linears if found.transposed} if anatomy else set()
+    original, folds = _Original(source), _Folds(folder, reader.method)
     wrong, quantized, worst, farthest = [], 0, 0.0, ""
     for name in source.checkpoint.tensors:
         module = name.removesuffix(".weight")
@@ -95,22 +102,26 @@ def _fit(values: torch.Tensor, wanted: torch.Tensor, over: int) -> torch.Tensor:
     return torch.where(square > 0, product / square.clamp(min=1e-30), torch.ones_like(square))
 
 
-def _transposed(source: Source) -> frozenset[str]:
-    """Names of the source's linears whose weights are stored [in_features, out_features]."""
+def _anatomy(source: Source) -> Anatomy | None:
+    """Which linears are transposed or stacked in the source; None of a model that we do not quantize."""
     try:
-        anatomy = anatomy_of(source, here=True)
-    except SourceError:  # a branch of another tool, of a model that we do not quantize
-        return frozenset()
-    return frozenset(found.name for found in anatomy.linears if found.transposed)
+        return anatomy_of(source, here=True)
+    except SourceError:  # a branch of another tool
+        return None
 
 
 class _Original:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.files: dict[str, TensorFile] = {}
+        self.stacked = StackedTensors(self.stored)
 
     def tensor(self, name: str) -> torch.Tensor:
-        file = self.source.checkpoint.tensors[name].file
+        one = self.source.checkpoint.slices.get(name)
+        return self.stored(name) if one is None else self.stacked.take(one)
+
+    def stored(self, name: str) -> torch.Tensor:
+        file = self.source.checkpoint.in_files[name].file
         if file not in self.files:
             self.files[file] = TensorFile(self.source.folder / file)
         return self.files[file].read(name)

@@ -19,10 +19,14 @@ def run(arguments: dict[str, Any]) -> Answer:
 
 def _transformers(folder: str, prompt: str, count: int) -> Answer:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    auto: Any = AutoModelForCausalLM
+    if type(config) not in auto._model_mapping:
+        auto = AutoModelForImageTextToText
+    model: Any = auto.from_pretrained(
         folder, dtype=torch.float16, device_map=device, trust_remote_code=False, use_safetensors=True
     )
     quantized = ("qweight", "weight_packed")
