@@ -62,6 +62,7 @@ class ModuleTable:
     Attributes:
         prefix: what the names of blocks' tensors begin with, as in ``model.layers.``. inside: the block of each tensor.
         outside: shortest names of modules outside the blocks that hold linears, which stay as they are.
+        is_renamed: whether transformers has the blocks below another name than the checkpoint.
     """
 
     prefix: str
@@ -70,6 +71,7 @@ class ModuleTable:
     left: tuple[Left, ...] = ()
     inside: Mapping[str, int] = field(default_factory=dict)
     outside: tuple[str, ...] = ()
+    is_renamed: bool = False
 
     @cached_property
     def quantized_tensors(self) -> frozenset[str]:
@@ -142,7 +144,9 @@ def find_linears(checkpoint: Checkpoint, anatomy: Anatomy, asked: Quantized | No
             "a weight of its own in the checkpoint"
         )
     linears = tuple(_linear(checkpoint, found, anatomy.prefix, share) for found in taken)
-    return ModuleTable(anatomy.prefix, anatomy.blocks, linears, split.left, anatomy.inside, anatomy.outside)
+    return ModuleTable(
+        anatomy.prefix, anatomy.blocks, linears, split.left, anatomy.inside, anatomy.outside, anatomy.is_renamed
+    )
 
 
 def _expert_share(checkpoint: Checkpoint) -> float:

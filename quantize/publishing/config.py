@@ -47,7 +47,7 @@ def loader_config(
         return "quantize_config.json", config, config
     settings = {
         **variant.model_dump(include={"group_size", "zero_point"}),
-        "left_out": [*_inside(table), *table.outside] or None,
+        "left_out": [*_inside(table), *_ends(table), *table.outside] or None,
     }
     return "quant_config.json", awq.quant_config(**settings), awq.quantization_config(**settings)
 
@@ -55,6 +55,11 @@ def loader_config(
 def _inside(table: ModuleTable) -> list[str]:
     """Names of modules inside the blocks that are not quantized."""
     return [one.name for one in table.left if one.block is not None]
+
+
+def _ends(table: ModuleTable) -> list[str]:
+    """Ends of the names of the same modules, where transformers has them below another name; it compares ends too."""
+    return [_below_parent(table, name) for name in _inside(table)] if table.is_renamed else []
 
 
 def _below_parent(table: ModuleTable, name: str) -> str:

@@ -36,7 +36,8 @@ class Anatomy:
         linears: of all blocks, in block order. inside: the block of every tensor that belongs to one.
         unread: tensors that the model does not read. towers: tensors of linears outside the text model's blocks, as of
             a vision tower. outside: shortest names of modules that hold such linears, in the checkpoint and in
-            transformers. slices: linears that are stored stacked in one tensor.
+            transformers. slices: linears that are stored stacked in one tensor. is_renamed: whether
+            transformers has the blocks below another name than the checkpoint.
     """
 
     model_class: str
@@ -48,6 +49,7 @@ class Anatomy:
     towers: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     slices: Mapping[str, Slice] = field(default_factory=dict)
+    is_renamed: bool = False
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Anatomy:

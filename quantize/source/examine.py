@@ -117,6 +117,7 @@ class Examined:
             tuple(sorted(stored)),
             tuple(sorted({*shortest(modules, prefix), *shortest(beside, self.prefix)})),
             self.slices,
+            prefix != self.prefix,
         )
 
     def _linears_outside(self) -> list[str]:
