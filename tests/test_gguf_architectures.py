@@ -1,4 +1,4 @@
-"""GGUF of architectures whose converter does more than rename: it splits, delegates, leaves out."""
+"""GGUF of architectures whose converter does more than rename (it splits, delegates, leaves out), and GGUF sources."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_the_halves_of_kv_b_get_the_importance_of_their_own_inputs(tokenizer_fol
     attention.q_b_proj.register_forward_hook(lambda module, inputs, output: seen.update(queries=output))
     attention.kv_b_proj.register_forward_hook(lambda module, inputs, output: seen.update(latent=inputs[0]))
     model(ids)
-    queries = seen["queries"].double().square().sum(dim=(0, 1)).view(4, 48)[:, :32]
-    latent = seen["latent"].double().square().sum(dim=(0, 1)).expand(4, -1)
+    queries = seen["queries"].double().reshape(-1, 4 * 48).square().sum(dim=0).view(4, 48)[:, :32]
+    latent = seen["latent"].double().reshape(-1, 32).square().sum(dim=0).expand(4, -1)
     for name, expected in {"attn_k_b": queries, "attn_v_b": latent}.items():
         found = torch.from_numpy(importance.sums[f"blk.1.{name}.weight"]).double()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-9)
@@ -96,7 +96,13 @@ def test_a_converter_that_delegates_to_an_inner_one(tmp_path: Path) -> None:
 def test_what_llama_cpp_cannot_load_is_known_at_plan_by_its_own_reason(
     tokenizer_folder: Path, tmp_path: Path, invoke: Command
 ) -> None:
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96}  # llama.cpp takes four times n_embd for granted
+    sizes = {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_inner": 96,
+        "n_ctx": 256,
+    }  # llama.cpp takes four times n_embd for granted
     source = wide_model(tmp_path / "small", tokenizer_folder, architecture="gpt2", **sizes)
     plan = invoke("plan", write(tmp_path / "r.yaml", source), "--dist", tmp_path / "dist", "--json")
     (level,) = json.loads(plan.stdout)["levels"]
@@ -123,8 +129,9 @@ def test_the_comparison_goes_beyond_a_sliding_window(tmp_path: Path) -> None:
 
 
 def test_an_encoder_is_planned_as_a_file_of_its_own_and_made_in_that_size(tmp_path: Path, invoke: Command) -> None:
-    source = small_wide_model(tmp_path / "small", architecture="gemma3_text", **NARROW, head_dim=32)
-    text = {**json.loads((source / "config.json").read_text()), "num_hidden_layers": 2}
+    sizes = {**NARROW, "num_hidden_layers": 3}  # more than the encoder has
+    source = small_wide_model(tmp_path / "small", architecture="gemma3_text", **sizes, head_dim=32)
+    text = json.loads((source / "config.json").read_text())
     vision = {
         "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2, "image_size": 56, "patch_size": 14,

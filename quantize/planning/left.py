@@ -174,7 +174,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _head_counts(config: Mapping[str, Any]) -> Iterator[int]:
     for key, value in config.items():
         if isinstance(value, Mapping):
-            if "vision" not in key and "audio" not in key:
+            if "vision" not in str(key) and "audio" not in str(key):
                 yield from _head_counts(value)
-        elif (key.endswith("heads") or key == "n_head") and isinstance(value, int):
+        elif (str(key).endswith("heads") or key == "n_head") and isinstance(value, int):
             yield value
