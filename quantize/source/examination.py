@@ -44,7 +44,8 @@ def anatomy_of(
     checkpoint = source.checkpoint
     code = {name: value for name, value in source.hashes.items() if name.endswith(".py")} if trust_remote_code else {}
     key = key_of({
-        "schema": SCHEMA, "config": json.dumps(checkpoint.config, sort_keys=True), "code": code, "trust_remote_code": trust_remote_code,
+        "schema": SCHEMA, "config": json.dumps(checkpoint.config, sort_keys=True), "code": code,
+        "trust_remote_code": trust_remote_code,
         "tensors": {name: [spec.dtype, list(spec.shape)] for name, spec in checkpoint.in_files.items()},
         "versions": versions_of(["torch", "transformers"]),
     })  # fmt: skip
