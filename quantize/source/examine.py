@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,7 @@ class Examined:
     trial: Trial
     towers: tuple[str, ...]
     slices: Mapping[str, Slice]
+    _known_scores: dict[int, frozenset[str]] = field(default_factory=dict)
 
     def is_outside_text(self, name: str) -> bool:
         """Whether a parameter belongs to a tower that text does not reach."""
@@ -74,6 +75,11 @@ class Examined:
 
     def _scores(self, block: int) -> frozenset[str]:
         """Names in a block of linears beside experts with an output for each of them."""
+        if block not in self._known_scores:
+            self._known_scores[block] = self._find_scores(block)
+        return self._known_scores[block]
+
+    def _find_scores(self, block: int) -> frozenset[str]:
         counts = {name: len(one) for name, one in self.blocks[block].named_modules() if isinstance(one, Experts)}
         found = set()
         for mixture, count in counts.items():
