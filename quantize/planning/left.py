@@ -14,6 +14,7 @@ from math import prod
 from typing import Any
 
 from quantize.errors import PlanError
+from quantize.formats.tensors import TensorSpec
 from quantize.recipe.quantized import Quantized
 from quantize.source.anatomy import Anatomy, Found
 from quantize.source.checkpoint import Checkpoint
@@ -84,7 +85,7 @@ def split_linears(checkpoint: Checkpoint, anatomy: Anatomy, asked: Quantized) ->
     left = []
     for name, spec in checkpoint.tensors.items():
         block = anatomy.inside.get(name)
-        counts = is_matrix(spec.shape) or name in reasons or name in routers
+        counts = _is_weight(spec) or name in reasons or name in routers
         if name in covered or not counts or (block is None and name not in outside):
             continue
         reason = reasons.get(name) or (ROUTER if name in routers else NO_LINEAR if block is not None else OUTSIDE)
@@ -93,7 +94,7 @@ def split_linears(checkpoint: Checkpoint, anatomy: Anatomy, asked: Quantized) ->
     left += [
         Left(name.removesuffix(".weight"), unread, prod(checkpoint.tensors[name].shape))
         for name in anatomy.unread
-        if name.endswith(".weight") and is_matrix(checkpoint.tensors[name].shape)
+        if name.endswith(".weight") and _is_weight(checkpoint.tensors[name])
     ]
     return Split(tuple(taken), tuple(left))
 
@@ -108,6 +109,11 @@ def unread_experts(checkpoint: Checkpoint, asked: Quantized) -> str | None:
 def is_matrix(shape: Sequence[int]) -> bool:
     """Whether a tensor is one or several matrices; kernels of convolutions along the text and vectors are not."""
     return len(shape) >= 2 and shape[-2] > 1 and shape[-1] > 1
+
+
+def _is_weight(spec: TensorSpec) -> bool:
+    """Whether a tensor holds matrices of real numbers; tables of indices are none."""
+    return is_matrix(spec.shape) and spec.dtype.startswith(("F", "BF"))
 
 
 def share_quantized(taken: int, left: Sequence[Left]) -> float:
