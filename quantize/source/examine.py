@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -111,7 +112,7 @@ class Examined:
         unread = sorted(name for name in self.tensors if name not in read)
         beside = self._linears_outside()
         stored = {self.names[f"{name}.weight"] for name in beside if f"{name}.weight" in self.names}
-        prefix = self._stored_prefix()
+        prefix = self.stored_prefix
         modules = [name.removesuffix(".weight") for name in (*stored, *unread) if len(self.tensors[name].shape) > 1]
         return Anatomy(
             type(self.model).__name__,
@@ -139,15 +140,16 @@ class Examined:
             and weight.dim() > 1
         ]
 
-    def _stored_prefix(self) -> str:
-        """What the checkpoint's names of blocks begin with, as in ``model.layers.``; empty if they differ."""
+    @cached_property
+    def stored_prefix(self) -> str:
+        """What most of the checkpoint's names of blocks begin with, as in ``model.layers.``; empty if none do."""
+        found: Counter[str] = Counter()
         for name, stored in self.names.items():
-            if not name.startswith(self.prefix):
-                continue
-            local = name[len(self.prefix) :]
-            if stored.endswith(local):
-                return stored.removesuffix(local)
-        return ""
+            if name.startswith(self.prefix):
+                index, parts = name[len(self.prefix) :].partition(".")[0], stored.split(".")
+                if index in parts:
+                    found["".join(f"{part}." for part in parts[: parts.index(index)])] += 1
+        return found.most_common(1)[0][0] if found else ""
 
 
 def shortest(names: Iterable[str], blocks: str) -> set[str]:

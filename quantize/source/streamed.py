@@ -145,10 +145,7 @@ class StreamedModel:
 
     def checkpoint_prefix(self, index: int) -> str:
         """The prefix of block ``index`` in the checkpoint, such as ``model.layers.0.``"""
-        inside = f"{self.block_prefix}{index}."
-        members = (name for name in self.names if name.startswith(inside))
-        name = next(name for name in members if self.names[name].endswith(name.removeprefix(inside)))  # not renamed
-        return self.names[name].removesuffix(name.removeprefix(inside))
+        return f"{self.form.stored_prefix}{index}."
 
     def stored_weight(self, index: int, linear: Linear) -> torch.Tensor:
         """The weight [N, K] in float32, exact even if the forward pass uses a narrower dtype."""
