@@ -16,11 +16,10 @@ from typing import Any
 from quantize.errors import PlanError
 from quantize.formats.tensors import TensorSpec
 from quantize.recipe.quantized import Quantized
-from quantize.source.anatomy import Anatomy, Found
+from quantize.source.anatomy import ROUTER, Anatomy, Found
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.routing import find_routers
 
-ROUTER = "router of experts"
 SKIPPED = "the recipe says so (quantize.skip)"
 NOT_ASKED_FOR = "the recipe does not ask for it (quantize.only)"
 UNREAD_EXPERTS = {
@@ -74,9 +73,7 @@ def split_linears(checkpoint: Checkpoint, anatomy: Anatomy, asked: Quantized) ->
     routers, heads = find_routers(checkpoint.tensors), set(_head_counts(checkpoint.config))
     taken, reasons = [], {}
     for found in anatomy.linears:
-        reason = ROUTER if f"{found.name}.weight" in routers else found.reason
-        reason = reason or _reason(checkpoint, found, asked, heads)
-        if reason:
+        if reason := found.reason or _reason(checkpoint, found, asked, heads):
             reasons[f"{found.name}.weight"] = reason
         else:
             taken.append(found)
@@ -106,14 +103,12 @@ def unread_experts(checkpoint: Checkpoint, asked: Quantized) -> str | None:
     return next((why for kind, why in UNREAD_EXPERTS.items() if checkpoint.model_type.startswith(kind)), None)
 
 
-def is_matrix(shape: Sequence[int]) -> bool:
-    """Whether a tensor is one or several matrices; kernels of convolutions along the text and vectors are not."""
-    return len(shape) >= 2 and shape[-2] > 1 and shape[-1] > 1
-
-
 def _is_weight(spec: TensorSpec) -> bool:
-    """Whether a tensor holds matrices of real numbers; tables of indices are none."""
-    return is_matrix(spec.shape) and spec.dtype.startswith(("F", "BF"))
+    """Whether a tensor holds matrices of real numbers.
+
+    Vectors, kernels of convolutions along the text, and tables of indices do not.
+    """
+    return len(spec.shape) >= 2 and min(spec.shape[-2:]) > 1 and spec.dtype.startswith(("F", "BF"))
 
 
 def share_quantized(taken: int, left: Sequence[Left]) -> float:

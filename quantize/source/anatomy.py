@@ -9,6 +9,9 @@ from typing import Any
 from quantize.formats.tensors import TensorSpec
 from quantize.source.slices import Slice
 
+ROUTER = "router of experts"
+"""Why a router stays as it is."""
+
 
 @dataclass(frozen=True)
 class Found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantize.errors import SourceError
 from quantize.formats.tensors import TensorSpec
-from quantize.source.anatomy import Anatomy, Found
+from quantize.source.anatomy import ROUTER, Anatomy, Found
 from quantize.source.architecture import match_names, missing_parameters, tied_parameters
 from quantize.source.blocks import Trial, find_blocks, other_towers, try_blocks
 from quantize.source.checkpoint import Checkpoint, with_slices
@@ -25,7 +25,6 @@ from quantize.source.split import split_experts
 
 UNCALLED = "its weight is read by other code, so no loader can replace it"
 UNREACHED = "text alone does not reach it"
-ROUTER = "router of experts"
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ class Examined:
     trial: Trial
     towers: tuple[str, ...]
     slices: Mapping[str, Slice]
-    _known_scores: dict[int, frozenset[str]] = field(default_factory=dict)
 
     def is_outside_text(self, name: str) -> bool:
         """Whether a parameter belongs to a tower that text does not reach."""
@@ -59,7 +57,7 @@ class Examined:
 
     def reason(self, block: int, local: str) -> str:
         """Why a linear of a block has to stay as it is; empty if it can be quantized."""
-        if self.names[f"{self.prefix}{block}.{local}.weight"] in self._routers or local in self._scores(block):
+        if self.names[f"{self.prefix}{block}.{local}.weight"] in self._routers or local in self._scores[block]:
             return ROUTER
         if block in self.unreached:
             return UNREACHED
@@ -74,22 +72,10 @@ class Examined:
             and self.names.get(f"{self.prefix}{block}.{local}.weight", "").endswith(".weight")
         ]
 
-    def _scores(self, block: int) -> frozenset[str]:
-        """Names in a block of linears beside experts with an output for each of them."""
-        if block not in self._known_scores:
-            self._known_scores[block] = self._find_scores(block)
-        return self._known_scores[block]
-
-    def _find_scores(self, block: int) -> frozenset[str]:
-        counts = {name: len(one) for name, one in self.blocks[block].named_modules() if isinstance(one, Experts)}
-        found = set()
-        for mixture, count in counts.items():
-            beside = mixture.rpartition(".")[0]
-            for local, module in self.blocks[block].named_modules():
-                inside = local.startswith(f"{beside}.") if beside else "router" in local
-                if inside and not local.startswith(f"{mixture}.") and isinstance(module, nn.Linear):
-                    found |= {local} if module.out_features == count else set()
-        return frozenset(found)
+    @cached_property
+    def _scores(self) -> list[frozenset[str]]:
+        """By block, names of linears beside experts with an output for each of them."""
+        return [_scores_of(block) for block in self.blocks]
 
     @cached_property
     def _routers(self) -> frozenset[str]:
@@ -150,6 +136,18 @@ class Examined:
                 if index in parts:
                     found["".join(f"{part}." for part in parts[: parts.index(index)])] += 1
         return found.most_common(1)[0][0] if found else ""
+
+
+def _scores_of(block: nn.Module) -> frozenset[str]:
+    counts = {name: len(one) for name, one in block.named_modules() if isinstance(one, Experts)}
+    found = set()
+    for mixture, count in counts.items():
+        beside = mixture.rpartition(".")[0]
+        for local, module in block.named_modules():
+            inside = local.startswith(f"{beside}.") if beside else "router" in local
+            if inside and not local.startswith(f"{mixture}.") and isinstance(module, nn.Linear):
+                found |= {local} if module.out_features == count else set()
+    return frozenset(found)
 
 
 def shortest(names: Iterable[str], blocks: str) -> set[str]:

@@ -84,14 +84,15 @@ def split_experts(model: Any, stored: Mapping[str, TensorSpec]) -> Split:
     A module that computes anything other than ``down(gate(first(x)))`` is not replaced.
     """
     split = Split()
+    forms = {owner: form for owner, module in model.named_modules() if (form := _form(module)) is not None}
+    if not forms:
+        return split
     single, stacked, apart = _single(model, stored), _stacked(model, stored), _apart(model, stored)
-    for owner, module in list(model.named_modules()):
-        form = _form(module)
-        if form is None:
-            continue
+    for owner, form in forms.items():
         if set(single.get(owner, {})) == {form.first, form.down} and not form.bias and not form.interleaved:
             leaves = single[owner]
             if len(leaves[form.first]) in (1, form.halves) and len(leaves[form.down]) == 1:
+                module = model.get_submodule(owner)
                 model.set_submodule(owner, _experts(form, module, leaves[form.first], leaves[form.down][0]))
         elif f"{owner}.{form.first}" in stacked and f"{owner}.{form.down}" in stacked:
             _split_stored(model, owner, form, stored, stacked=stacked, split=split)
