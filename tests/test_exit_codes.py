@@ -213,13 +213,26 @@ def test_a_limit_on_memory_is_met_with_a_sentence(
 def test_a_build_that_will_not_fit_is_refused_before_it_begins(
     run_quantize: Command, tiny_recipe: Path, tmp_path: Path
 ) -> None:
-    large = ["--set", "calibration.samples=200000", "--set", "calibration.sequence_length=256"]
+    # too much for the memory, and not for a disk with 25 GB to spare, which is looked at before
+    large = ["--set", "calibration.samples=80000", "--set", "calibration.sequence_length=256"]
     result = run_quantize(
         "build", tiny_recipe, "--dist", tmp_path / "dist", "--device", "cpu", *large,
-        preexec_fn=limited("RLIMIT_AS", 12 * 10**9),
+        preexec_fn=limited("RLIMIT_AS", 5 * 10**9),
     )  # fmt: skip
     assert_refused(result, "not enough memory: the build needs at least", "(ulimit -v)", "--memory", code=1)
     assert not list((tmp_path / "dist").glob("tiny*"))
+
+
+def test_an_interrupt_inside_an_exec_of_a_string_has_its_exit_code_too(tmp_path: Path) -> None:
+    """As while a dataclass is being made; CPython remembers such a one until the process ends."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\nfrom quantize.cli import build, main\n"
+        "build.build.callback = lambda **_: exec('raise KeyboardInterrupt')\n"
+        "sys.argv[1:] = ['build', __file__]\nmain()\n"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert (ended.returncode, ended.stderr.strip()) == (130, "interrupted; finished branches are untouched")
 
 
 @LINUX

@@ -72,6 +72,9 @@ def _run_here(command: click.Command) -> int:
         click.UsageError(message, context).show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
+        # CPython notes an interrupt inside exec() of a string (a dataclass being made) and, handled or not, ends
+        # `python -m quantize` by SIGINT in place of our exit code; the next such exec() clears the note
+        exec("")
         if not stopped and isinstance(error.__context__, EOFError):
             return _said("\nerror: there is no input to confirm with; add --yes to go ahead unasked", WRONG_INPUT)
         signum = stopped[0] if stopped else signal.SIGINT
