@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import hashlib
 import io
 import json
 import os
@@ -20,6 +22,7 @@ from hub_server import TOKEN, HubServer
 
 Result = subprocess.CompletedProcess[str]
 Command = Callable[..., Result]
+PACKAGE = Path(__file__).parents[1] / "quantize"
 HANGS = 1800  # seconds after which a child surely hangs, however slow the machine
 
 LONGEST = (
@@ -40,6 +43,15 @@ VARIANTS = """\
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked `full`: whole products, nightly")
+
+
+def pytest_configure() -> None:
+    """Collect cycles less often: each time Python walks all of torch and transformers, an eighth of the run."""
+    gc.set_threshold(50_000, 20, 20)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -93,14 +105,18 @@ def once(session_folder: Path) -> Once:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quantize_cache(session_folder: Path) -> Iterator[None]:
-    """The caller's QUANTIZE_CACHE if there is one, else one that ends with the run; compiled kernels lie there too,
-    also those of tests that have a cache of their own."""
+def quantize_cache(session_folder: Path, pytestconfig: pytest.Config) -> Iterator[None]:
+    """The caller's QUANTIZE_CACHE if there is one, else one that ends with the run; compiled kernels are those of
+    earlier runs, of the same source, also in tests that have a cache of their own."""
     with pytest.MonkeyPatch.context() as patched:
         if not os.environ.get("QUANTIZE_CACHE"):
             patched.setenv("QUANTIZE_CACHE", str(session_folder / "cache"))
         if not os.environ.get("NUMBA_CACHE_DIR"):
-            patched.setenv("NUMBA_CACHE_DIR", str(Path(os.environ["QUANTIZE_CACHE"]) / "numba"))
+            # numba sees a change of the kernel's file, and none of the constants that it imports
+            source = [path.read_bytes() for path in sorted((PACKAGE / "methods").glob("*.py"))]
+            name = f"kernels-{hashlib.sha256(b''.join(source)).hexdigest()[:16]}"
+            kept = getattr(pytestconfig, "cache", None)  # none under `-p no:cacheprovider`
+            patched.setenv("NUMBA_CACHE_DIR", str(kept.mkdir(name) if kept else session_folder / name))
         yield
 
 
