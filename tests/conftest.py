@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import pytest
 from filelock import FileLock
+from forked import forked_converter  # noqa: F401  a fixture
 from hub_server import TOKEN, HubServer
 
 Result = subprocess.CompletedProcess[str]

@@ -25,7 +25,7 @@ from quantize.gguf import worker_logits
 from quantize.measuring.gguf import check_levels_can_be_read_back, open_levels
 from quantize.recipe.schema import Calibration, Corpus
 
-pytestmark = needs.LLAMA_CPP
+pytestmark = [*needs.LLAMA_CPP, pytest.mark.usefixtures("forked_converter")]
 
 ARCHITECTURES = {
     "llama": {},

@@ -75,6 +75,7 @@ def test_another_text_or_version_shows(
     assert next((tmp_path / "again").glob("*-GPTQ/main/model.safetensors")).is_file()
 
 
+@pytest.mark.usefixtures("forked_converter")
 @pytest.mark.parametrize("sections", [pytest.param(name, marks=needs.LLAMA_CPP) for name in ("levels", "both")])
 def test_gguf_levels_come_out_in_the_same_bytes(
     small_llama: Path, invoke: Command, tmp_path: Path, sections: str
