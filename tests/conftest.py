@@ -47,8 +47,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Collect cycles less often: each time Python walks all of torch and transformers, an eighth of the run."""
+    """Collect cycles less often: each time Python walks all of torch and transformers, an eighth of the run. And let
+    threads that wait for each other sleep: there are more of them than cores, as other tests run beside this one."""
     gc.set_threshold(50_000, 20, 20)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_collection_finish() -> None:
@@ -105,19 +107,34 @@ def once(session_folder: Path) -> Once:
     return folder_of
 
 
+@pytest.fixture(scope="session")
+def lasting(session_folder: Path, pytestconfig: pytest.Config) -> Callable[[str, list[Path]], Path]:
+    """``lasting(name, sources)``: a folder that outlives the run, in pytest's cache, until one of the files changes."""
+
+    def folder_of(name: str, sources: list[Path]) -> Path:
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
+        cache = getattr(pytestconfig, "cache", None)  # none under `-p no:cacheprovider`
+        folder = Path(cache.mkdir(f"{name}-{digest}")) if cache else session_folder / f"{name}-{digest}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    return folder_of
+
+
 @pytest.fixture(scope="session", autouse=True)
-def quantize_cache(session_folder: Path, pytestconfig: pytest.Config) -> Iterator[None]:
-    """The caller's QUANTIZE_CACHE if there is one, else one that ends with the run; compiled kernels are those of
-    earlier runs, of the same source, also in tests that have a cache of their own."""
+def quantize_cache(session_folder: Path, lasting: Callable[[str, list[Path]], Path]) -> Iterator[None]:
+    """The caller's QUANTIZE_CACHE if there is one, else one that ends with the run, save llama.cpp's converter in it,
+    which is 77 MB to download. Compiled kernels last too, also for tests that have a cache of their own: numba notices
+    a change of the kernel's file, and none of the constants that it imports."""
     with pytest.MonkeyPatch.context() as patched:
         if not os.environ.get("QUANTIZE_CACHE"):
-            patched.setenv("QUANTIZE_CACHE", str(session_folder / "cache"))
+            cache = session_folder / "cache"
+            patched.setenv("QUANTIZE_CACHE", str(cache))
+            cache.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):  # another process was first, or no links here
+                (cache / "llama.cpp").symlink_to(lasting("llama.cpp", [PACKAGE / "gguf" / "toolchain.py"]))
         if not os.environ.get("NUMBA_CACHE_DIR"):
-            # numba sees a change of the kernel's file, and none of the constants that it imports
-            source = [path.read_bytes() for path in sorted((PACKAGE / "methods").glob("*.py"))]
-            name = f"kernels-{hashlib.sha256(b''.join(source)).hexdigest()[:16]}"
-            kept = getattr(pytestconfig, "cache", None)  # none under `-p no:cacheprovider`
-            patched.setenv("NUMBA_CACHE_DIR", str(kept.mkdir(name) if kept else session_folder / name))
+            patched.setenv("NUMBA_CACHE_DIR", str(lasting("kernels", [*(PACKAGE / "methods").glob("*.py")])))
         yield
 
 

@@ -36,7 +36,7 @@ RECIPE = (
     + """\
 calibration: {{dataset: pydoc, samples: 4, sequence_length: 64, compute_dtype: float32}}
 measure: {{samples: 4, sequence_length: 64}}
-gguf: {{levels: [Q4_K_M, IQ2_XS, F16], max_file_size: 15MB}}
+gguf: {{levels: [Q4_K_M, IQ2_XXS, F16], max_file_size: 15MB}}
 """
 )
 
@@ -201,7 +201,7 @@ def test_figures_of_levels_are_llama_cpps(small_llama: Path, tmp_path: Path, inv
     text = Calibration(dataset=[Corpus(preset="docstrings")], samples=4, sequence_length=64)
     ids = sample_tokens(text, load_tokenizer(plan.source)).ids
     assert plan.gguf
-    levels = {level: manifest["levels"][level] for level in ("Q4_K_M", "IQ2_XS")}
+    levels = {level: manifest["levels"][level] for level in ("Q4_K_M", "IQ2_XXS")}
     firsts = [folder / min(entry["files"]) for entry in levels.values()]
     reference, *found = llama_logits([plan.gguf.conversion.path, *firsts], ids, tmp_path)
     for (level, entry), theirs in zip(levels.items(), found, strict=True):

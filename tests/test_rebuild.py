@@ -25,7 +25,7 @@ GGUF = (
     SMALL
     + """\
 calibration: {{dataset: pydoc, samples: 2, sequence_length: 64, compute_dtype: float32}}
-gguf: {{levels: [Q4_K_M, Q8_0, IQ2_XS], tensor_types: {{token_embd: q8_0}}, max_file_size: 15MB}}
+gguf: {{levels: [Q4_K_M, Q8_0, IQ2_XXS], tensor_types: {{token_embd: q8_0}}, max_file_size: 15MB}}
 """
 )
 BRANCH = "gptq: {variants: [{group_size: 64}]}\n"
