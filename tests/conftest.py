@@ -27,10 +27,11 @@ PACKAGE = Path(__file__).parents[1] / "quantize"
 HANGS = 1800  # seconds after which a child surely hangs, however slow the machine
 
 LONGEST = (
-    "test_quality", "test_ray", "test_gguf", "test_engines", "test_threads", "test_resume", "test_moe",
-    "test_measure_gguf", "test_golden", "test_exit_codes", "test_verify", "test_loaders", "test_bad_input",
-    "test_children", "test_moe_gguf", "test_fuzz", "test_rebuild", "test_integrity", "test_dist", "test_hostile",
-    "test_memory", "test_card", "test_build", "test_hub", "test_report", "test_trust_hub", "test_solver",
+    "test_quality", "test_ray", "test_resume", "test_loaders", "test_children", "test_gguf", "test_engines",
+    "test_moe", "test_exit_codes", "test_threads", "test_measure_gguf", "test_bad_input", "test_golden",
+    "test_gguf_architectures", "test_memory", "test_fuzz", "test_verify", "test_integrity", "test_hostile",
+    "test_rebuild", "test_card", "test_hub", "test_moe_gguf", "test_build", "test_bounds", "test_report",
+    "test_trust_hub", "test_solver", "test_dist",
 )  # fmt: skip
 """Files that take longest, longest first: in several processes none of them is waited for at the end."""
 MOST_FILES = 10
