@@ -139,6 +139,17 @@ def quantize_cache(session_folder: Path, lasting: Callable[[str, list[Path]], Pa
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment_of_a_file(quantize_cache: None) -> Iterator[None]:
+    """What a library sets when it is imported, such as the hub's cache by gptqmodel, is not for the next file's
+    commands: files share a process in any order."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(once: Once) -> Path:
     """A Llama of three blocks in one safetensors file. Shared: copy it before changing it."""
