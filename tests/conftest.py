@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import hashlib
 import io
 import json
 import os
@@ -16,17 +18,20 @@ from unittest.mock import patch
 
 import pytest
 from filelock import FileLock
+from forked import forked_converter  # noqa: F401  a fixture
 from hub_server import TOKEN, HubServer
 
 Result = subprocess.CompletedProcess[str]
 Command = Callable[..., Result]
+PACKAGE = Path(__file__).parents[1] / "quantize"
 HANGS = 1800  # seconds after which a child surely hangs, however slow the machine
 
 LONGEST = (
-    "test_quality", "test_ray", "test_gguf", "test_engines", "test_threads", "test_resume", "test_moe",
-    "test_measure_gguf", "test_golden", "test_exit_codes", "test_verify", "test_loaders", "test_bad_input",
-    "test_children", "test_moe_gguf", "test_fuzz", "test_rebuild", "test_integrity", "test_dist", "test_hostile",
-    "test_memory", "test_card", "test_build", "test_hub", "test_report", "test_trust_hub", "test_solver",
+    "test_quality", "test_ray", "test_resume", "test_loaders", "test_children", "test_gguf", "test_engines",
+    "test_moe", "test_exit_codes", "test_threads", "test_measure_gguf", "test_bad_input", "test_golden",
+    "test_gguf_architectures", "test_memory", "test_fuzz", "test_verify", "test_integrity", "test_hostile",
+    "test_rebuild", "test_card", "test_hub", "test_moe_gguf", "test_build", "test_bounds", "test_report",
+    "test_trust_hub", "test_solver", "test_dist",
 )  # fmt: skip
 """Files that take longest, longest first: in several processes none of them is waited for at the end."""
 MOST_FILES = 10
@@ -40,6 +45,17 @@ VARIANTS = """\
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked `full`: whole products, nightly")
+
+
+def pytest_configure() -> None:
+    """Collect cycles less often: each time Python walks all of torch and transformers, an eighth of the run. And let
+    threads that wait for each other sleep: there are more of them than cores, as other tests run beside this one."""
+    gc.set_threshold(50_000, 20, 20)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -92,16 +108,46 @@ def once(session_folder: Path) -> Once:
     return folder_of
 
 
+@pytest.fixture(scope="session")
+def lasting(session_folder: Path, pytestconfig: pytest.Config) -> Callable[[str, list[Path]], Path]:
+    """``lasting(name, sources)``: a folder that outlives the run, in pytest's cache, until one of the files changes."""
+
+    def folder_of(name: str, sources: list[Path]) -> Path:
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()[:16]
+        cache = getattr(pytestconfig, "cache", None)  # none under `-p no:cacheprovider`
+        folder = Path(cache.mkdir(f"{name}-{digest}")) if cache else session_folder / f"{name}-{digest}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    return folder_of
+
+
 @pytest.fixture(scope="session", autouse=True)
-def quantize_cache(session_folder: Path) -> Iterator[None]:
-    """The caller's QUANTIZE_CACHE if there is one, else one that ends with the run; compiled kernels lie there too,
-    also those of tests that have a cache of their own."""
+def quantize_cache(session_folder: Path, lasting: Callable[[str, list[Path]], Path]) -> Iterator[None]:
+    """The caller's QUANTIZE_CACHE if there is one, else one that ends with the run, save llama.cpp's converter in it,
+    which is 77 MB to download. Compiled kernels last too, also for tests that have a cache of their own: numba notices
+    a change of the kernel's file, and none of the constants that it imports."""
     with pytest.MonkeyPatch.context() as patched:
         if not os.environ.get("QUANTIZE_CACHE"):
-            patched.setenv("QUANTIZE_CACHE", str(session_folder / "cache"))
+            cache = session_folder / "cache"
+            patched.setenv("QUANTIZE_CACHE", str(cache))
+            cache.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):  # another process was first, or no links here
+                (cache / "llama.cpp").symlink_to(lasting("llama.cpp", [PACKAGE / "gguf" / "toolchain.py"]))
         if not os.environ.get("NUMBA_CACHE_DIR"):
-            patched.setenv("NUMBA_CACHE_DIR", str(Path(os.environ["QUANTIZE_CACHE"]) / "numba"))
+            patched.setenv("NUMBA_CACHE_DIR", str(lasting("kernels", [*(PACKAGE / "methods").glob("*.py")])))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_of_a_file(quantize_cache: None) -> Iterator[None]:
+    """What a library sets when it is imported, such as the hub's cache by gptqmodel, is not for the next file's
+    commands: files share a process in any order."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

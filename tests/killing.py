@@ -7,6 +7,7 @@ line on stdout: how the child ended, the kinds of its moments in order, and what
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -78,5 +79,7 @@ if __name__ == "__main__":
 
     transformers.AutoTokenizer, transformers.AutoModelForCausalLM  # noqa: B018  looked up on first use
 
+    gc.freeze()  # what is loaded stays, and the children share its memory as long as nobody looks through it
+    gc.set_threshold(50_000, 20, 20)
     for line in sys.stdin:
         print(json.dumps(build(sys.argv[1], json.loads(line))), flush=True)

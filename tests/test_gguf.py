@@ -25,7 +25,7 @@ import quantize
 from quantize.executors import quantizers
 from quantize.gguf.imatrix import Importance, read_importance, write_importance
 
-pytestmark = needs.LLAMA_CPP
+pytestmark = [*needs.LLAMA_CPP, pytest.mark.usefixtures("forked_converter")]
 
 LEVELS = ("Q4_K_M", "Q8_0", "IQ2_XS", "Q3_K_XL", "F16")
 RECIPE = (

@@ -17,7 +17,7 @@ import quantize
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.gguf.imatrix import read_importance
 
-pytestmark = needs.LLAMA_CPP
+pytestmark = [*needs.LLAMA_CPP, pytest.mark.usefixtures("forked_converter")]
 RECIPE = """\
 model: {{source: {source}, name: Small}}
 calibration: {{dataset: pydoc, samples: 4, sequence_length: 64, compute_dtype: float32}}

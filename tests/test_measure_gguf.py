@@ -20,11 +20,12 @@ from tiny import SMALL, wide_model
 import quantize
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.errors import GgufError
+from quantize.formats.gguf_reader import open_gguf
 from quantize.gguf import worker_logits
 from quantize.measuring.gguf import check_levels_can_be_read_back, open_levels
 from quantize.recipe.schema import Calibration, Corpus
 
-pytestmark = needs.LLAMA_CPP
+pytestmark = [*needs.LLAMA_CPP, pytest.mark.usefixtures("forked_converter")]
 
 ARCHITECTURES = {
     "llama": {},
@@ -35,7 +36,7 @@ RECIPE = (
     + """\
 calibration: {{dataset: pydoc, samples: 4, sequence_length: 64, compute_dtype: float32}}
 measure: {{samples: 4, sequence_length: 64}}
-gguf: {{levels: [Q4_K_M, IQ2_XS, F16], max_file_size: 15MB}}
+gguf: {{levels: [Q4_K_M, IQ2_XXS, F16], max_file_size: 15MB}}
 """
 )
 
@@ -85,6 +86,37 @@ def write_file(path: Path, tensors: dict[str, torch.Tensor], quantized: tuple[st
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_our_reader_answers_as_the_packages(tmp_path: Path) -> None:
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    path = tmp_path / "f.gguf"
+    writer = GGUFWriter(path, "llama")
+    for number, (kind, values) in enumerate([
+        (GGUFValueType.STRING, ["a", "", "ein längerer", "x" * 300]), (GGUFValueType.STRING, ["one"]),
+        (GGUFValueType.FLOAT32, [0.5, -1.0]), (GGUFValueType.INT32, [1, -2, 3]), (GGUFValueType.BOOL, [True, False]),
+        (GGUFValueType.UINT64, [2**40]),
+    ]):  # fmt: skip
+        writer.add_key_value(f"x.{number}", values, GGUFValueType.ARRAY, sub_type=kind)
+    writer.add_uint32("x.scalar", 7)
+    writer.add_tensor("t", np.arange(64, dtype=np.float16).reshape(2, 32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = open_gguf(path), GGUFReader(path)
+    assert type(ours) is not type(theirs)
+    assert list(ours.fields) == list(theirs.fields)
+    for name, wanted in theirs.fields.items():
+        found = ours.fields[name]
+        assert (found.offset, found.name, found.data, found.types, found.contents()) == (
+            wanted.offset, wanted.name, wanted.data, wanted.types, wanted.contents(),
+        )  # fmt: skip
+        assert [part.tobytes() for part in found.parts] == [part.tobytes() for part in wanted.parts]
+    assert [(tensor.name, tensor.data_offset, tensor.data.tobytes()) for tensor in ours.tensors] == [
+        (tensor.name, tensor.data_offset, tensor.data.tobytes()) for tensor in theirs.tensors
+    ]
 
 
 def test_every_rearrangement_of_a_converter_is_found(tmp_path: Path) -> None:
@@ -169,7 +201,7 @@ def test_figures_of_levels_are_llama_cpps(small_llama: Path, tmp_path: Path, inv
     text = Calibration(dataset=[Corpus(preset="docstrings")], samples=4, sequence_length=64)
     ids = sample_tokens(text, load_tokenizer(plan.source)).ids
     assert plan.gguf
-    levels = {level: manifest["levels"][level] for level in ("Q4_K_M", "IQ2_XS")}
+    levels = {level: manifest["levels"][level] for level in ("Q4_K_M", "IQ2_XXS")}
     firsts = [folder / min(entry["files"]) for entry in levels.values()]
     reference, *found = llama_logits([plan.gguf.conversion.path, *firsts], ids, tmp_path)
     for (level, entry), theirs in zip(levels.items(), found, strict=True):

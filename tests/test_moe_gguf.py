@@ -19,7 +19,7 @@ from quantize.gguf.imatrix import read_importance
 from quantize.gguf.vectors import OUTPUTS, find_vectors, queries_of
 from quantize.measuring.gguf import open_levels
 
-pytestmark = needs.LLAMA_CPP
+pytestmark = [*needs.LLAMA_CPP, pytest.mark.usefixtures("forked_converter")]
 RECIPE = """\
 model: {{source: {source}, name: Small}}
 calibration: {{dataset: pydoc, samples: 4, sequence_length: 64, compute_dtype: float32}}

@@ -25,7 +25,7 @@ GGUF = (
     SMALL
     + """\
 calibration: {{dataset: pydoc, samples: 2, sequence_length: 64, compute_dtype: float32}}
-gguf: {{levels: [Q4_K_M, Q8_0, IQ2_XS], tensor_types: {{token_embd: q8_0}}, max_file_size: 15MB}}
+gguf: {{levels: [Q4_K_M, Q8_0, IQ2_XXS], tensor_types: {{token_embd: q8_0}}, max_file_size: 15MB}}
 """
 )
 BRANCH = "gptq: {variants: [{group_size: 64}]}\n"
@@ -75,6 +75,7 @@ def test_another_text_or_version_shows(
     assert next((tmp_path / "again").glob("*-GPTQ/main/model.safetensors")).is_file()
 
 
+@pytest.mark.usefixtures("forked_converter")
 @pytest.mark.parametrize("sections", [pytest.param(name, marks=needs.LLAMA_CPP) for name in ("levels", "both")])
 def test_gguf_levels_come_out_in_the_same_bytes(
     small_llama: Path, invoke: Command, tmp_path: Path, sections: str

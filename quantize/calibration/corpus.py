@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -59,7 +60,7 @@ def identity(corpus: Corpus) -> dict[str, Any]:
         except OSError as error:
             raise CalibrationError(f"{corpus.file}: cannot be read: {error.strerror}") from None
     if corpus.preset in CARRIED:
-        return {"preset": corpus.preset, "sha256": hashlib.sha256(CARRIED[corpus.preset]().encode()).hexdigest()}
+        return {"preset": corpus.preset, "sha256": hashlib.sha256(carried(corpus.preset).encode()).hexdigest()}
     parts = dict(zip(("name", "config", "split", "column", "revision"), _hub_parts(corpus), strict=True))
     return {"hub": parts | ({"data_files": list(corpus.data_files)} if corpus.data_files else {})}
 
@@ -92,7 +93,7 @@ def read_pieces(corpus: Corpus) -> Iterator[str]:
         path = _file(corpus.file)
         return _read_records(path, corpus.column) if path.suffix == ".jsonl" else _read_plain(path)
     if corpus.preset in CARRIED:
-        return _cut(io.StringIO(CARRIED[corpus.preset](), newline=""))
+        return _cut(io.StringIO(carried(corpus.preset), newline=""))
     return _joined(_read_hub(corpus))
 
 
@@ -143,6 +144,12 @@ def _docstrings() -> str:
 
 CARRIED = {"pydoc": _pydoc, "docstrings": _docstrings}
 """Texts shipped with CPython."""
+
+
+@functools.cache
+def carried(preset: str) -> str:
+    """Such a text, made once a process: parsing the library takes a second, and keys and windows both need it."""
+    return CARRIED[preset]()
 
 
 def _file(name: str) -> Path:

@@ -44,8 +44,12 @@ def _peak_bytes() -> int:
 
 
 def _prepare(request: dict[str, Any]) -> None:
-    """Seed random numbers and set threads; resolve the device ``auto`` to the GPU if the engine's torch sees one."""
+    """Seed random numbers and set threads; resolve the device ``auto`` to the GPU if the engine's torch sees one.
+
+    Torch takes a second to import, and an engine without it has no use for that."""
     random.seed(0)
+    if "torch" not in request["packages"]:
+        return
     try:
         import numpy
         import torch

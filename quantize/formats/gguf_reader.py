@@ -7,6 +7,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from pathlib import Path
@@ -34,12 +35,51 @@ def open_gguf(path: Path) -> Any:
         OSError: it cannot be read. ValueError: it is not a GGUF file, damaged or truncated; the message says which.
     """
     check_gguf(path)
-    from gguf import GGUFReader
-
     try:
-        return GGUFReader(path)
+        return reader_class()(path)
     except (LookupError, TypeError, ArithmeticError) as error:  # for example, a duplicate key
         raise ValueError(" ".join(str(error).split())[:200]) from None
+
+
+@functools.cache
+def reader_class() -> Any:
+    """``gguf.GGUFReader``, with the same answers in a tenth of the time; only for files that were checked.
+
+    The original takes 20 microseconds for each entry of an array, which are 10 seconds for a vocabulary of 128,000.
+    """
+    import numpy as np
+    from gguf import GGUFReader, GGUFValueType
+
+    class Reader(GGUFReader):
+        @property
+        def data(self) -> Any:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._plain = mapped.view(np.ndarray)  # a slice of a memmap takes ten times as long
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            inner, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            kind, number, place = GGUFValueType(int(inner[0])), int(count[0]), orig_offs + 12
+            parts, types = [inner, count], [GGUFValueType.ARRAY, *([kind] if number else [])]
+            if kind == GGUFValueType.STRING:
+                data, buffer, read = self.data, memoryview(self.data), struct.Struct("<Q").unpack_from
+                for _ in range(number):
+                    begin = place + 8
+                    end = begin + read(buffer, place)[0]
+                    parts += (data[place:begin].view(np.uint64), data[begin:end])
+                    place = end
+                return place - orig_offs, parts, list(range(3, len(parts), 2)), types
+            if kind in self.gguf_scalar_to_np:
+                values = self._get(place, self.gguf_scalar_to_np[kind], number)
+                parts += (values[index : index + 1] for index in range(number))
+                return 12 + values.nbytes, parts, list(range(2, len(parts))), types
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    return Reader
 
 
 def check_gguf(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,9 @@ def _render(plan: Plan, method: str, library: str, rows: list[dict[str, Any]], *
         raise RecipeError(f"release.templates: {method}.md.j2 cannot be rendered: {reason}") from None
 
 
+@functools.cache
 def _environment(own: str | None) -> Any:
+    """Templates as they are compiled once; one that has changed on disk is read again."""
     from jinja2 import ChoiceLoader, FileSystemLoader, PackageLoader, StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 

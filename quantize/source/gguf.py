@@ -7,13 +7,14 @@ the state dict is saved here, with a clean config and the file's tokenizer.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from quantize.files.child import ChildFailed, Task, run_child
 from quantize.files.digest import cached_sha256, sha256_of_file
 from quantize.files.space import touch
 from quantize.files.threads import thread_count
-from quantize.formats.gguf_reader import check_gguf
+from quantize.formats.gguf_reader import check_gguf, reader_class
 from quantize.formats.gguf_reader import open_gguf as open_reader
 from quantize.reporter import Reporter
 from quantize.source.checkpoint import read_checkpoint
@@ -111,7 +112,7 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
     try:
         reader = open_reader(path)
         _check_sizes(reader)
-        with _alone(path) as beside, contextlib.redirect_stderr(hidden):
+        with _alone(path) as beside, contextlib.redirect_stderr(hidden), _quick_gguf():
             config = AutoConfig.from_pretrained(beside, **where)
             _complete(config, reader)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -169,6 +170,19 @@ def _alone(path: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, path.name).symlink_to(path.resolve())
         yield folder
+
+
+@contextlib.contextmanager
+def _quick_gguf() -> Iterator[None]:
+    """Within it, transformers reads the file, which it does three times, with our reader, and makes the table of names
+    of an architecture once, not for each of the model's modules."""
+    gguf: Any = import_module("gguf")
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = reader_class(), functools.cache(before[1])
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = before
 
 
 def _check_sizes(reader: Any) -> None:
