@@ -28,6 +28,7 @@ from benchmarks import (
     quality,
     ray_scaling,
     sequential,
+    solver,
 )
 from benchmarks.ours import DEMO, Task, Variant
 
@@ -36,6 +37,7 @@ EIGHT = [Variant(4, 64, False), Variant(4, 32, True), Variant(4, 16, True), Vari
 LOW = [Variant(4, 128, False), Variant(4, 32, True), Variant(4, 128, True), Variant(3, 128, False),
        Variant(3, 64, True), Variant(2, 64, False), Variant(2, 32, True), Variant(8, 128, False)]  # fmt: skip
 SIXTEEN = [Variant(bits, size, order) for bits in (4, 8) for size in (64, 32, 16, -1) for order in (False, True)]
+SOLVER = [Variant(4, 64, False), Variant(4, 32, True), Variant(3, 64, False), Variant(2, 32, False)]
 SMOLLM = "SmolLM2-135M-Instruct"
 
 
@@ -120,6 +122,18 @@ TABLES = {
     ),
     "eight": Table(
         lambda it: peers.compare("eight", f"The set of eight on {SMOLLM}", it.demo, EIGHT, it.held_out, it.folder),
+        TEXTS,
+    ),
+    "solver-small": Table(
+        lambda it: solver.compare(
+            "solver-small", f"Steps of the solver on {it.name}", it.small, SOLVER, it.held_out, it.folder
+        ),
+        ALL,
+    ),
+    "solver": Table(
+        lambda it: solver.compare(
+            "solver", f"Steps of the solver on {SMOLLM}", it.demo, SOLVER[:3], it.held_out, it.folder
+        ),
         TEXTS,
     ),
     "architectures": Table(lambda it: architectures.run(it.model, it.folder) if it.model else None, ("model",)),

@@ -59,7 +59,7 @@ def compare(task: Task, cells: list[Variant], evaluation: str, folder: Path) -> 
 
 {Path(task.model["source"]).name}, {task.samples} x {task.length} tokens; {machine()}. Same grid and solver; the
 sequential reference takes statistics after every quantized group of linears (five forwards of a block), `quantized`
-takes two forwards and leans towards the source (docs/propagation.md). Perplexity (KL divergence), float
+takes two forwards and leans towards the source (docs/solver.md). Perplexity (KL divergence), float
 {next(iter(rows.values())).perplexity:.2f}:
 
 {table(["branch", "source", "quantized", "sequential"], body)}

@@ -3,7 +3,7 @@
 Source: the asymmetric calibration of Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric
 Calibration", 2025, https://arxiv.org/abs/2504.02692. With S [T, K] the source's inputs and X [T, K] the quantized
 model's, min |W S^T - W* X^T| has the closed solution W* = W + W D inverse(H), D = (S - X)^T X, H = X^T X. The full
-step overfits the calibration text; a fraction of it measured better (docs/propagation.md).
+step overfits the calibration text; a fraction of it measured better (docs/solver.md).
 """
 
 from __future__ import annotations

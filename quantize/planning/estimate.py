@@ -19,6 +19,7 @@ from quantize.source.checkpoint import Checkpoint
 
 SHARE_FORWARD, SHARE_STATISTICS, SHARE_SOLVE = 0.55, 0.8, 0.25
 MSE_FACTOR = 1.4
+POLISH = 1.6  # cost of the descent after a solve, relative to the solve
 AWQ_SEARCH = 1.0  # cost of the scale search, relative to a solve
 SETUP_SECONDS = 15.0
 
@@ -79,10 +80,10 @@ def estimate(
     forward += 4 * tokens * calibration.sequence_length * model.width * table.blocks
     statistics = 2 * tokens * sum(share * size * size for _, size, share in inputs)
     trailing = sum(linear.out_features * linear.in_features**2 for linear in table.linears)
-    solve = sum(trailing * (MSE_FACTOR if variant.mse else 1) for variant in variants)
+    solve = sum(trailing * ((MSE_FACTOR if variant.mse else 1) + variant.polish * POLISH) for variant in variants)
     gptq = [variant for variant in variants if isinstance(variant, GptqVariant)]
     awq = len(variants) - len(gptq)  # each has its own scales, so its own Hessian and factor
-    factors = len({(variant.damp_percent, bool(variant.desc_act)) for variant in gptq}) + awq
+    factors = len({(variant.damp_percent, variant.damping, bool(variant.desc_act)) for variant in gptq}) + awq
     solve += awq * AWQ_SEARCH * trailing + factors * sum(size**3 for _, size, _ in inputs)
     rate = _operations_per_second()
     own = sum(variant.propagate == "quantized" for variant in gptq)

@@ -174,7 +174,8 @@ class MemoryModel:
         factor = max(3 * square, 2 * weight)
         codes = max(1, len(self.variants)) * size * rows
         together = min(row_budget, codes * 4)
-        return held + weight + max(factor, square + together * 3 // 2 + codes)
+        polish = 3 * together // max(1, len(self.variants))  # the difference from the weight, of one variant at a time
+        return held + weight + max(factor, square + together * 3 // 2 + polish + codes)
 
     def _widest_block(self) -> tuple[list[LinearSpec], list[tuple[int, int]]]:
         """The linears of the largest block, and (in_features, total outputs of its readers) of each of its inputs."""

@@ -1,4 +1,4 @@
-"""``propagate: auto``: the cheapest choice without loss of perplexity, from the tables of docs/propagation.md."""
+"""``propagate: auto``: the cheapest choice without loss of perplexity, from the tables of docs/solver.md."""
 
 from __future__ import annotations
 

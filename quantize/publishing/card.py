@@ -259,11 +259,17 @@ def _row(plan: Plan, item: PlannedVariant) -> dict[str, Any]:
         exllama = variant.bits == 4 and plan.source.checkpoint.model_type in {"llama", "mistral"}
         return row | {
             "order": {True: "Yes", False: "No", "static": "Static"}[variant.desc_act],
-            "damp": f"{variant.damp_percent:g}",
+            "damp": f"{variant.damp_percent:g}{_damping(known)}",
             "exllama": "Yes" if exllama and item.format == "gptq" else "No",
             "description": _gptq_description(variant),
         }
     return row | {"zero_point": "Yes" if variant.zero_point else "No", "description": _awq_description(variant)}
+
+
+def _damping(known: Recorded) -> str:
+    """What the damping is a share of, as the solves of a built branch recorded it."""
+    rules = sorted({entry["damping"] for entry in known.get("ledger", ()) if entry.get("damping")})
+    return f" {' or '.join(rules)}" if rules else ""
 
 
 def _fence(text: str) -> str:
