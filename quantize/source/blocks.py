@@ -8,8 +8,9 @@ weight is read by other code), and whether the model calls its blocks once and i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from quantize.source.calls import BATCH, LENGTH, BlockCall, HiddenLayout, Returns, replaced_forward, split_call
+from quantize.source.calls import (
+    BATCH,
+    LENGTH,
+    BlockCall,
+    HiddenLayout,
+    Links,
+    Origin,
+    Returns,
+    replaced_forward,
+    split_call,
+)
 from quantize.source.experts import Experts
 
 LARGEST = 2**24
@@ -34,7 +45,9 @@ class Trial:
         uncalled: by block, names of its linears that are never called as modules.
         order: indices of the blocks in the order in which they were called.
         fills: whether blocks leave something for later blocks in a mapping that all of them are given.
-        handed_on: whether a block gets something else from a block before it beside the hidden states.
+        links: by block, which of its arguments (a keyword, or a place after the hidden states) are what an earlier
+            block returned beside the hidden states: that block, and the place among its others.
+        handed_on: whether a block gets something from a block before it in any other way.
         failure: why the run failed, if it did; the rest is then unknown.
     """
 
@@ -44,8 +57,14 @@ class Trial:
     uncalled: dict[int, frozenset[str]] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
     fills: bool = False
+    links: dict[int, Links] = field(default_factory=dict)
     handed_on: bool = False
     failure: str = ""
+
+    @cached_property
+    def last_readers(self) -> dict[Origin, int]:
+        """The last block that reads what a block returned beside the hidden states."""
+        return {origin: index for index in sorted(self.links) for origin in self.links[index].values()}
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
@@ -106,7 +125,7 @@ def try_blocks(model: Any, blocks: nn.ModuleList) -> Trial:
 
 def _run(model: Any, blocks: nn.ModuleList, trial: Trial, called: set[int]) -> None:
     forms: dict[int, Returns] = {}
-    beside: list[Any] = []
+    beside: list[tuple[torch.Tensor, Origin]] = []
 
     def tried(index: int, block: nn.Module) -> Callable[..., Any]:
         original = block.forward
@@ -121,9 +140,11 @@ def _run(model: Any, blocks: nn.ModuleList, trial: Trial, called: set[int]) -> N
             forms[index] = Returns.of(output)
             (grown, rest), (grown_before, rest_before) = _sizes(call), before
             trial.fills |= grown != grown_before
-            trial.handed_on |= rest != rest_before or any(_shares(call, tensor) for tensor in beside)
+            trial.links[index], beyond = _links(call, beside)
+            trial.handed_on |= rest != rest_before or beyond
             trial.uncalled[index] = _uncalled(block, called)
-            beside.extend(tensor for tensor in forms[index].others if isinstance(tensor, torch.Tensor))
+            others = enumerate(forms[index].others)
+            beside.extend((one, (index, place)) for place, one in others if isinstance(one, torch.Tensor))
             return forms[index].wrap(hidden)
 
         return forward
@@ -162,6 +183,20 @@ def _nested(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return len(value), [_nested(one) for one in value]
     return None
+
+
+def _links(call: BlockCall, beside: Sequence[tuple[torch.Tensor, Origin]]) -> tuple[Links, bool]:
+    """Arguments of a call that earlier blocks returned, and whether such a tensor is inside an argument too."""
+    arguments, keywords = call
+    found: Links = {}
+    rest = []
+    for key, value in [*enumerate(arguments), *keywords.items()]:
+        origin = next((origin for tensor, origin in reversed(beside) if tensor is value), None)
+        if origin is None:
+            rest.append(value)
+        else:
+            found[key] = origin
+    return found, any(_shares(rest, tensor) for tensor, _ in beside)
 
 
 def _shares(value: Any, tensor: torch.Tensor) -> bool:

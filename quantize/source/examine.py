@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantize.errors import SourceError
 from quantize.formats.tensors import TensorSpec
-from quantize.source.anatomy import ROUTER, Anatomy, Found
+from quantize.source.anatomy import ROUTER, UNREACHED, Anatomy, Found
 from quantize.source.architecture import match_names, missing_parameters, tied_parameters
 from quantize.source.blocks import Trial, find_blocks, other_towers, try_blocks
 from quantize.source.checkpoint import Checkpoint, with_slices
@@ -24,7 +24,6 @@ from quantize.source.slices import Slice
 from quantize.source.split import split_experts
 
 UNCALLED = "its weight is read by other code, so no loader can replace it"
-UNREACHED = "text alone does not reach it"
 
 
 @dataclass(frozen=True)
