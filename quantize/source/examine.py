@@ -201,7 +201,12 @@ def _check_tensors(one: Examined, named: str) -> None:
         stored = one.names.get(name)
         if stored is None or one.is_outside_text(name):
             continue
-        shape = tuple(one.tensors[stored].shape)
+        shape, dtype = tuple(one.tensors[stored].shape), one.tensors[stored].dtype
+        if parameter.is_floating_point() and not dtype.startswith(("F", "BF")):
+            raise SourceError(
+                f"{named}: the model is already quantized ({stored} is {dtype}, {type(one.model).__name__} has "
+                "floating-point numbers there); name the unquantized model instead"
+            )
         if shape != tuple(parameter.shape):
             raise SourceError(
                 f"{named}: {name} is {list(shape)} in the checkpoint, but the config requires {list(parameter.shape)}"
