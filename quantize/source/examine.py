@@ -18,6 +18,7 @@ from quantize.source.anatomy import ROUTER, UNREACHED, Anatomy, Found
 from quantize.source.architecture import match_names, missing_parameters, tied_parameters
 from quantize.source.blocks import Trial, find_blocks, other_towers, try_blocks
 from quantize.source.checkpoint import Checkpoint, with_slices
+from quantize.source.converted import hold_as_stored
 from quantize.source.experts import Experts
 from quantize.source.routing import find_routers
 from quantize.source.slices import Slice
@@ -138,14 +139,14 @@ class Examined:
 
 
 def _scores_of(block: nn.Module) -> frozenset[str]:
-    counts = {name: len(one) for name, one in block.named_modules() if isinstance(one, Experts)}
+    counts = {name: {len(one), one.numbers} for name, one in block.named_modules() if isinstance(one, Experts)}
     found = set()
     for mixture, count in counts.items():
         beside = mixture.rpartition(".")[0]
         for local, module in block.named_modules():
             inside = local.startswith(f"{beside}.") if beside else "router" in local
             if inside and not local.startswith(f"{mixture}.") and isinstance(module, nn.Linear):
-                found |= {local} if module.out_features == count else set()
+                found |= {local} if module.out_features in count else set()
     return frozenset(found)
 
 
@@ -176,6 +177,8 @@ def examine(model: Any, tensors: Mapping[str, TensorSpec], named: str) -> Examin
     prefix, blocks = found
     towers = tuple(f"{name}." for name in other_towers(model, blocks))
     names = {**match_names(model, tensors), **split.names}
+    if changed := hold_as_stored(model, tensors, names):
+        names = {**match_names(model, tensors), **split.names, **changed}
     seen = with_slices(Checkpoint({}, tensors), split.slices).tensors
     one = Examined(model, seen, names, prefix, blocks, try_blocks(model, blocks), towers, split.slices)
     _check_tensors(one, named)
