@@ -9,6 +9,7 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -243,6 +244,6 @@ def _equal_values(left: Any, right: Any, seen: frozenset[tuple[int, int]]) -> bo
     if type(left).__eq__ is object.__eq__ or is_dataclass(left):  # those of dataclasses fail on tensors
         return hasattr(left, "__dict__") and equal_calls(vars(left), vars(right), seen)
     try:
-        return bool(left == right)
-    except (TypeError, ValueError, RuntimeError):  # arrays answer with arrays
+        return bool(np.array_equal(left, right) if isinstance(left, np.ndarray) else left == right)
+    except (TypeError, ValueError, RuntimeError):
         return False
