@@ -43,6 +43,7 @@ class Trial:
     Attributes:
         returns: of each block. layout: of the hidden states; shape: theirs in the trial.
         uncalled: by block, names of its linears that are never called as modules.
+        unreached: by block, beginnings of the names of its experts that this run does not reach.
         order: indices of the blocks in the order in which they were called.
         fills: whether blocks leave something for later blocks in a mapping that all of them are given.
         links: by block, which of its arguments (a keyword, or a place after the hidden states) are what an earlier
@@ -55,6 +56,7 @@ class Trial:
     layout: HiddenLayout = field(default_factory=HiddenLayout)
     shape: torch.Size = field(default_factory=lambda: torch.Size())
     uncalled: dict[int, frozenset[str]] = field(default_factory=dict)
+    unreached: dict[int, tuple[str, ...]] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
     fills: bool = False
     links: dict[int, Links] = field(default_factory=dict)
@@ -143,6 +145,8 @@ def _run(model: Any, blocks: nn.ModuleList, trial: Trial, called: set[int]) -> N
             trial.links[index], beyond = _links(call, beside)
             trial.handed_on |= rest != rest_before or beyond
             trial.uncalled[index] = _uncalled(block, called)
+            mixtures = _experts(block).items()
+            trial.unreached[index] = tuple(f"{name}." for name, one in mixtures if id(one) not in called)
             others = enumerate(forms[index].others)
             beside.extend((one, (index, place)) for place, one in others if isinstance(one, torch.Tensor))
             return forms[index].wrap(hidden)
@@ -161,12 +165,16 @@ def _run(model: Any, blocks: nn.ModuleList, trial: Trial, called: set[int]) -> N
 
 
 def _uncalled(block: nn.Module, called: set[int]) -> frozenset[str]:
-    experts = [f"{name}." for name, module in block.named_modules() if isinstance(module, Experts)]
+    experts = [f"{name}." for name in _experts(block)]
     return frozenset(
         name
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and id(module) not in called and not name.startswith(tuple(experts))
     )
+
+
+def _experts(block: nn.Module) -> dict[str, Experts]:
+    return {name: module for name, module in block.named_modules() if isinstance(module, Experts)}
 
 
 def _sizes(call: BlockCall) -> tuple[Any, Any]:
@@ -190,7 +198,8 @@ def _links(call: BlockCall, beside: Sequence[tuple[torch.Tensor, Origin]]) -> tu
     arguments, keywords = call
     found: Links = {}
     rest = []
-    for key, value in [*enumerate(arguments), *keywords.items()]:
+    given: list[tuple[int | str, Any]] = [*enumerate(arguments), *keywords.items()]
+    for key, value in given:
         origin = next((origin for tensor, origin in reversed(beside) if tensor is value), None)
         if origin is None:
             rest.append(value)
@@ -210,7 +219,7 @@ def _shares(value: Any, tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def _stand_ins(model: nn.Module) -> Iterator[set[int]]:
-    """Context in which a model on the meta device can be run; yields the ids of the linears called so far."""
+    """Context in which a model on the meta device can be run; yields ids of linears and experts called so far."""
     called: set[int] = set()
     generator = torch.Generator().manual_seed(0)
     saved: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -234,7 +243,11 @@ def _stand_ins(model: nn.Module) -> Iterator[set[int]]:
 
 def _stand_in(module: nn.Module, called: set[int], generator: torch.Generator) -> Callable[..., Any] | None:
     original = module.forward
-    if isinstance(module, nn.Linear | Conv1D) and type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+    computed = isinstance(module, nn.Linear | Conv1D) and type(module).forward not in (
+        nn.Linear.forward,
+        Conv1D.forward,
+    )
+    if computed or isinstance(module, Experts):
 
         def own(*arguments: Any, **keywords: Any) -> Any:
             called.add(id(module))

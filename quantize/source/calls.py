@@ -234,14 +234,15 @@ def equal_calls(left: Any, right: Any, seen: frozenset[tuple[int, int]] = frozen
 def _equal_values(left: Any, right: Any, seen: frozenset[tuple[int, int]]) -> bool:
     """Compare two objects of one type that are no containers."""
     if isinstance(left, FunctionType):
-        held = [[cell.cell_contents for cell in one.__closure__ or ()] for one in (left, right)]
-        return left.__code__ is right.__code__ and equal_calls(*held, seen)
+        mine, other = ([cell.cell_contents for cell in one.__closure__ or ()] for one in (left, right))
+        return left.__code__ is right.__code__ and equal_calls(mine, other, seen)
     if isinstance(left, MethodType):
         return left.__func__ is right.__func__ and equal_calls(left.__self__, right.__self__, seen)
     if isinstance(left, partial):
-        parts = [(one.func, one.args, one.keywords) for one in (left, right)]
-        return equal_calls(*parts, seen)
-    if type(left).__eq__ is object.__eq__ or is_dataclass(left):  # those of dataclasses fail on tensors
+        first, second = ((one.func, one.args, one.keywords) for one in (left, right))
+        return equal_calls(first, second, seen)
+    compares: Any = type(left).__eq__
+    if compares is object.__eq__ or is_dataclass(left):  # those of dataclasses fail on tensors
         return hasattr(left, "__dict__") and equal_calls(vars(left), vars(right), seen)
     try:
         return bool(np.array_equal(left, right) if isinstance(left, np.ndarray) else left == right)

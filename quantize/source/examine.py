@@ -59,7 +59,7 @@ class Examined:
         """Why a linear of a block has to stay as it is; empty if it can be quantized."""
         if self.names[f"{self.prefix}{block}.{local}.weight"] in self._routers or local in self._scores[block]:
             return ROUTER
-        if block in self.unreached:
+        if block in self.unreached or local.startswith(self.trial.unreached.get(block, ())):
             return UNREACHED
         return UNCALLED if local in self.trial.uncalled.get(block, ()) else ""
 

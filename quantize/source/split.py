@@ -13,8 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from quantize.formats.tensors import TensorSpec
+from quantize.source.converted import conversions
 from quantize.source.expert_forms import Form, experts_of, form_of
+from quantize.source.experts import Experts
 from quantize.source.routing import expert_of
 from quantize.source.slices import Slice
 
@@ -66,7 +70,39 @@ def split_experts(model: Any, stored: Mapping[str, TensorSpec]) -> Split:
             _split_stored(model, owner, form, stored, stacked=stacked, split=split)
         elif f"{owner}.{form.first}" in apart and f"{owner}.{form.down}" in apart:
             _split_apart(model, owner, form, stored, apart=apart, split=split)
+    rest = {owner: form for owner, form in forms.items() if not isinstance(model.get_submodule(owner), Experts)}
+    if rest:
+        _split_numbered(model, rest, stored, split)
     return split
+
+
+def _split_numbered(model: Any, forms: Mapping[str, Form], stored: Mapping[str, TensorSpec], split: Split) -> None:
+    """Replace modules whose experts transformers takes from a longer run of numbers, such as text before vision."""
+    state, numbered = model.state_dict(), dict[str, list[list[str]]]()
+    for group in conversions(model, stored):
+        sources = [tensor for _, tensor in group.sources]
+        if not all(map(expert_of, sources)):
+            continue
+        try:
+            made = group.made_of(model, [torch.full((1, 1), float(place)) for place in range(len(sources))])
+        except Exception:  # its own code, on tensors of another shape than it expects
+            continue
+        for name, places in made.items():
+            if name in state and isinstance(places, torch.Tensor) and places.dim() == 3:
+                numbered[name] = [[sources[int(place)] for place in row.flatten()] for row in places]
+    for owner, form in forms.items():
+        parts = [numbered.get(f"{owner}.{parameter}", []) for parameter in form.matrices]
+        names = {
+            f"{owner}.{number}.{tensor.split('.')[-2]}.weight": tensor
+            for part in parts
+            for number, tensors in enumerate(part)
+            for tensor in tensors
+        }
+        whole = all(len(part) == form.count for part in parts) and len(names) == form.count * (1 + form.halves)
+        if whole and not form.bias and not form.interleaved:
+            first, (down,) = ([tensor.split(".")[-2] for tensor in part[0]] for part in parts)
+            model.set_submodule(owner, experts_of(form, model.get_submodule(owner), first, down))
+            split.names.update(names)
 
 
 def _single(model: Any, stored: Mapping[str, TensorSpec]) -> dict[str, dict[str, list[str]]]:
