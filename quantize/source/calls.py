@@ -98,9 +98,7 @@ class HandedOn:
         self._contents: dict[str, dict[Any, Any]] = {name: dict(one) for name, one in (contents or {}).items()}
 
     def linked(self, call: BlockCall, links: Links) -> BlockCall:
-        """A block's call with the arguments that earlier blocks returned for these windows."""
-        if not links:
-            return call
+        """A copy of a block's call, with the arguments that earlier blocks returned for these windows."""
         arguments, keywords = list(call[0]), dict(call[1])
         for key, origin in links.items():
             value = self._contents[self.RETURNED][origin]

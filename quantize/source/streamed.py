@@ -222,7 +222,6 @@ class StreamedModel:
             return hidden  # the model leaves this block out on text
         trial, left = self.form.trial, self._lent if handed_on is None else handed_on
         arguments, keywords = left.linked(calls.blocks[index], trial.links.get(index, {}))
-        keywords = dict(keywords)
         states = self.form.trial.layout.unpack(hidden, calls.shape)
         name = keywords.pop("", None)
         with left.given_to(keywords):
