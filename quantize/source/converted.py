@@ -105,25 +105,28 @@ def conversions(model: Any, stored: Iterable[str]) -> list[Group]:
     return list(groups.values())
 
 
-def hold_as_stored(model: Any, stored: Mapping[str, TensorSpec], names: Mapping[str, str]) -> dict[str, str]:
+def hold_as_stored(
+    model: Any, stored: Mapping[str, TensorSpec], names: Mapping[str, str], outside: tuple[str, ...] = ()
+) -> dict[str, str]:
     """Change a model on the meta device so that what its table of conversions makes is held as it is stored.
 
     Args:
-        names: tensor by parameter, of those that need no conversion.
+        names: tensor by parameter, of those that need no conversion. outside: beginnings of names that are left alone,
+            such as those of towers.
 
     Returns:
         Tensor by parameter, of the parameters that took the place of others.
     """
     state = model.state_dict()
-    lacking = [name for name in state if name not in names]
-    if not lacking:
+    if all(name in names or name.startswith(outside) for name in state):
         return {}
     found: dict[str, str] = {}
     for group in conversions(model, stored):
         specs = [stored[tensor] for _, tensor in group.sources]
         shapes = _shapes(model, group, specs)
         for name, shape in shapes.items():
-            if name not in state or name in names or name in found or tuple(state[name].shape) != shape:
+            known = name not in state or name in names or name.startswith(outside)
+            if known or tuple(state[name].shape) != shape:
                 continue
             if _is_joined(model, group, name):
                 found |= _join(model, group, name, specs)

@@ -177,7 +177,7 @@ def examine(model: Any, tensors: Mapping[str, TensorSpec], named: str) -> Examin
     prefix, blocks = found
     towers = tuple(f"{name}." for name in other_towers(model, blocks))
     names = {**match_names(model, tensors), **split.names}
-    if changed := hold_as_stored(model, tensors, names):
+    if changed := hold_as_stored(model, tensors, names, towers):
         names = {**match_names(model, tensors), **split.names, **changed}
     seen = with_slices(Checkpoint({}, tensors), split.slices).tensors
     one = Examined(model, seen, names, prefix, blocks, try_blocks(model, blocks), towers, split.slices)
