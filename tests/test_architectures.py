@@ -75,6 +75,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "projector_hidden_size": 64, "merged_hidden_size": 64,
         "vision_config": {**VISION, "image_size": 56, "patch_size": 14},
     }),
+    # experts for text and experts for images share one run of numbers
+    "two-stacks": ("ernie4_5_vl_moe", {
+        "text_config": {**TEXT, "moe_intermediate_size": [64, 32], "moe_num_experts": 4, "moe_k": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 6, 4]},
+            "tie_word_embeddings": True,
+        },
+        "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2},
+    }),
     # a block that only images reach
     "unreached-block": ("mllama", {
         "text_config": {**TEXT, "num_attention_heads": 2, "num_hidden_layers": 4, "cross_attention_layers": [2],
