@@ -15,8 +15,10 @@ from outcome import assert_refused
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.zaya import modeling_zaya
 
 import quantize
+from quantize.errors import SourceError
 from quantize.recipe.schema import Model
 from quantize.source.calls import HandedOn
 from quantize.source.resolve import resolve
@@ -305,6 +307,20 @@ def test_what_cannot_be_taken_apart_is_refused_by_the_plan(
 ) -> None:
     source = write(tmp_path / kind, kind, config)
     assert_refused(invoke("plan", recipe(tmp_path, source), "--dist", tmp_path / "dist"), *words)
+
+
+def test_what_the_model_changes_between_blocks_is_refused(
+    model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router's states that are doubled on their way to the next block, which no argument shows."""
+
+    def called(self: Any, hidden: torch.Tensor, states: torch.Tensor | None, **keywords: Any) -> Any:
+        return torch.nn.Module.__call__(self, hidden, None if states is None else states * 2, **keywords)
+
+    source = resolve(Model(source=str(model_of("states-in-arguments"))), weights=True)
+    monkeypatch.setattr(modeling_zaya.ZayaDecoderLayer, "__call__", called)
+    with pytest.raises(SourceError, match="hand on more than hidden states"):
+        StreamedModel(source, torch.float32, torch.device("cpu"))
 
 
 def test_experts_that_no_loader_reads_are_refused_but_for_gguf(

@@ -26,6 +26,7 @@ from quantize.source.calls import (
     Links,
     Origin,
     Returns,
+    replaced_blocks,
     replaced_forward,
     split_call,
 )
@@ -161,7 +162,42 @@ def _run(model: Any, blocks: nn.ModuleList, trial: Trial, called: set[int]) -> N
         if head is not None:
             stack.enter_context(replaced_forward(head, lambda hidden: hidden))
         model(input_ids=ids, use_cache=False)
-    trial.returns = [forms.get(index, Returns()) for index in range(len(blocks))]
+        trial.returns = [forms.get(index, Returns()) for index in range(len(blocks))]
+        if any(tensor.is_floating_point() for tensor, _ in beside):
+            trial.handed_on |= _reaches_changed(model, blocks, trial, ids)
+
+
+def _reaches_changed(model: Any, blocks: nn.ModuleList, trial: Trial, ids: torch.Tensor) -> bool:
+    """Whether the model computes something from what a block returns beside the hidden states, and hands that on."""
+    reached = False
+    marked = [
+        Returns(one.container, tuple(_marked(other) for other in one.others)) if one.others else one
+        for one in trial.returns
+    ]
+
+    def look(index: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
+        nonlocal reached
+        hidden, (beside, named) = split_call(arguments, keywords)
+        links = trial.links.get(index, {})
+        given: list[tuple[int | str, Any]] = [*enumerate(beside), *named.items()]
+        reached |= any(_is_marked(value) for key, value in given if key not in links)
+        return hidden
+
+    with replaced_blocks(blocks, marked, look), contextlib.suppress(Exception):  # its own code, on NaN
+        model(input_ids=ids, use_cache=False)
+    return reached
+
+
+def _marked(value: Any) -> Any:
+    is_number = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return torch.full_like(value, torch.nan) if is_number else value
+
+
+def _is_marked(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() and bool(value.isnan().any())
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(map(_is_marked, inner))
 
 
 def _uncalled(block: nn.Module, called: set[int]) -> frozenset[str]:
