@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from quantize.formats.tensor_file import DTYPES
 from quantize.formats.tensors import TensorSpec
+from quantize.source.routing import expert_of
 
 LARGEST = 2**24
 """Elements of the largest parameter that is computed when it is used; what is larger has to be linears."""
@@ -122,6 +123,8 @@ def hold_as_stored(
         return {}
     found: dict[str, str] = {}
     for group in conversions(model, stored):
+        if any(expert_of(tensor) for _, tensor in group.sources):
+            continue  # linears, which ``source/split.py`` finds; what it leaves is reported as lacking
         specs = [stored[tensor] for _, tensor in group.sources]
         shapes = _shapes(model, group, specs)
         for name, shape in shapes.items():
