@@ -1,8 +1,10 @@
 """Build every checkpoint of a folder in each format, read it back, and compare its logits with the source's.
 
-Each checkpoint is a folder of its own, as transformers saves tiny random models. A branch is right if its logits, read
-back from its own bytes by our reader, are as near to the source's (in transformers) as plain rounding at that width
-allows: 8 bits must be within ``TIMES`` of rounding to nearest.
+Each checkpoint is a folder of its own, as transformers saves tiny random models; the folder may be one checkpoint too.
+Rows of the document's table whose checkpoints are not in the folder stay, so that new ones can be tried alone.
+
+A branch is right if its logits, read back from its own bytes by our reader, are as near to the source's (in
+transformers) as plain rounding at that width allows: 8 bits must be within ``TIMES`` of rounding to nearest.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import logging
 import multiprocessing
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,19 +52,18 @@ class Row:
     plan_said_ok: dict[str, bool] = field(default_factory=dict)
 
 
-def run(models: Path, folder: Path, only: Sequence[str] = ()) -> list[Row]:
-    """Try every checkpoint below ``models``, each in a process of its own, and rewrite the table of the document."""
+def run(models: Path, folder: Path) -> list[Row]:
+    """Try every checkpoint below ``models``, each in a process of its own, and rewrite their rows of the document."""
     import transformers
 
     transformers.logging.set_verbosity_error()  # loaded once, before the processes part
 
     rows = []
-    for place in sorted(models.iterdir()):
-        if (place / "config.json").is_file() and (not only or place.name in only):
+    for place in [models] if (models / "config.json").is_file() else sorted(models.iterdir()):
+        if (place / "config.json").is_file():
             rows.append(_apart(place, folder / place.name))
             print(json.dumps(rows[-1].__dict__), flush=True)
-    if not only:
-        _write(rows)
+    write(rows)
     return rows
 
 
@@ -180,20 +181,33 @@ def _judge(plan: Any, source: _Source) -> str:
     return f"ok {figures}"
 
 
-def _write(rows: Sequence[Row]) -> None:
+def write(rows: Sequence[Row]) -> None:
+    """Rewrite these rows of the document's table, in the order of the checkpoints' names; the others stay."""
+
     def cell(row: Row, method: str) -> str:
         said = row.outcome.get(method, "")
         return said.split(",")[0] if said.startswith("ok") else said.partition(":")[0]
 
-    counts: Mapping[str, int] = {
-        method: sum(row.outcome.get(method, "").startswith("ok") for row in rows) for method in VARIANTS
-    }
-    body = [
-        [row.model_type if row.model_type == row.name else f"{row.model_type} ({row.name})",
-         *(cell(row, method) for method in VARIANTS), "; ".join(row.left)]
-        for row in rows
-    ]  # fmt: skip
-    whole = ", ".join(f"{method.upper()} {count}" for method, count in counts.items())
+    body = _rows_of(PAGE.read_text(encoding="utf-8"))
+    for row in rows:
+        kind = row.model_type if row.model_type == row.name else f"{row.model_type} ({row.name})"
+        body[row.name] = [kind, *(cell(row, method) for method in VARIANTS), "; ".join(row.left)]
+    cells = [body[name] for name in sorted(body)]
+    counts = ", ".join(
+        f"{method.upper()} {sum(one[place].startswith('ok') for one in cells)}"
+        for place, method in enumerate(VARIANTS, start=1)
+    )
     head = ["model type", *(method.upper() for method in VARIANTS), "in 16 bits, inside the blocks"]
-    text = f"Of {len(rows)} checkpoints: {whole}. {machine()}.\n\n{table(head, body)}"
+    text = f"Of {len(cells)} checkpoints: {counts}. {machine()}.\n\n{table(head, cells)}"
     replace_section("checkpoints", text, PAGE)
+
+
+def _rows_of(document: str) -> dict[str, list[str]]:
+    """The table's rows so far, by the checkpoint's name."""
+    section = document.partition("<!-- begin checkpoints -->")[2].partition("<!-- end checkpoints -->")[0]
+    rows = {}
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split(" |")]
+        if line.startswith("|") and len(cells) == len(VARIANTS) + 2 and cells[0] not in ("model type", "---"):
+            rows[cells[0].partition(" (")[2].rstrip(")") or cells[0]] = cells
+    return rows

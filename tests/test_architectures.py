@@ -15,8 +15,10 @@ from outcome import assert_refused
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.zaya import modeling_zaya
 
 import quantize
+from quantize.errors import SourceError
 from quantize.recipe.schema import Model
 from quantize.source.calls import HandedOn
 from quantize.source.resolve import resolve
@@ -36,6 +38,10 @@ GEMMA_3N = {
     "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": VOCABULARY,
     "sliding_window": 16,
 }  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 32, "q_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 SPARSE = {**TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}
 READ = "quantize: {unread_experts: true}"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -47,6 +53,46 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "weight-read-outside": ("mamba", {**TEXT, "state_size": 16, "time_step_rank": 32, "hidden_size": 128}),
     "interleaved-experts": ("gpt_oss", {**SPARSE, "sliding_window": 16}),
     "fused-experts": ("granitemoe", SPARSE),
+    # the states of a router go from block to block as an argument
+    "states-in-arguments": ("zaya", {
+        **TEXT, "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 160, "router_hidden_size": 32,
+        "tie_word_embeddings": True,
+    }),
+    # two numbers beyond the experts pass the input on
+    "passing-experts": ("longcat_flash", {**TEXT, **LATENT, "n_routed_experts": 4, "zero_expert_num": 2,
+        "moe_topk": 2, "num_layers": 1, "num_hidden_layers": 2, "head_dim": 16,
+        "ffn_hidden_size": 96, "expert_ffn_hidden_size": 64,
+    }),
+    # three convolutions are joined on loading
+    "joined-convolutions": ("bailing_hybrid", {
+        **TEXT, **LATENT, "num_hidden_layers": 2, "layer_group_size": 2, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64, "first_k_dense_replace": 1, "num_expert_group": 1, "topk_group": 1,
+        "num_experts_per_token": 2,
+    }),
+    # two linears of a shared expert are joined on loading
+    "joined-linears": ("minimax_m3_vl", {
+        "text_config": {**TEXT, "dense_intermediate_size": 96, "rotary_dim": 16, "num_local_experts": 4,
+            "num_experts_per_tok": 2, "intermediate_size": 64, "shared_intermediate_size": 64,
+        },
+        "projector_hidden_size": 64, "merged_hidden_size": 64,
+        "vision_config": {**VISION, "image_size": 56, "patch_size": 14},
+    }),
+    # experts for text and experts for images share one run of numbers
+    "two-stacks": ("ernie4_5_vl_moe", {
+        "text_config": {**TEXT, "moe_intermediate_size": [64, 32], "moe_num_experts": 4, "moe_k": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 6, 4]},
+            "tie_word_embeddings": True,
+        },
+        "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2},
+    }),
+    # a block that only images reach
+    "unreached-block": ("mllama", {
+        "text_config": {**TEXT, "num_attention_heads": 2, "num_hidden_layers": 4, "cross_attention_layers": [2],
+            "hidden_act": "silu",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "pad_token_id": 0,
+        },
+        "vision_config": {**VISION, "image_size": 56, "patch_size": 14, "max_num_tiles": 4},
+    }),
     "dense-experts": ("llama4_text", {
         **SPARSE, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1,
         "attention_chunk_size": 32,
@@ -167,6 +213,33 @@ def test_a_linear_that_other_code_reads_stays_with_its_reason(
     ]
 
 
+def test_linears_joined_on_loading_are_quantized_under_their_own_names(
+    model_of: Callable[[str], Path], tmp_path: Path, invoke: Command
+) -> None:
+    source = model_of("joined-linears")
+    assert invoke("build", recipe(tmp_path, source), "--dist", tmp_path / "dist").returncode == 0
+    built = load_file(tmp_path / "dist" / "joined-linears-GPTQ" / "main" / "model.safetensors")
+    stored = [name for name in load_file(source / "model.safetensors") if "shared_experts" in name]
+    assert len(stored) == 9
+    assert all(name.replace(".weight", ".qweight") in built for name in stored)
+
+
+def test_a_router_may_choose_from_more_experts_than_there_are(
+    model_of: Callable[[str], Path], tmp_path: Path, invoke: Command
+) -> None:
+    """As published: numbers that pass the input on have no tensors."""
+    source = tmp_path / "published"
+    shutil.copytree(model_of("passing-experts"), source)
+    tensors = load_file(source / "model.safetensors")
+    lacking = {name: one for name, one in tensors.items() if ".experts.4." not in name and ".experts.5." not in name}
+    assert len(lacking) < len(tensors)
+    save_file(lacking, source / "model.safetensors", {"format": "pt"})
+    left = planned(invoke, recipe(tmp_path, source))["left"]
+    assert [row["name"] for row in left if row["reason"] == "router of experts"] == [
+        "model.layers.N.mlp.router.classifier"
+    ]
+
+
 def test_layers_that_predict_further_tokens_stay_as_they_are(tmp_path: Path, invoke: Command) -> None:
     source = write(tmp_path / "llama", "llama", TEXT)
     tensors = load_file(source / "model.safetensors")
@@ -234,6 +307,20 @@ def test_what_cannot_be_taken_apart_is_refused_by_the_plan(
 ) -> None:
     source = write(tmp_path / kind, kind, config)
     assert_refused(invoke("plan", recipe(tmp_path, source), "--dist", tmp_path / "dist"), *words)
+
+
+def test_what_the_model_changes_between_blocks_is_refused(
+    model_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router's states that are doubled on their way to the next block, which no argument shows."""
+
+    def called(self: Any, hidden: torch.Tensor, states: torch.Tensor | None, **keywords: Any) -> Any:
+        return torch.nn.Module.__call__(self, hidden, None if states is None else states * 2, **keywords)
+
+    source = resolve(Model(source=str(model_of("states-in-arguments"))), weights=True)
+    monkeypatch.setattr(modeling_zaya.ZayaDecoderLayer, "__call__", called)
+    with pytest.raises(SourceError, match="hand on more than hidden states"):
+        StreamedModel(source, torch.float32, torch.device("cpu"))
 
 
 def test_experts_that_no_loader_reads_are_refused_but_for_gguf(

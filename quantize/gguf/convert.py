@@ -204,7 +204,7 @@ def _outline(source: Source) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         shards: dict[str, dict[str, TensorSpec]] = {}
-        for name, spec in source.checkpoint.in_files.items():
+        for name, spec in source.checkpoint.in_headers.items():
             shards.setdefault(spec.file, {})[name] = spec
         for file in source.small_files.iterdir():
             if file.is_file() and file.name not in shards:

@@ -16,7 +16,7 @@ from typing import Any
 from quantize.errors import PlanError
 from quantize.formats.tensors import TensorSpec
 from quantize.recipe.quantized import Quantized
-from quantize.source.anatomy import ROUTER, Anatomy, Found
+from quantize.source.anatomy import ROUTER, UNREACHED, Anatomy, Found
 from quantize.source.checkpoint import Checkpoint
 from quantize.source.routing import find_routers
 
@@ -112,8 +112,11 @@ def _is_weight(spec: TensorSpec) -> bool:
 
 
 def share_quantized(taken: int, left: Sequence[Left]) -> float:
-    """The part of the blocks' weights that is quantized; ``taken`` is the number of quantized parameters."""
-    whole = taken + sum(one.parameters for one in left if one.block is not None)
+    """The part of the blocks' weights that is quantized; ``taken`` is the number of quantized parameters.
+
+    Parts of blocks that text alone does not reach do not count, as towers do not: no text can calibrate them.
+    """
+    whole = taken + sum(one.parameters for one in left if one.block is not None and one.reason != UNREACHED)
     return taken / whole if whole else 0.0
 
 

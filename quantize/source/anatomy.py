@@ -11,6 +11,8 @@ from quantize.source.slices import Slice
 
 ROUTER = "router of experts"
 """Why a router stays as it is."""
+UNREACHED = "text alone does not reach it"
+"""Why a part that only images or sound reach stays as it is, like a vision tower."""
 
 
 @dataclass(frozen=True)

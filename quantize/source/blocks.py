@@ -8,8 +8,9 @@ weight is read by other code), and whether the model calls its blocks once and i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,18 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from quantize.source.calls import BATCH, LENGTH, BlockCall, HiddenLayout, Returns, replaced_forward, split_call
+from quantize.source.calls import (
+    BATCH,
+    LENGTH,
+    BlockCall,
+    HiddenLayout,
+    Links,
+    Origin,
+    Returns,
+    replaced_blocks,
+    replaced_forward,
+    split_call,
+)
 from quantize.source.experts import Experts
 
 LARGEST = 2**24
@@ -32,9 +44,12 @@ class Trial:
     Attributes:
         returns: of each block. layout: of the hidden states; shape: theirs in the trial.
         uncalled: by block, names of its linears that are never called as modules.
+        unreached: by block, beginnings of the names of its experts that this run does not reach.
         order: indices of the blocks in the order in which they were called.
         fills: whether blocks leave something for later blocks in a mapping that all of them are given.
-        handed_on: whether a block gets something else from a block before it beside the hidden states.
+        links: by block, which of its arguments (a keyword, or a place after the hidden states) are what an earlier
+            block returned beside the hidden states: that block, and the place among its others.
+        handed_on: whether a block gets something from a block before it in any other way.
         failure: why the run failed, if it did; the rest is then unknown.
     """
 
@@ -42,10 +57,17 @@ class Trial:
     layout: HiddenLayout = field(default_factory=HiddenLayout)
     shape: torch.Size = field(default_factory=lambda: torch.Size())
     uncalled: dict[int, frozenset[str]] = field(default_factory=dict)
+    unreached: dict[int, tuple[str, ...]] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
     fills: bool = False
+    links: dict[int, Links] = field(default_factory=dict)
     handed_on: bool = False
     failure: str = ""
+
+    @cached_property
+    def last_readers(self) -> dict[Origin, int]:
+        """The last block that reads what a block returned beside the hidden states."""
+        return {origin: index for index in sorted(self.links) for origin in self.links[index].values()}
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
@@ -106,7 +128,7 @@ def try_blocks(model: Any, blocks: nn.ModuleList) -> Trial:
 
 def _run(model: Any, blocks: nn.ModuleList, trial: Trial, called: set[int]) -> None:
     forms: dict[int, Returns] = {}
-    beside: list[Any] = []
+    beside: list[tuple[torch.Tensor, Origin]] = []
 
     def tried(index: int, block: nn.Module) -> Callable[..., Any]:
         original = block.forward
@@ -121,9 +143,13 @@ def _run(model: Any, blocks: nn.ModuleList, trial: Trial, called: set[int]) -> N
             forms[index] = Returns.of(output)
             (grown, rest), (grown_before, rest_before) = _sizes(call), before
             trial.fills |= grown != grown_before
-            trial.handed_on |= rest != rest_before or any(_shares(call, tensor) for tensor in beside)
+            trial.links[index], beyond = _links(call, beside)
+            trial.handed_on |= rest != rest_before or beyond
             trial.uncalled[index] = _uncalled(block, called)
-            beside.extend(tensor for tensor in forms[index].others if isinstance(tensor, torch.Tensor))
+            mixtures = _experts(block).items()
+            trial.unreached[index] = tuple(f"{name}." for name, one in mixtures if id(one) not in called)
+            others = enumerate(forms[index].others)
+            beside.extend((one, (index, place)) for place, one in others if isinstance(one, torch.Tensor))
             return forms[index].wrap(hidden)
 
         return forward
@@ -136,16 +162,55 @@ def _run(model: Any, blocks: nn.ModuleList, trial: Trial, called: set[int]) -> N
         if head is not None:
             stack.enter_context(replaced_forward(head, lambda hidden: hidden))
         model(input_ids=ids, use_cache=False)
-    trial.returns = [forms.get(index, Returns()) for index in range(len(blocks))]
+        trial.returns = [forms.get(index, Returns()) for index in range(len(blocks))]
+        if any(tensor.is_floating_point() for tensor, _ in beside):
+            trial.handed_on |= _reaches_changed(model, blocks, trial, ids)
+
+
+def _reaches_changed(model: Any, blocks: nn.ModuleList, trial: Trial, ids: torch.Tensor) -> bool:
+    """Whether the model computes something from what a block returns beside the hidden states, and hands that on."""
+    reached = False
+    marked = [
+        Returns(one.container, tuple(_marked(other) for other in one.others)) if one.others else one
+        for one in trial.returns
+    ]
+
+    def look(index: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
+        nonlocal reached
+        hidden, (beside, named) = split_call(arguments, keywords)
+        links = trial.links.get(index, {})
+        given: list[tuple[int | str, Any]] = [*enumerate(beside), *named.items()]
+        reached |= any(_is_marked(value) for key, value in given if key not in links)
+        return hidden
+
+    with replaced_blocks(blocks, marked, look), contextlib.suppress(Exception):  # its own code, on NaN
+        model(input_ids=ids, use_cache=False)
+    return reached
+
+
+def _marked(value: Any) -> Any:
+    is_number = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return torch.full_like(value, torch.nan) if is_number else value
+
+
+def _is_marked(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point() and bool(value.isnan().any())
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return any(map(_is_marked, inner))
 
 
 def _uncalled(block: nn.Module, called: set[int]) -> frozenset[str]:
-    experts = [f"{name}." for name, module in block.named_modules() if isinstance(module, Experts)]
+    experts = [f"{name}." for name in _experts(block)]
     return frozenset(
         name
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and id(module) not in called and not name.startswith(tuple(experts))
     )
+
+
+def _experts(block: nn.Module) -> dict[str, Experts]:
+    return {name: module for name, module in block.named_modules() if isinstance(module, Experts)}
 
 
 def _sizes(call: BlockCall) -> tuple[Any, Any]:
@@ -164,6 +229,21 @@ def _nested(value: Any) -> Any:
     return None
 
 
+def _links(call: BlockCall, beside: Sequence[tuple[torch.Tensor, Origin]]) -> tuple[Links, bool]:
+    """Arguments of a call that earlier blocks returned, and whether such a tensor is inside an argument too."""
+    arguments, keywords = call
+    found: Links = {}
+    rest = []
+    given: list[tuple[int | str, Any]] = [*enumerate(arguments), *keywords.items()]
+    for key, value in given:
+        origin = next((origin for tensor, origin in reversed(beside) if tensor is value), None)
+        if origin is None:
+            rest.append(value)
+        else:
+            found[key] = origin
+    return found, any(_shares(rest, tensor) for tensor, _ in beside)
+
+
 def _shares(value: Any, tensor: torch.Tensor) -> bool:
     """Whether a tensor is among the arguments of a call."""
     if isinstance(value, torch.Tensor):
@@ -175,7 +255,7 @@ def _shares(value: Any, tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def _stand_ins(model: nn.Module) -> Iterator[set[int]]:
-    """Context in which a model on the meta device can be run; yields the ids of the linears called so far."""
+    """Context in which a model on the meta device can be run; yields ids of linears and experts called so far."""
     called: set[int] = set()
     generator = torch.Generator().manual_seed(0)
     saved: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -199,7 +279,11 @@ def _stand_ins(model: nn.Module) -> Iterator[set[int]]:
 
 def _stand_in(module: nn.Module, called: set[int], generator: torch.Generator) -> Callable[..., Any] | None:
     original = module.forward
-    if isinstance(module, nn.Linear | Conv1D) and type(module).forward not in (nn.Linear.forward, Conv1D.forward):
+    computed = isinstance(module, nn.Linear | Conv1D) and type(module).forward not in (
+        nn.Linear.forward,
+        Conv1D.forward,
+    )
+    if computed or isinstance(module, Experts):
 
         def own(*arguments: Any, **keywords: Any) -> Any:
             called.add(id(module))

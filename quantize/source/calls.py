@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,6 +17,9 @@ BATCH, LENGTH = 5, 7
 """Of a trial's tokens: two sizes by which the dimensions of the hidden states are recognized."""
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
+Origin = tuple[int, int]
+"""Of a tensor that a block returns beside the hidden states: the block, and the place among its others."""
+Links = dict[int | str, Origin]
 Replacement = Callable[[int, tuple[Any, ...], dict[str, Any]], torch.Tensor]
 
 
@@ -81,11 +87,35 @@ class HiddenLayout:
 class HandedOn:
     """What blocks leave for later blocks of the same windows in mappings that all of them are given.
 
-    In Gemma 3n and 4 these are keys and values, which the last blocks read instead of computing their own.
+    In Gemma 3n and 4 these are keys and values, which the last blocks read instead of computing their own. It also
+    holds what blocks return beside the hidden states for a later block's arguments, such as the states of a router.
     """
+
+    RETURNED = ""
+    """Where tensors are held that blocks returned; no argument has this name."""
 
     def __init__(self, contents: Mapping[str, Mapping[Any, Any]] | None = None) -> None:
         self._contents: dict[str, dict[Any, Any]] = {name: dict(one) for name, one in (contents or {}).items()}
+
+    def linked(self, call: BlockCall, links: Links) -> BlockCall:
+        """A copy of a block's call, with the arguments that earlier blocks returned for these windows."""
+        arguments, keywords = list(call[0]), dict(call[1])
+        for key, origin in links.items():
+            value = self._contents[self.RETURNED][origin]
+            if isinstance(key, int):
+                arguments[key] = value
+            else:
+                keywords[key] = value
+        return tuple(arguments), keywords
+
+    def keep(self, index: int, output: Any, readers: Mapping[Origin, int]) -> None:
+        """Hold what block ``index`` returned for later blocks, and nothing that only earlier ones read."""
+        held = self._contents.setdefault(self.RETURNED, {})
+        for block, place in readers:
+            if block == index:
+                held[block, place] = output[1 + place]
+        for origin in [one for one in held if readers[one] < index]:
+            del held[origin]
 
     def copy(self) -> HandedOn:
         """An independent copy; the tensors are shared, since blocks replace and never change them."""
@@ -175,16 +205,44 @@ def split_call(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[to
     return hidden, ((), {"": name, **rest} if name != "hidden_states" else rest)
 
 
-def equal_calls(left: Any, right: Any) -> bool:
-    """Whether two calls, or parts of calls, have the same values."""
+def equal_calls(left: Any, right: Any, seen: frozenset[tuple[int, int]] = frozenset()) -> bool:
+    """Whether two calls, or parts of calls, have the same values.
+
+    Numbers and strings are compared by value like tensors, since one of them may depend on the tokens, such as the
+    length of a window without its padding; objects by their attributes, functions by their code and what they hold.
+    Whatever cannot be compared is unequal, so that the calls are recorded anew for every batch.
+    """
+    pair = (id(left), id(right))
+    if left is right or pair in seen:
+        return True
+    if type(left) is not type(right):
+        return False
+    seen = seen | {pair}
     if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and left.shape == right.shape and torch.equal(left, right)
-    if isinstance(left, dict):
-        return (
-            isinstance(right, dict)
-            and left.keys() == right.keys()
-            and all(equal_calls(left[k], right[k]) for k in left)
-        )
+        return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, Mapping):
+        return left.keys() == right.keys() and all(equal_calls(left[key], right[key], seen) for key in left)
     if isinstance(left, list | tuple):
-        return isinstance(right, list | tuple) and len(left) == len(right) and all(map(equal_calls, left, right))
-    return left is right or isinstance(left, type(right)) or left == right
+        return len(left) == len(right) and all(equal_calls(*both, seen) for both in zip(left, right, strict=True))
+    if isinstance(left, float) and left != left:
+        return bool(right != right)
+    return _equal_values(left, right, seen)
+
+
+def _equal_values(left: Any, right: Any, seen: frozenset[tuple[int, int]]) -> bool:
+    """Compare two objects of one type that are no containers."""
+    if isinstance(left, FunctionType):
+        mine, other = ([cell.cell_contents for cell in one.__closure__ or ()] for one in (left, right))
+        return left.__code__ is right.__code__ and equal_calls(mine, other, seen)
+    if isinstance(left, MethodType):
+        return left.__func__ is right.__func__ and equal_calls(left.__self__, right.__self__, seen)
+    if isinstance(left, partial):
+        first, second = ((one.func, one.args, one.keywords) for one in (left, right))
+        return equal_calls(first, second, seen)
+    compares: Any = type(left).__eq__
+    if compares is object.__eq__ or is_dataclass(left):  # those of dataclasses fail on tensors
+        return hasattr(left, "__dict__") and equal_calls(vars(left), vars(right), seen)
+    try:
+        return bool(np.array_equal(left, right) if isinstance(left, np.ndarray) else left == right)
+    except (TypeError, ValueError, RuntimeError):
+        return False

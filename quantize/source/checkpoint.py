@@ -17,6 +17,7 @@ from quantize.files.inside import sound_files, stray
 from quantize.formats.names import is_file_name
 from quantize.formats.safetensors_header import file_header
 from quantize.formats.tensors import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, TensorSpec
+from quantize.source.float8 import Float8, find_float8
 from quantize.source.slices import Slice
 
 MOST_JSON = 100_000_000
@@ -32,8 +33,8 @@ WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".npz",
     ".tflite", ".mlmodel", ".ot",
 )  # fmt: skip
-READABLE = "mxfp4"
-"""The quantized form that is read exactly, as 16-bit weights: gpt-oss is published in no other."""
+READABLE = frozenset({"mxfp4", "fp8"})
+"""The quantized forms that are read as 16-bit weights: gpt-oss and DeepSeek are published in no other."""
 NOT_COPIED = frozenset(
     {"README.md", "config.json", "quantize_config.json", "quant_config.json", INDEX_NAME, "quantize-manifest.json"}
 )
@@ -48,7 +49,8 @@ class Checkpoint:
         tensors: every tensor by its name in the files; in place of stacked ones their ``slices``.
         folder: the files' folder, or None if only headers were fetched from the hub.
         slices: linears inside stacked tensors, by their own names. stored: all tensors as they lie in the files, where
-            there are slices.
+            there are slices. float8: tensors that are stored as float8, and seen as bfloat16. headers: what the files'
+            headers say, where there are such.
     """
 
     config: Mapping[str, Any]
@@ -57,6 +59,8 @@ class Checkpoint:
     shards: tuple[str, ...] = field(default=())
     slices: Mapping[str, Slice] = field(default_factory=dict)
     stored: Mapping[str, TensorSpec] = field(default_factory=dict)
+    float8: Mapping[str, Float8] = field(default_factory=dict)
+    headers: Mapping[str, TensorSpec] = field(default_factory=dict)
 
     @property
     def model_type(self) -> str:
@@ -77,6 +81,11 @@ class Checkpoint:
     def in_files(self) -> Mapping[str, TensorSpec]:
         """Every tensor by its name in the files."""
         return self.stored or self.tensors
+
+    @property
+    def in_headers(self) -> Mapping[str, TensorSpec]:
+        """Every tensor as the files' headers describe it."""
+        return self.headers or self.in_files
 
     @property
     def nbytes(self) -> int:
@@ -100,6 +109,29 @@ def with_slices(checkpoint: Checkpoint, slices: Mapping[str, Slice]) -> Checkpoi
     return replace(checkpoint, tensors=tensors, slices=slices, stored=checkpoint.tensors)
 
 
+def with_float8(checkpoint: Checkpoint, where: str) -> Checkpoint:
+    """The same checkpoint, with float8 tensors as bfloat16 and without their factors.
+
+    Raises:
+        SourceError: the factors are stored in a form that is not read, or the linears are packed integers.
+    """
+    tensors = checkpoint.tensors
+    packed = next((name for name in tensors if name.endswith(".qweight")), None)
+    if packed is not None:
+        raise SourceError(
+            f"{where}: the model is already quantized (it has {packed}); name the unquantized model instead"
+        )
+    found, beside = find_float8(tensors, checkpoint.config, where)
+    if not found:
+        return checkpoint
+    seen = {
+        name: replace(spec, dtype="BF16") if name in found else spec
+        for name, spec in tensors.items()
+        if name not in beside
+    }
+    return replace(checkpoint, tensors=seen, float8=found, headers=tensors)
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read config and headers of a local checkpoint and check that it is complete.
 
@@ -119,7 +151,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not tensors:
         raise SourceError(f"{folder}: its safetensors files contain no tensors")
     _check_index(folder, tensors)
-    return Checkpoint(config, tensors, folder, tuple(names))
+    return with_float8(Checkpoint(config, tensors, folder, tuple(names)), str(folder))
 
 
 def check_files(folder: Path) -> dict[str, Path]:
@@ -172,20 +204,29 @@ def check_config(config: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise SourceError(f"{where}: names no model_type, so the architecture is unknown")
-    settings = config.get("quantization_config")
-    method = settings.get("quant_method", "") if isinstance(settings, dict) else ""
-    if settings and method != READABLE:
-        method = shortened(method, 80) if isinstance(method, str) else shortly(method)
+    nested = config.get("text_config")
+    if nested is not None and not isinstance(nested, dict):
+        raise SourceError(f"{where}: text_config: must be a mapping of keys to values, not {shortly(nested)}")
+    for one in (config, nested or {}):
+        _check_unquantized(one, where)
+    _check_sizes(config, where)
+    _check_sizes(nested or {}, f"{where}: text_config")
+    return config
+
+
+def _check_unquantized(config: Mapping[str, Any], where: str) -> None:
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not settings:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else ""
+    if not method and isinstance(settings, dict) and any(str(key).startswith("load_in_") for key in settings):
+        method = "bitsandbytes"  # its first configs do not name it
+    if not isinstance(method, str) or method not in READABLE:
+        method = shortened(method or "", 80) if isinstance(method, str | None) else shortly(method)
         raise SourceError(
             f"{where}: the model is already quantized ({method or 'unknown method'}); "
             "name the unquantized model instead"
         )
-    nested = config.get("text_config")
-    if nested is not None and not isinstance(nested, dict):
-        raise SourceError(f"{where}: text_config: must be a mapping of keys to values, not {shortly(nested)}")
-    _check_sizes(config, where)
-    _check_sizes(nested or {}, f"{where}: text_config")
-    return config
 
 
 def _check_sizes(config: Mapping[str, Any], where: str) -> None:

@@ -25,7 +25,7 @@ from quantize.reporter import SILENT, Reporter
 from quantize.source.anatomy import Anatomy
 from quantize.source.resolved import Source
 
-SCHEMA = 5
+SCHEMA = 11
 FOLDER = "anatomy"
 PACKAGE = Path(__file__).parents[1]
 

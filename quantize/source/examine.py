@@ -14,17 +14,17 @@ from transformers.pytorch_utils import Conv1D
 
 from quantize.errors import SourceError
 from quantize.formats.tensors import TensorSpec
-from quantize.source.anatomy import ROUTER, Anatomy, Found
+from quantize.source.anatomy import ROUTER, UNREACHED, Anatomy, Found
 from quantize.source.architecture import match_names, missing_parameters, tied_parameters
 from quantize.source.blocks import Trial, find_blocks, other_towers, try_blocks
 from quantize.source.checkpoint import Checkpoint, with_slices
+from quantize.source.converted import hold_as_stored
 from quantize.source.experts import Experts
 from quantize.source.routing import find_routers
 from quantize.source.slices import Slice
 from quantize.source.split import split_experts
 
 UNCALLED = "its weight is read by other code, so no loader can replace it"
-UNREACHED = "text alone does not reach it"
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Examined:
         """Why a linear of a block has to stay as it is; empty if it can be quantized."""
         if self.names[f"{self.prefix}{block}.{local}.weight"] in self._routers or local in self._scores[block]:
             return ROUTER
-        if block in self.unreached:
+        if block in self.unreached or local.startswith(self.trial.unreached.get(block, ())):
             return UNREACHED
         return UNCALLED if local in self.trial.uncalled.get(block, ()) else ""
 
@@ -139,14 +139,14 @@ class Examined:
 
 
 def _scores_of(block: nn.Module) -> frozenset[str]:
-    counts = {name: len(one) for name, one in block.named_modules() if isinstance(one, Experts)}
+    counts = {name: {len(one), one.numbers} for name, one in block.named_modules() if isinstance(one, Experts)}
     found = set()
     for mixture, count in counts.items():
         beside = mixture.rpartition(".")[0]
         for local, module in block.named_modules():
             inside = local.startswith(f"{beside}.") if beside else "router" in local
             if inside and not local.startswith(f"{mixture}.") and isinstance(module, nn.Linear):
-                found |= {local} if module.out_features == count else set()
+                found |= {local} if module.out_features in count else set()
     return frozenset(found)
 
 
@@ -177,6 +177,8 @@ def examine(model: Any, tensors: Mapping[str, TensorSpec], named: str) -> Examin
     prefix, blocks = found
     towers = tuple(f"{name}." for name in other_towers(model, blocks))
     names = {**match_names(model, tensors), **split.names}
+    if changed := hold_as_stored(model, tensors, names, towers):
+        names = {**match_names(model, tensors), **split.names, **changed}
     seen = with_slices(Checkpoint({}, tensors), split.slices).tensors
     one = Examined(model, seen, names, prefix, blocks, try_blocks(model, blocks), towers, split.slices)
     _check_tensors(one, named)
@@ -202,7 +204,12 @@ def _check_tensors(one: Examined, named: str) -> None:
         stored = one.names.get(name)
         if stored is None or one.is_outside_text(name):
             continue
-        shape = tuple(one.tensors[stored].shape)
+        shape, dtype = tuple(one.tensors[stored].shape), one.tensors[stored].dtype
+        if parameter.is_floating_point() and not dtype.startswith(("F", "BF")):
+            raise SourceError(
+                f"{named}: the model is already quantized ({stored} is {dtype}, {type(one.model).__name__} has "
+                "floating-point numbers there); name the unquantized model instead"
+            )
         if shape != tuple(parameter.shape):
             raise SourceError(
                 f"{named}: {name} is {list(shape)} in the checkpoint, but the config requires {list(parameter.shape)}"

@@ -47,7 +47,12 @@ class Experts(nn.ModuleList):
     """The experts of one block, with the call signature of transformers' stacked module.
 
     Experts run in order and add to the output in that order; an expert without tokens does not run.
+
+    Attributes:
+        numbers: how many experts a router chooses from; more than there are if some only pass their input on.
     """
+
+    numbers = 0
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -62,6 +67,18 @@ class Experts(nn.ModuleList):
                 rows = expert(hidden_states[tokens]) * top_k_weights[tokens, choice, None]
                 output.index_add_(0, tokens, rows.to(output.dtype))
         return output
+
+
+class PassingExperts(Experts):
+    """Experts beyond whose numbers are others that answer with their input."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As :meth:`Experts.forward`."""
+        output = super().forward(hidden_states, top_k_index, top_k_weights)
+        passed = (top_k_weights * (top_k_index >= len(self))).sum(dim=-1, keepdim=True)
+        return output + (hidden_states * passed).to(output.dtype)
 
 
 class DenseExperts(Experts):

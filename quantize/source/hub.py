@@ -23,6 +23,7 @@ from quantize.source.checkpoint import (
     read_checkpoint,
     read_config,
     read_index,
+    with_float8,
 )
 from quantize.source.fingerprints import cached_sha256
 from quantize.source.resolved import Source, safe_name
@@ -153,7 +154,7 @@ def _headers(repo: str, api: Any, commit: str) -> Checkpoint:
         for key, tensor in file.tensors.items()
     }
     check_dtypes(tensors, repo)
-    return Checkpoint(config, tensors, None, tuple(sorted(metadata.files_metadata)))
+    return with_float8(Checkpoint(config, tensors, None, tuple(sorted(metadata.files_metadata))), repo)
 
 
 def _explain(model: Model, endpoint: str, error: Exception) -> str | None:

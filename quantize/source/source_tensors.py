@@ -7,6 +7,7 @@ import torch
 from quantize.errors import SourceError
 from quantize.files.digest import identity_of
 from quantize.formats.tensor_file import NotAsWritten, TensorFile
+from quantize.source.dequantize import read_float8
 from quantize.source.fingerprints import note_tensor
 from quantize.source.resolved import Source
 from quantize.source.stacked import StackedTensors
@@ -25,7 +26,7 @@ class SourceTensors:
         return name in self._source.checkpoint.tensors
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as stored, or a slice of one.
+        """A tensor as stored, a slice of one, or a float8 one as bfloat16.
 
         Raises:
             SourceChanged: it differs from its hash. SourceError: its file can no longer be read.
@@ -34,7 +35,11 @@ class SourceTensors:
         return self._read(name) if one is None else self._stacked.take(one)
 
     def _read(self, name: str) -> torch.Tensor:
-        shard = self._source.checkpoint.in_files[name].file
+        one = self._source.checkpoint.float8.get(name)
+        return self._stored(name) if one is None else read_float8(name, one, self._stored)
+
+    def _stored(self, name: str) -> torch.Tensor:
+        shard = self._source.checkpoint.in_headers[name].file
         path, whole = self._source.folder / shard, self._source.fingerprints[shard]
         try:
             identity = identity_of(path.resolve())

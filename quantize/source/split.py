@@ -1,8 +1,8 @@
 """Replace modules of stacked experts by plain linears, and find their tensors in the checkpoint.
 
 A checkpoint stores experts one by one, which transformers' own table of conversions stacks when it loads them, or
-stacked, and then each linear is a slice of a stored tensor. What a stacked module computes is read from the attributes
-that transformers gives it (``has_gate``, ``is_transposed`` and so on); no architecture is named here.
+stacked, and then each linear is a slice of a stored tensor. ``source/expert_forms.py`` says what a stacked module
+computes; no architecture is named here.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any
 
 import torch
-from torch import nn
 
 from quantize.formats.tensors import TensorSpec
-from quantize.source.experts import DenseExperts, Expert, Experts, Gate
+from quantize.source.converted import conversions
+from quantize.source.expert_forms import Form, experts_of, form_of
+from quantize.source.experts import Experts
 from quantize.source.routing import expert_of
 from quantize.source.slices import Slice
 
@@ -47,36 +47,8 @@ class Split:
     slices: dict[str, Slice] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Form:
-    """What a module of stacked experts computes: ``down(gate(first(x)))`` for each expert.
-
-    Attributes:
-        first, down: names of its parameters. width, inner: inputs of an expert, and of its ``down``. halves: outputs
-            of ``first`` for each input of ``down``: 2 with a gate. transposed: stacked as [in_features, out_features].
-        interleaved: outputs of gate and up alternate. dense: every expert gets a copy of all tokens.
-    """
-
-    first: str
-    count: int
-    width: int
-    inner: int
-    halves: int
-    transposed: bool
-    interleaved: bool
-    bias: bool
-    gate: Gate
-    dense: bool = False
-    down: str = "down_proj"
-
-    @property
-    def matrices(self) -> tuple[str, str]:
-        """Names of the parameters that hold matrices."""
-        return self.first, self.down
-
-
 def split_experts(model: Any, stored: Mapping[str, TensorSpec]) -> Split:
-    """Replace every module of stacked experts by :class:`Experts` on the meta device.
+    """Replace every module of stacked experts by :class:`quantize.source.experts.Experts` on the meta device.
 
     Args:
         model: a transformers model on the meta device. stored: the checkpoint's tensors.
@@ -84,7 +56,7 @@ def split_experts(model: Any, stored: Mapping[str, TensorSpec]) -> Split:
     A module that computes anything other than ``down(gate(first(x)))`` is not replaced.
     """
     split = Split()
-    forms = {owner: form for owner, module in model.named_modules() if (form := _form(module)) is not None}
+    forms = {owner: form for owner, module in model.named_modules() if (form := form_of(module)) is not None}
     if not forms:
         return split
     single, stacked, apart = _single(model, stored), _stacked(model, stored), _apart(model, stored)
@@ -93,72 +65,44 @@ def split_experts(model: Any, stored: Mapping[str, TensorSpec]) -> Split:
             leaves = single[owner]
             if len(leaves[form.first]) in (1, form.halves) and len(leaves[form.down]) == 1:
                 module = model.get_submodule(owner)
-                model.set_submodule(owner, _experts(form, module, leaves[form.first], leaves[form.down][0]))
+                model.set_submodule(owner, experts_of(form, module, leaves[form.first], leaves[form.down][0]))
         elif f"{owner}.{form.first}" in stacked and f"{owner}.{form.down}" in stacked:
             _split_stored(model, owner, form, stored, stacked=stacked, split=split)
         elif f"{owner}.{form.first}" in apart and f"{owner}.{form.down}" in apart:
             _split_apart(model, owner, form, stored, apart=apart, split=split)
+    rest = {owner: form for owner, form in forms.items() if not isinstance(model.get_submodule(owner), Experts)}
+    if rest:
+        _split_numbered(model, rest, stored, split)
     return split
 
 
-def _form(module: nn.Module) -> _Form | None:
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters(recurse=False)}
-    if "down_proj" not in shapes or len(shapes["down_proj"]) != 3:
-        return None
-    if hasattr(module, "has_gate") and not getattr(module, "has_post_expert_norm", False):
-        first = "gate_up_proj" if module.has_gate else "up_proj"
-        transposed, bias = bool(module.is_transposed), bool(module.has_bias)
-        gate: Any = module._apply_gate if module.has_gate else module.act_fn
-        interleaved, dense = bool(module.has_gate and not module.is_concatenated), False
-    elif list(signature(type(module).forward).parameters) == ["self", "hidden_states"] and hasattr(module, "act_fn"):
-        first, transposed, bias, interleaved, dense = "gate_up_proj", True, False, False, True
-        act: Any = module.act_fn
-
-        def gate(hidden: torch.Tensor) -> torch.Tensor:
-            gated, up = hidden.chunk(2, dim=-1)
-            found: torch.Tensor = up * act(gated)
-            return found
-    else:
-        return None
-    expected = {first, "down_proj", *((f"{first}_bias", "down_proj_bias") if bias else ())}
-    if set(shapes) != expected or len(shapes[first]) != 3:
-        return None
-    count, inner, width = shapes["down_proj"] if transposed else _swapped(shapes["down_proj"])
-    outputs = shapes[first][2] if transposed else shapes[first][1]
-    halves = 2 if first == "gate_up_proj" else 1
-    if (
-        shapes[first] != ((count, width, outputs) if transposed else (count, outputs, width))
-        or outputs != halves * inner
-    ):
-        return None
-    return _Form(first, count, width, inner, halves, transposed, interleaved, bias, gate, dense)
-
-
-def _swapped(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    return shape[0], shape[2], shape[1]
-
-
-def _experts(form: _Form, module: nn.Module, first: list[str], down: str) -> Experts:
-    dtype = next(module.parameters()).dtype
-
-    def linear(inputs: int, outputs: int) -> nn.Linear:
-        return nn.Linear(inputs, outputs, bias=form.bias, device="meta", dtype=dtype)
-
-    outputs = form.halves * form.inner // len(first)
-    kind = DenseExperts if form.dense else Experts
-    return kind(
-        Expert(
-            {name: linear(form.width, outputs) for name in first},
-            {down: linear(form.inner, form.width)},
-            _alternating(form.gate) if form.interleaved else form.gate,
-        )
-        for _ in range(form.count)
-    )
-
-
-def _alternating(gate: Gate) -> Gate:
-    """The gate of a module whose outputs of gate and up alternate, for outputs that follow one another."""
-    return lambda hidden: gate(torch.stack(hidden.chunk(2, dim=-1), dim=-1).flatten(-2))
+def _split_numbered(model: Any, forms: Mapping[str, Form], stored: Mapping[str, TensorSpec], split: Split) -> None:
+    """Replace modules whose experts transformers takes from a longer run of numbers, such as text before vision."""
+    state, numbered = model.state_dict(), dict[str, list[list[str]]]()
+    for group in conversions(model, stored):
+        sources = [tensor for _, tensor in group.sources]
+        if not all(map(expert_of, sources)):
+            continue
+        try:
+            made = group.made_of(model, [torch.full((1, 1), float(place)) for place in range(len(sources))])
+        except Exception:  # its own code, on tensors of another shape than it expects
+            continue
+        for name, places in made.items():
+            if name in state and isinstance(places, torch.Tensor) and places.dim() == 3:
+                numbered[name] = [[sources[int(place)] for place in row.flatten()] for row in places]
+    for owner, form in forms.items():
+        parts = [numbered.get(f"{owner}.{parameter}", []) for parameter in form.matrices]
+        names = {
+            f"{owner}.{number}.{tensor.split('.')[-2]}.weight": tensor
+            for part in parts
+            for number, tensors in enumerate(part)
+            for tensor in tensors
+        }
+        whole = all(len(part) == form.count for part in parts) and len(names) == form.count * (1 + form.halves)
+        if whole and not form.bias and not form.interleaved:
+            first, (down,) = ([tensor.split(".")[-2] for tensor in part[0]] for part in parts)
+            model.set_submodule(owner, experts_of(form, model.get_submodule(owner), first, down))
+            split.names.update(names)
 
 
 def _single(model: Any, stored: Mapping[str, TensorSpec]) -> dict[str, dict[str, list[str]]]:
@@ -236,7 +180,7 @@ def _apart(model: Any, stored: Mapping[str, TensorSpec]) -> dict[str, tuple[str,
 def _split_apart(
     model: Any,
     owner: str,
-    form: _Form,
+    form: Form,
     stored: Mapping[str, TensorSpec],
     *,
     apart: Mapping[str, tuple[str, list[str]]],
@@ -256,7 +200,7 @@ def _split_apart(
         tensor in stored for tensor in names.values()
     ):
         module = model.get_submodule(owner)
-        model.set_submodule(owner, _experts(form, module, leaves[form.first], leaves[form.down][0]))
+        model.set_submodule(owner, experts_of(form, module, leaves[form.first], leaves[form.down][0]))
         split.names.update(names)
 
 
@@ -278,7 +222,7 @@ class _Part:
 def _split_stored(
     model: Any,
     owner: str,
-    form: _Form,
+    form: Form,
     stored: Mapping[str, TensorSpec],
     *,
     stacked: Mapping[str, tuple[str, str]],
@@ -308,12 +252,12 @@ def _split_stored(
                     names[f"{inside}.bias"] = f"{stem}.bias"
                     slices[f"{stem}.bias"] = Slice(bias, number, False, *cut, (part.count,))
     first, (down,) = parts[form.first], parts[form.down]
-    model.set_submodule(owner, _experts(form, module, [part.leaf for part in first], down.leaf))
+    model.set_submodule(owner, experts_of(form, module, [part.leaf for part in first], down.leaf))
     split.names.update(names)
     split.slices.update(slices)
 
 
-def _parts(parameter: str, form: _Form, tensor: str) -> list[_Part]:
+def _parts(parameter: str, form: Form, tensor: str) -> list[_Part]:
     """The linears in a stacked parameter. A tensor that is stored as a module's weight stays one linear."""
     if parameter == form.down:
         return [_Part(form.down, 0, 1, form.width, form.inner)]

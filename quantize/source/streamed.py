@@ -193,7 +193,7 @@ class StreamedModel:
     @property
     def hands_on(self) -> bool:
         """Whether blocks leave something, such as keys and values, for later blocks; see :class:`HandedOn`."""
-        return self.form.trial.fills
+        return self.form.trial.fills or bool(self.form.trial.last_readers)
 
     def lend(self, handed_on: HandedOn) -> None:
         """Let trials of a block, which belong to no windows, find what earlier blocks left for some windows."""
@@ -220,12 +220,14 @@ class StreamedModel:
         calls = self._calls[len(hidden)]
         if index not in calls.blocks:
             return hidden  # the model leaves this block out on text
-        arguments, keywords = calls.blocks[index]
-        keywords = dict(keywords)
+        trial, left = self.form.trial, self._lent if handed_on is None else handed_on
+        arguments, keywords = left.linked(calls.blocks[index], trial.links.get(index, {}))
         states = self.form.trial.layout.unpack(hidden, calls.shape)
         name = keywords.pop("", None)
-        with (self._lent if handed_on is None else handed_on).given_to(keywords):
+        with left.given_to(keywords):
             output = block(**{name: states}, **keywords) if name else block(states, *arguments, **keywords)
+        if trial.last_readers:
+            left.keep(index, output, trial.last_readers)
         found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
         return self.form.trial.layout.pack(found)
 

@@ -13,6 +13,7 @@ from quantize.formats.reader import BranchReader
 from quantize.formats.tensor_file import TensorFile
 from quantize.source.anatomy import Anatomy
 from quantize.source.checkpoint import read_header, with_slices
+from quantize.source.dequantize import read_float8
 from quantize.source.examination import anatomy_of
 from quantize.source.resolved import Source
 from quantize.source.stacked import StackedTensors
@@ -114,14 +115,18 @@ class _Original:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.files: dict[str, TensorFile] = {}
-        self.stacked = StackedTensors(self.stored)
+        self.stacked = StackedTensors(self.whole)
 
     def tensor(self, name: str) -> torch.Tensor:
         one = self.source.checkpoint.slices.get(name)
-        return self.stored(name) if one is None else self.stacked.take(one)
+        return self.whole(name) if one is None else self.stacked.take(one)
+
+    def whole(self, name: str) -> torch.Tensor:
+        one = self.source.checkpoint.float8.get(name)
+        return self.stored(name) if one is None else read_float8(name, one, self.stored)
 
     def stored(self, name: str) -> torch.Tensor:
-        file = self.source.checkpoint.in_files[name].file
+        file = self.source.checkpoint.in_headers[name].file
         if file not in self.files:
             self.files[file] = TensorFile(self.source.folder / file)
         return self.files[file].read(name)
