@@ -110,7 +110,7 @@ def _row(place: Path, folder: Path) -> Row:
         loaded, planned = quantize.load_recipe(recipe), False
         try:
             plan = quantize.plan(loaded, quantize.PlanOptions(dist=folder / "dist"))
-            planned = True
+            planned = plan.gguf is None or plan.gguf.lacking is None
             row.left = row.left or sorted({one.reason for one in plan.table.left if one.block is not None})
             built = quantize.build(loaded, quantize.BuildOptions(dist=folder / "dist", device="cpu"))
             if method == "gguf":

@@ -78,7 +78,10 @@ def plan(
             click.echo(f"{label}: unfit for use: {reason}")
         for label, reason in planned.obstacles.items():
             click.echo(f"{label} cannot be built yet: {reason}")
-        left = len(planned.work) + len(planned.level_work)
+        refused = len(planned.level_work) if planned.gguf and planned.gguf.lacking else 0
+        if refused:
+            click.echo(f"{refused} GGUF level{'s' if refused > 1 else ''} cannot be built; a build of the others needs --only")
+        left = len(planned.work) + len(planned.level_work) - refused
         if left:
             cost, by_engines = planned.estimate, len(planned.engine_work)
             line = f"to build: {left} of {len(planned.variants) + len(levels)}"
@@ -110,11 +113,12 @@ def _linears(planned: Plan) -> list[str]:
 
 def _level_row(planned: Plan, item: PlannedLevel) -> list[str]:
     outcome = item.outcome
+    refused = planned.gguf is not None and planned.gguf.lacking is not None
     return [
         item.file,
         gigabytes(outcome.nbytes) if outcome else "?",
         f"{len(outcome.fallbacks)} of {len(outcome.types)}" if outcome and outcome.fallbacks else "-",
-        item.state if item.label in planned.selected else "skipped",
+        ("refused" if refused else item.state) if item.label in planned.selected else "skipped",
         item.why,
     ]
 
