@@ -30,15 +30,12 @@ def compare(name: str, title: str, task: Task, cells: list[Variant], evaluation:
         built = json.loads(run(*options, "--measure", "--json").output)
         figures = {row["branch"]: row for row in built["quality"]["branches"] if "kl_divergence" in row}
         first = first or figures
-        rows.append([
-            label,
-            *(
-                f"{figures[cell.name]['kl_divergence']:.4f} ± {figures[cell.name]['kl_error']:.4f} "
-                f"({figures[cell.name]['kl_divergence'] / first[cell.name]['kl_divergence']:.2f})"
-                for cell in cells
-            ),
-            f"{built['seconds']['solve']:.1f}",
-        ])  # fmt: skip
+        cells_of_row = []
+        for cell in cells:
+            now, before = figures[f"gptq/{cell.name}"], first[f"gptq/{cell.name}"]
+            ratio = now["kl_divergence"] / before["kl_divergence"]
+            cells_of_row.append(f"{now['kl_divergence']:.4f} ± {now['kl_error']:.4f} ({ratio:.2f})")
+        rows.append([label, *cells_of_row, f"{built['seconds']['solve']:.1f}"])
         print(rows[-1], flush=True)
     heads = [f"{cell.bits} bits, {cell.group_size}{', act-order' if cell.desc_act else ''}" for cell in cells]
     replace_section(

@@ -80,7 +80,8 @@ def plan(
             click.echo(f"{label} cannot be built yet: {reason}")
         refused = len(planned.level_work) if planned.gguf and planned.gguf.lacking else 0
         if refused:
-            click.echo(f"{refused} GGUF level{'s' if refused > 1 else ''} cannot be built; a build of the others needs --only")
+            which = f"{refused} GGUF level{'s' if refused > 1 else ''}"
+            click.echo(f"{which} cannot be built; a build of the others needs --only")
         left = len(planned.work) + len(planned.level_work) - refused
         if left:
             cost, by_engines = planned.estimate, len(planned.engine_work)
