@@ -23,6 +23,7 @@ from quantize.calibration.parts import Packed, PackedStatistics, Part
 from quantize.calibration.states import StateFiles, States
 from quantize.errors import BuildError, DamagedBuild
 from quantize.executors.api import Job
+from quantize.executors.blocks import BlockJob, solve_block_job
 from quantize.executors.local import named_digests, solve_job
 from quantize.executors.memory import give_back, return_large_buffers
 from quantize.files.versions import versions_of
@@ -232,6 +233,16 @@ def solve_packed(
         )
         solved = solve_job(job, with_energy)
         return [pack_solution(solution) for solution in solved.solutions], Packed.of(solved.energy)
+
+
+def solve_packed_blocks(
+    weight: Packed, hessian: Packed, *, kind: str, first: NDArray[np.uint8], settings: Settings
+) -> tuple[NDArray[np.uint8], Packed, Packed, Packed]:
+    """As :func:`solve_block_job`: the bytes, and the sums of each row."""
+    with settle(settings) as place:
+        # arrays that ray hands over cannot be written to
+        solved = solve_block_job(BlockJob(kind, weight.tensor().to(place), hessian.tensor().to(place), first.copy()))
+        return solved.data, *map(Packed.of, (solved.before, solved.after, solved.energy))
 
 
 def quantize_level(request: Mapping[str, Any]) -> tuple[int, str]:

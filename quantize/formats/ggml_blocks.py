@@ -1,9 +1,9 @@
 """ggml's block types as numbers: codes, integer scales and minima, and the float16 values above them, and back again.
 
-A block of a row holds a float16 ``d`` and, in some types, ``dmin``. K-quants and IQ4_XS divide a block of 256 values into
-groups of 16 or 32, each with an integer scale and, in some types, an integer minimum; a legacy block of 32 values is one
-group whose scale is 1. The value is ``d * scale * level - dmin * minimum``, where ``level`` is the code itself, or the
-code's entry in a codebook. :func:`encode` gives the bytes that :func:`decode` read, bit for bit.
+A block of a row holds a float16 ``d`` and, in some types, ``dmin``. K-quants and IQ4_XS divide a block of 256 values
+into groups of 16 or 32, each with an integer scale and, in some types, an integer minimum; a legacy block of 32 values
+is one group whose scale is 1. The value is ``d * scale * level - dmin * minimum``, where ``level`` is the code itself,
+or the code's entry in a codebook. :func:`encode` gives the bytes that :func:`decode` read, bit for bit.
 
 Format: ggml-common.h and ggml-quants.c of llama.cpp (the pinned llama-cpp-python).
 """

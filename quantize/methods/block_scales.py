@@ -1,8 +1,8 @@
 """Codes and scales of ggml's blocks under a Hessian: error feedback onto given scales, then descent on both.
 
-A group of a row has the value ``d * scale * level(code) - dmin * minimum``: ``d`` and ``dmin`` are float16 and belong to
-a block, the integers ``scale`` and ``minimum`` to a group of it. With R = W - Q [N, K] and the damped Hessian H, the error
-is tr(R H R^T). Along a direction u (what Q changes by in a group or a block) the error changes by
+A group of a row has the value ``d * scale * level(code) - dmin * minimum``: ``d`` and ``dmin`` are float16 and belong
+to a block, the integers ``scale`` and ``minimum`` to a group of it. With R = W - Q [N, K] and the damped Hessian H, the
+error is tr(R H R^T). Along a direction u (what Q changes by in a group or a block) the error changes by
 -2 t (R H) u + t^2 u H u, so the best step t is known in closed form. It is rounded to what the file can hold, and taken
 where the error still falls: so it never rises, and the result depends on nothing but its inputs.
 """
