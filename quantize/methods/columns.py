@@ -55,7 +55,7 @@ def fit_groups(
         top = torch.tensor([grid.top], dtype=weight.dtype)
         tensors = (weight.contiguous(), importance, top, reaches, scales, zeros)
         with compiled() as kernels:
-            kernels.fit_groups(*(tensor.numpy() for tensor in tensors), size, grid.sym)
+            kernels.fit_groups(*(tensor.numpy() for tensor in tensors), size, grid.sym, grid.signed)
         return scales, zeros
     fitted = [
         grid.fit(part, costs)
@@ -84,14 +84,22 @@ def round_columns(state: Columns, first: int, last: int) -> torch.Tensor:
 
 def _round_numba(state: Columns, errors: torch.Tensor, first: int, last: int) -> None:
     tops = torch.tensor([grid.top for grid in state.grids], dtype=state.work.dtype)
-    syms, searches = (torch.tensor([getattr(grid, name) for grid in state.grids]) for name in ("sym", "mse"))
+    syms, searches, signed = (
+        torch.tensor([getattr(grid, name) for grid in state.grids]) for name in ("sym", "mse", "signed")
+    )
     reaches = torch.tensor(REACHES, dtype=state.work.dtype)
+    levels = state.work.new_empty(0) if state.levels is None else state.levels
     tensors = (
-        state.original, state.work, state.upper, state.order, state.groups, state.sizes, state.scales, state.zeros,
-        tops, syms, searches, reaches, state.importance, state.codes, errors, state.squares, state.spread,
+        state.work, state.upper, state.order, state.groups, state.sizes, state.scales, state.zeros,
+        tops, levels, syms, searches, signed, reaches, state.importance, state.codes, errors, state.squares,
     )  # fmt: skip
     with compiled() as kernels:
         kernels.round_columns(*(tensor.numpy() for tensor in tensors), first, last)
+
+
+def between(levels: torch.Tensor) -> torch.Tensor:
+    """The limits between the values that are rounded to one level and to the next, [L - 1]."""
+    return (levels[1:] + levels[:-1]) / 2
 
 
 def _round_torch(state: Columns, errors: torch.Tensor, first: int, last: int) -> None:
@@ -110,11 +118,14 @@ def _round_torch(state: Columns, errors: torch.Tensor, first: int, last: int) ->
         scale = torch.gather(state.scales, 1, index3)[:, 0]
         zero = torch.gather(state.zeros, 1, index3)[:, 0]
         weight = state.work[:, :, column]
-        code = torch.minimum((torch.round(weight / scale) + zero).clamp_(min=0), tops[:, None])
-        value = scale * (code - zero)
+        if state.levels is None:
+            code = torch.round(torch.minimum((weight / scale + zero).clamp_(min=0), tops[:, None]))
+            value = scale * (code - zero)
+        else:
+            code = torch.bucketize(weight / scale + zero, between(state.levels))
+            value = scale * (state.levels[code] - zero)
         error = (weight - value) / state.upper[column, column]
         state.codes[:, :, state.order[column]] = code.to(torch.uint8)
         errors[:, :, column - first] = error
         state.squares += error.double().square()
-        state.spread += (state.original[:, column] - value).double().square()
         state.work[:, :, column + 1 : last] -= error[:, :, None] * state.upper[column, column + 1 : last]

@@ -12,14 +12,15 @@ import torch
 
 
 @contextlib.contextmanager
-def compiled() -> Iterator[Any]:
-    """Yield :mod:`quantize.methods.kernel`, compiled on first use, with numba limited to torch's number of threads."""
+def compiled(module: str = "kernel") -> Iterator[Any]:
+    """Yield :mod:`quantize.methods.kernel`, or another module of kernels, compiled on first use, with numba limited to
+    torch's number of threads."""
     threads = torch.get_num_threads()
     numba = _started(threads)
     before = numba.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     try:
-        yield import_module("quantize.methods.kernel")
+        yield import_module(f"quantize.methods.{module}")
     finally:
         numba.set_num_threads(before)
 

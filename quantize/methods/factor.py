@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -10,8 +11,14 @@ from quantize.errors import SolveError
 from quantize.methods.sums import mean
 from quantize.methods.triangular import invert_factor
 
+Damping = Literal["auto", "own", "mean"]
+"""What is added to each channel's diagonal: a share of its own value, or of the mean of all; by default the own where
+massive channels own the mean."""
+
 RAISE_BY = 10.0
 DAMP_LIMIT = 10.0
+FLOOR = 0.01  # of the mean, added to a channel's own diagonal: a channel that was always zero has none
+MASSIVE = 2.0  # ratio of mean to median from which the channels' own diagonals are taken
 FIRST_DAMP = 0.01  # first damping tried when the requested one was 0 and did not suffice
 
 
@@ -22,15 +29,16 @@ class Factor:
     Attributes:
         upper: U, [K, K], in solve order.
         order: the weight column quantized at each step of the solve, [K]; None for the natural order.
-        damping: the value added to the diagonal, in units of H.
-        damp_percent: ``damping`` as a fraction of the diagonal's mean; above the requested value if raised.
+        damping: the values added to the diagonal, in units of H, in the natural order, [K].
+        rule: what ``damping`` is a share of. damp_percent: that share; above the requested value if raised.
         raised: whether the damping had to be raised.
         dead_columns: number of input channels that were always zero; they are rounded to nearest.
     """
 
     upper: torch.Tensor
     order: torch.Tensor | None
-    damping: float
+    damping: torch.Tensor
+    rule: Damping
     damp_percent: float
     raised: bool
     dead_columns: int
@@ -51,7 +59,23 @@ def group_aware_order(hessian: torch.Tensor, group_size: int) -> torch.Tensor:
     return columns[outside].reshape(-1)
 
 
-def factorize(hessian: torch.Tensor, damp_percent: float, order: torch.Tensor | None = None) -> Factor:
+def damping_rule(diagonal: torch.Tensor, damping: Damping = "auto") -> tuple[Damping, torch.Tensor]:
+    """The rule that ``damping`` comes to for a Hessian with this ``diagonal`` [K], and what damping is a share of, [K].
+
+    The mean drowns ordinary channels where a few are massive, as in most models of the Llama kind from a certain size;
+    damping by each channel's own diagonal leaves them their curvature. Where channels are alike, both are the same
+    size, and the mean regularizes weak channels better.
+    """
+    average = mean(diagonal) or 1.0
+    if damping == "auto":
+        damping = "own" if average > MASSIVE * float(diagonal.double().median()) else "mean"
+    base = diagonal + FLOOR * average if damping == "own" else torch.full_like(diagonal, average)
+    return damping, base
+
+
+def factorize(
+    hessian: torch.Tensor, damp_percent: float, order: torch.Tensor | None = None, damping: Damping = "auto"
+) -> Factor:
     """Damp, order and factor ``hessian`` [K, K].
 
     With P the reversal of the order, P H P = L L^T gives H = R R^T for the upper triangular R = P L P, and
@@ -65,19 +89,20 @@ def factorize(hessian: torch.Tensor, damp_percent: float, order: torch.Tensor | 
         SolveError: the Hessian is not positive definite at any damping tried.
     """
     diagonal = hessian.diagonal()
-    average = mean(diagonal) or 1.0
+    rule, base = damping_rule(diagonal, damping)
     requested = damp_percent
     while damp_percent <= max(DAMP_LIMIT, requested):
+        added = base * damp_percent
         damped = _reversed(hessian, order)
-        damped.diagonal().add_(damp_percent * average)  # the only entry in a dead channel's row and column
+        damped.diagonal().add_((added if order is None else added[order]).flip(0))
         inverse = _inverse_of_factor(damped)
         del damped
         if inverse is not None:
             upper = inverse.flip(0, 1)
             del inverse
             if bool(torch.isfinite(upper.diagonal()).all()):
-                raised = damp_percent != requested
-                return Factor(upper, order, damp_percent * average, damp_percent, raised, int((diagonal <= 0).sum()))
+                raised, dead = damp_percent != requested, int((diagonal <= 0).sum())
+                return Factor(upper, order, added, rule, damp_percent, raised, dead)
         damp_percent = damp_percent * RAISE_BY or FIRST_DAMP
     raise SolveError(f"its Hessian is not positive definite even with damp_percent {damp_percent / RAISE_BY:g}")
 

@@ -6,7 +6,8 @@ linear's weight, or several stacked that read the same input X), H = X^T X, inve
 rounded to q_j, its error e_j = (w_j - q_j) / U_jj, and every later column k loses e_j * U_jk.
 
 Because W - Q = E U and H = inverse(U) inverse(U)^T, the error tr((W - Q) H (W - Q)^T) is the sum of all
-e^2: the solve yields its own quality measure for free.
+e^2: the solve yields its own quality measure for free. What it found is polished by
+:mod:`quantize.methods.descent`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import torch
 
 from quantize.errors import SolveError
 from quantize.methods.columns import fit_groups, kernel_of, round_columns
-from quantize.methods.factor import Factor, activation_order, factorize, group_aware_order
+from quantize.methods.descent import Rounded, descend
+from quantize.methods.factor import Damping, Factor, activation_order, damping_rule, factorize, group_aware_order
 from quantize.methods.grid import HALF_MAX, HALF_TINY, Grid
 from quantize.methods.solve_state import Columns, Kernel
-from quantize.methods.sums import energy, mean
+from quantize.methods.sums import energy
 
 OUTER = 128  # columns between updates of all remaining columns of W
 ROW_BUDGET = 192 * 2**20  # bytes of W, over all variants, processed together
@@ -32,7 +34,10 @@ GPU_ROW_BUDGET = 2**31  # on a GPU, which needs many rows at once to be busy
 @dataclass(frozen=True)
 class GptqParameters:
     """Parameters of one solve. ``group_size`` -1 means one group per row; ``desc_act`` is act-order;
-    ``act_group_aware`` orders groups, and columns within each group, by activation if ``desc_act`` is False."""
+    ``act_group_aware`` orders groups, and columns within each group, by activation if ``desc_act`` is False.
+    ``damping`` says what ``damp_percent`` is a share of. ``signed_scales`` lets a symmetric group's scale be negative,
+    which turns its grid round: it has one level more below zero than above. ``polish`` is coordinate descent after the
+    solve."""
 
     bits: int
     group_size: int
@@ -41,6 +46,9 @@ class GptqParameters:
     damp_percent: float = 0.1
     mse: bool = True
     act_group_aware: bool = True
+    damping: Damping = "auto"
+    signed_scales: bool = True
+    polish: bool = True
 
     def group_size_of(self, columns: int) -> int:
         return columns if self.group_size == -1 else self.group_size
@@ -57,7 +65,7 @@ class GptqParameters:
 
     @property
     def grid(self) -> Grid:
-        return Grid(self.bits, self.sym, self.mse)
+        return Grid(self.bits, self.sym, self.mse, self.signed_scales and self.sym and self.mse)
 
 
 @dataclass
@@ -69,7 +77,8 @@ class Solution:
         scales: [G, N] float16. zeros: [G, N] uint8.
         g_idx: group of each column, [K] int32.
         row_error: tr((W - Q) H (W - Q)^T) split by rows, [N] float64, with H undamped.
-        damp_percent: the damping that was used. damp_raised: whether it exceeds the requested one.
+        damp_percent: the damping that was used. damp_raised: whether it exceeds the requested one. damping: the rule
+            that it followed; empty if H was not factored.
         dead_columns: number of input channels that were always zero.
         fallback: None, or ``rtn`` if the weight was rounded to nearest instead.
         out_of_range: the share of each row's squared weights in groups whose scale would have to be smaller, or larger,
@@ -84,6 +93,7 @@ class Solution:
     damp_percent: float
     damp_raised: bool
     dead_columns: int
+    damping: str = ""
     fallback: str | None = None
     out_of_range: torch.Tensor | None = None
 
@@ -120,19 +130,19 @@ def solve(
     columns = weight.shape[1]
     if not bool(torch.isfinite(hessian.diagonal()).all()):
         raise SolveError("its input statistics are not finite")
-    batches: dict[tuple[float, tuple[str, int]], list[int]] = {}
+    batches: dict[tuple[float, Damping, tuple[str, int]], list[int]] = {}
     for index, variant in enumerate(variants):
-        batches.setdefault((variant.damp_percent, variant.order_key(columns)), []).append(index)
-    for (damp_percent, order), members in batches.items():
+        batches.setdefault((variant.damp_percent, variant.damping, variant.order_key(columns)), []).append(index)
+    for (damp_percent, damping, order), members in batches.items():
         asked = [variants[index] for index in members]
         try:
-            factor = factorize(hessian, damp_percent, _order(hessian, *order))
+            factor = factorize(hessian, damp_percent, _order(hessian, *order), damping)
         except SolveError:
             if not rtn_fallback:
                 raise
             found = [round_to_nearest(weight, hessian, parameters) for parameters in asked]
         else:
-            found = _solve_together(weight, factor, asked, kernel, row_budget)
+            found = _solve_together(weight, _Problem(hessian, factor, kernel), asked, row_budget)
         for solution in found:
             solution.out_of_range = _out_of_range(weight, solution)
         solutions.update(zip(members, found, strict=True))
@@ -150,13 +160,13 @@ def round_to_nearest(weight: torch.Tensor, hessian: torch.Tensor, parameters: Gp
     rows, columns = weight.shape
     size = parameters.group_size_of(columns)
     diagonal = hessian.diagonal()
-    importance = diagonal + parameters.damp_percent * (mean(diagonal) or 1.0)
+    importance = diagonal + parameters.damp_percent * damping_rule(diagonal, parameters.damping)[1]
     scales, zeros = fit_groups(weight, importance, parameters.grid, size)
     g_idx = torch.arange(columns, device=weight.device) // size
     codes = parameters.grid.round(weight, scales[g_idx].t(), zeros[g_idx].t())
     solution = Solution(
         codes.to(torch.uint8), scales.half(), zeros.to(torch.uint8), g_idx.int(),
-        torch.zeros(rows, dtype=torch.float64), 0.0, False, int((hessian.diagonal() <= 0).sum()), "rtn",
+        torch.zeros(rows, dtype=torch.float64), 0.0, False, int((diagonal <= 0).sum()), fallback="rtn",
     )  # fmt: skip
     difference = weight - solution.dequantize().to(weight.dtype)
     solution.row_error = energy(difference, hessian)
@@ -166,7 +176,8 @@ def round_to_nearest(weight: torch.Tensor, hessian: torch.Tensor, parameters: Gp
 
 def _out_of_range(weight: torch.Tensor, solution: Solution) -> torch.Tensor | None:
     """See :attr:`Solution.out_of_range`."""
-    beyond = torch.stack([solution.scales <= HALF_TINY, solution.scales >= HALF_MAX])  # [2, G, N]
+    sizes = solution.scales.abs()
+    beyond = torch.stack([sizes <= HALF_TINY, sizes >= HALF_MAX])  # [2, G, N]
     if not bool(beyond.any()):
         return None
     largest = weight.abs().amax(dim=1, keepdim=True)
@@ -175,18 +186,23 @@ def _out_of_range(weight: torch.Tensor, solution: Solution) -> torch.Tensor | No
     return ((groups * beyond.transpose(1, 2)).sum(dim=2) / groups.sum(dim=1).clamp(min=1.0)).cpu()
 
 
+@dataclass(frozen=True)
+class _Problem:
+    """What a batch of variants shares: H, its factor, and the implementation of the inner loops."""
+
+    hessian: torch.Tensor
+    factor: Factor
+    kernel: Kernel
+
+
 def _solve_together(
-    weight: torch.Tensor,
-    factor: Factor,
-    variants: Sequence[GptqParameters],
-    kernel: Kernel,
-    row_budget: int | None,
+    weight: torch.Tensor, problem: _Problem, variants: Sequence[GptqParameters], row_budget: int | None
 ) -> list[Solution]:
     """Solve variants that share a factorization, one slice of rows at a time."""
     rows, columns = weight.shape
     budget = row_budget or (GPU_ROW_BUDGET if weight.device.type == "cuda" else ROW_BUDGET)
     step = max(1, budget // (len(variants) * columns * weight.element_size()))
-    slices = [_solve_rows(weight[start : start + step], factor, variants, kernel) for start in range(0, rows, step)]
+    slices = [_solve_rows(weight[start : start + step], problem, variants) for start in range(0, rows, step)]
     if len(slices) == 1:
         return slices[0]
     return [_joined([part[index] for part in slices]) for index in range(len(variants))]
@@ -200,15 +216,13 @@ def _joined(parts: Sequence[Solution]) -> Solution:
         torch.cat([part.zeros for part in parts], dim=1),
         first.g_idx,
         torch.cat([part.row_error for part in parts]),
-        first.damp_percent, first.damp_raised, first.dead_columns,
+        first.damp_percent, first.damp_raised, first.dead_columns, first.damping,
     )  # fmt: skip
 
 
-def _solve_rows(
-    weight: torch.Tensor, factor: Factor, variants: Sequence[GptqParameters], kernel: Kernel
-) -> list[Solution]:
-    columns = weight.shape[1]
-    state, sizes = _prepare(weight, factor, variants, kernel)
+def _solve_rows(weight: torch.Tensor, problem: _Problem, variants: Sequence[GptqParameters]) -> list[Solution]:
+    columns, factor = weight.shape[1], problem.factor
+    state, sizes = _prepare(weight, factor, variants, problem.kernel)
     # a group must not span two runs: its grid would be fitted before this run's errors reach its later columns
     run = max([OUTER, *(size for size in sizes if size < columns and size > OUTER and columns % OUTER)])
     flat = state.work.view(-1, columns)
@@ -221,17 +235,27 @@ def _solve_rows(
     for index, size in enumerate(sizes):
         g_idx = torch.empty(columns, dtype=torch.int32, device=weight.device)
         g_idx[state.order] = state.groups[index].int()
-        used = columns // size
+        used, variant = columns // size, variants[index]
+        rounded = Rounded(
+            state.codes[index], state.scales[index, :used], state.zeros[index, :used], size, variant.grid.top,
+            order=state.order if variant.desc_act is True else None, fit_zeros=not variant.sym,
+        )  # fmt: skip
+        if variant.polish:
+            gains, rest = descend(weight, problem.hessian, factor.damping, rounded, kernel=problem.kernel)
+        else:
+            gains, rest = torch.zeros_like(state.squares[index]), weight - rounded.values()
+        damped = (rest.square() @ factor.damping[:, None].to(rest.dtype))[:, 0]
         found.append(
             Solution(
-                codes=state.codes[index],
-                scales=state.scales[index, :used].half(),
-                zeros=state.zeros[index, :used].to(torch.uint8),
+                codes=rounded.codes,
+                scales=rounded.scales.half(),
+                zeros=rounded.zeros.to(torch.uint8),
                 g_idx=g_idx,
-                row_error=(state.squares[index] - factor.damping * state.spread[index]).clamp_(min=0).cpu(),
+                row_error=(state.squares[index] - gains - damped).clamp_(min=0).cpu(),
                 damp_percent=factor.damp_percent,
                 damp_raised=factor.raised,
                 dead_columns=factor.dead_columns,
+                damping=factor.rule,
             )
         )
     return found
@@ -249,7 +273,6 @@ def _prepare(
     importance = factor.upper.diagonal().square().reciprocal()
     original = weight[:, order] if factor.order is not None else weight.contiguous()
     state = Columns(
-        original=original,
         work=original.expand(count, rows, columns).clone(memory_format=torch.contiguous_format),
         upper=factor.upper,
         importance=importance,
@@ -261,7 +284,6 @@ def _prepare(
         grids=[variant.grid for variant in variants],
         codes=torch.empty(count, rows, columns, device=device, dtype=torch.uint8),
         squares=torch.zeros(count, rows, device=device, dtype=torch.float64),
-        spread=torch.zeros(count, rows, device=device, dtype=torch.float64),
         kernel=kernel,
     )
     in_place = torch.empty_like(importance)

@@ -6,6 +6,7 @@ that the loader multiplies by.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ REACHES = (1.0, *(1.08 - 0.03 * step for step in range(24)))
 @dataclass(frozen=True)
 class Grid:
     """Width in bits, and whether the zero point is fixed in the middle (``sym``) or fitted; ``mse`` searches for
-    the range with the smallest error instead of using the full range.
+    the range with the smallest error instead of using the full range; ``signed`` has it try negative scales too.
 
     An asymmetric zero point is at least 1: the v1 file stores zero minus one, and a wrapped zero is read
     differently by different loaders.
@@ -29,6 +30,7 @@ class Grid:
     bits: int
     sym: bool = True
     mse: bool = True
+    signed: bool = False
 
     @property
     def top(self) -> int:
@@ -46,8 +48,9 @@ class Grid:
         if not self.mse:
             return scale, zero
         best = torch.full_like(scale, torch.inf)
-        for reach in REACHES:
+        for reach, sign in itertools.product(REACHES, (1, -1) if self.signed else (1,)):
             trial, origin = self._between(low * reach, high * reach)
+            trial = trial * sign
             rounded = self.round(weights, trial[:, None], origin[:, None])
             apart = trial[:, None] * (rounded - origin[:, None]) - weights
             error = apart.square_() @ importance
@@ -59,7 +62,7 @@ class Grid:
 
     def round(self, weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
         """Nearest codes, as integers in the weights' dtype; ``scale`` and ``zero`` broadcast."""
-        return (torch.round(weights / scale) + zero).clamp_(0, self.top)
+        return torch.round((weights / scale + zero).clamp_(0, self.top))
 
     def _between(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # divide by tensors: for a plain number a GPU multiplies by its reciprocal, which rounds differently
@@ -78,5 +81,13 @@ class Grid:
 
 def _as_half(scale: torch.Tensor) -> torch.Tensor:
     """Round to float16 and back; an all-zero group gets a nonzero scale."""
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return scale.clamp(HALF_TINY, HALF_MAX).to(torch.float16).to(scale.dtype)
+    return as_half(torch.where(scale > 0, scale, torch.ones_like(scale)))
+
+
+def as_half(scale: torch.Tensor) -> torch.Tensor:
+    """The nearest float16 of the same sign, in the dtype of ``scale``; neither zero nor infinite."""
+    size = scale.abs().clamp(HALF_TINY, HALF_MAX)
+    if size.dtype == torch.float64:  # torch converts it by way of float32, and so rounds twice
+        quantum = torch.ldexp(torch.ones_like(size), (torch.frexp(size).exponent - 11).clamp(min=-24))
+        size = torch.round(size / quantum) * quantum
+    return torch.copysign(size.to(torch.float16).to(scale.dtype), scale)

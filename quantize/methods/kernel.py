@@ -46,8 +46,9 @@ def _between(low: float, high: float, top: float, sym: bool) -> tuple[float, flo
 
 @numba.njit(cache=True)
 def _fit(
-    members: Floats, importance: Floats, top: float, sym: bool, reaches: Floats, scale: Floats, zero: Floats
-) -> None:
+    members: Floats, importance: Floats, top: float, sym: bool, signed: bool, reaches: Floats, scale: Floats,
+    zero: Floats,
+) -> None:  # fmt: skip
     """Fit the grids of LANES rows: ``members`` is [group, LANES]; results go into ``scale`` and ``zero`` [LANES]."""
     low, high = np.zeros_like(scale), np.zeros_like(scale)
     for member in range(len(members)):
@@ -57,16 +58,18 @@ def _fit(
     trial, origin = np.empty_like(scale), np.empty_like(scale)
     best, error = np.full_like(scale, math.inf), np.empty_like(scale)
     floor = top - top
-    for step in range(len(reaches)):
-        reach = reaches[step]
+    for step in range(2 * len(reaches) if signed else len(reaches)):
+        reach, turned = reaches[step // 2 if signed else step], signed and step % 2 == 1
         for lane in range(LANES):
             trial[lane], origin[lane] = _between(low[lane] * reach, high[lane] * reach, top, sym)
+            if turned:
+                trial[lane] = -trial[lane]
             error[lane] = 0
         if len(reaches) > 1:
             for member in range(len(members)):
                 for lane in range(LANES):
                     value = members[member, lane]
-                    code = min(max(np.rint(value / trial[lane]) + origin[lane], floor), top)
+                    code = np.rint(min(max(value / trial[lane] + origin[lane], floor), top))
                     apart = trial[lane] * (code - origin[lane]) - value
                     error[lane] += importance[member] * (apart * apart)
         for lane in range(LANES):
@@ -84,6 +87,7 @@ def fit_groups(
     zeros: Floats,
     size: int,
     sym: bool,
+    signed: bool,
 ) -> None:
     """Fit the grids of contiguous groups of ``weight`` [N, K] into ``scales`` and ``zeros`` [G, N]."""
     rows, columns = weight.shape
@@ -96,7 +100,7 @@ def fit_groups(
             for lane in range(count):
                 for member in range(size):
                     members[member, lane] = weight[row + lane, group * size + member]
-            _fit(members, importance[group * size : (group + 1) * size], tops[0], sym, reaches, scale, zero)
+            _fit(members, importance[group * size : (group + 1) * size], tops[0], sym, signed, reaches, scale, zero)
             for lane in range(count):
                 scales[group, row + lane] = scale[lane]
                 zeros[group, row + lane] = zero[lane]
@@ -104,14 +108,16 @@ def fit_groups(
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
 def round_columns(
-    original: Floats, work: Floats, upper: Floats, order: Integers, groups: Integers, sizes: Integers,
-    scales: Floats, zeros: Floats, tops: Floats, syms: Flags, searches: Flags, reaches: Floats, importance: Floats,
-    codes: NDArray[np.uint8], errors: Floats, squares: NDArray[np.float64], spread: NDArray[np.float64],
+    work: Floats, upper: Floats, order: Integers, groups: Integers, sizes: Integers,
+    scales: Floats, zeros: Floats, tops: Floats, levels: Floats, syms: Flags, searches: Flags, signed: Flags,
+    reaches: Floats, importance: Floats,
+    codes: NDArray[np.uint8], errors: Floats, squares: NDArray[np.float64],
     first: int, last: int,
 ) -> None:  # fmt: skip
     variants, rows, _ = work.shape
     length = last - first
     tiles = (rows + LANES - 1) // LANES
+    limits = (levels[1:] + levels[:-1]) / levels.dtype.type(2)
     for tile in numba.prange(variants * tiles):
         variant = tile // tiles
         row = (tile % tiles) * LANES
@@ -125,8 +131,7 @@ def round_columns(
                 block[column, lane] = work[variant, row + lane, first + column]
         scale, zero = np.ones(LANES, work.dtype), np.zeros(LANES, work.dtype)
         error, code = np.zeros(LANES, work.dtype), np.zeros(LANES, work.dtype)
-        difference = np.zeros(LANES, work.dtype)
-        square, apart = np.zeros(LANES), np.zeros(LANES)
+        square = np.zeros(LANES)
         for column in range(length):
             place = first + column
             group = groups[variant, place]
@@ -138,7 +143,7 @@ def round_columns(
                         for member in range(size):
                             members[member, lane] = work[variant, row + lane, place + member]
                 tried = reaches if searches[variant] else reaches[:1]
-                _fit(members, importance[place : place + size], top, syms[variant], tried, scale, zero)
+                _fit(members, importance[place : place + size], top, syms[variant], signed[variant], tried, scale, zero)
                 for lane in range(count):
                     scales[variant, group, row + lane] = scale[lane]
                     zeros[variant, group, row + lane] = zero[lane]
@@ -146,27 +151,32 @@ def round_columns(
                 scale[lane] = scales[variant, group, row + lane]
                 zero[lane] = zeros[variant, group, row + lane]
             diagonal = upper[place, place]
-            for lane in range(LANES):
-                weight = block[column, lane]
-                rounded = min(max(np.rint(weight / scale[lane]) + zero[lane], floor), top)
-                value = scale[lane] * (rounded - zero[lane])
-                code[lane] = rounded
-                error[lane] = (weight - value) / diagonal
-                difference[lane] = value
+            if len(levels):
+                for lane in range(LANES):
+                    weight = block[column, lane]
+                    position, found = weight / scale[lane] + zero[lane], 0
+                    for limit in range(len(limits)):
+                        found += position > limits[limit]
+                    code[lane] = found
+                    error[lane] = (weight - scale[lane] * (levels[found] - zero[lane])) / diagonal
+            else:
+                for lane in range(LANES):
+                    weight = block[column, lane]
+                    rounded = np.rint(min(max(weight / scale[lane] + zero[lane], floor), top))
+                    value = scale[lane] * (rounded - zero[lane])
+                    code[lane] = rounded
+                    error[lane] = (weight - value) / diagonal
             natural = order[place]
             for lane in range(count):
                 codes[variant, row + lane, natural] = np.uint8(code[lane])
                 errors[variant, row + lane, column] = error[lane]
                 square[lane] += np.float64(error[lane]) * error[lane]
-                away = np.float64(original[row + lane, place]) - difference[lane]
-                apart[lane] += away * away
             for later in range(column + 1, length):
                 factor = upper[place, first + later]
                 for lane in range(LANES):
                     block[later, lane] -= error[lane] * factor
         for lane in range(count):
             squares[variant, row + lane] += square[lane]
-            spread[variant, row + lane] += apart[lane]
 
 
 @numba.njit(cache=True, error_model="numpy")

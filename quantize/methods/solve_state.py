@@ -18,7 +18,7 @@ class Columns:
     """The state of a solve of V variants over N rows and K columns in solve order.
 
     Attributes:
-        original: the weight, [N, K]. work: its copy for each variant, updated with the errors, [V, N, K].
+        work: the weight for each variant, updated with the errors, [V, N, K].
         upper: U, [K, K]. importance: 1 / U[j, j]^2, the weight of a squared error in each column, [K].
         order: position of each column in the natural order, [K] int64.
         groups: group of each column, [V, K] int64.
@@ -26,12 +26,13 @@ class Columns:
         scales, zeros: [V, G, N] in the weight's dtype.
         grids: the grid of each variant.
         codes: [V, N, K] uint8, in natural order.
-        squares: sum of squared errors e^2, [V, N] float64. spread: sum of (w - q)^2, [V, N] float64.
+        squares: sum of squared errors e^2, [V, N] float64.
         kernel: the implementation of the inner loop.
+        levels: the values that codes stand for where they are not the codes themselves, ascending, [L]; for fixed grids
+            only.
         settings: the variants' parameters on the GPU, copied there once per solve.
     """
 
-    original: torch.Tensor
     work: torch.Tensor
     upper: torch.Tensor
     importance: torch.Tensor
@@ -43,6 +44,6 @@ class Columns:
     grids: list[Grid]
     codes: torch.Tensor
     squares: torch.Tensor
-    spread: torch.Tensor
     kernel: Kernel
+    levels: torch.Tensor | None = None
     settings: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -30,8 +30,7 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _code(value: tl.tensor, scale: tl.tensor, zero: tl.tensor, top: tl.tensor) -> tl.tensor:
-    # clamped before rounding, because MAGIC needs small numbers; the bounds are integers, so the code is the same
-    return tl.minimum(tl.maximum(tl.div_rn(value, scale), -zero), top - zero) + MAGIC - MAGIC + zero
+    return tl.minimum(tl.maximum(tl.div_rn(value, scale) + zero, 0.0), top) + MAGIC - MAGIC
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -97,9 +96,9 @@ def _fit_groups(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _round_columns(
-    original: tl.tensor, work: tl.tensor, upper: tl.tensor, order: tl.tensor, groups: tl.tensor,
+    work: tl.tensor, upper: tl.tensor, order: tl.tensor, groups: tl.tensor,
     settings: tl.tensor, scales: tl.tensor, zeros: tl.tensor, reaches: tl.tensor, importance: tl.tensor,
-    codes: tl.tensor, errors: tl.tensor, squares: tl.tensor, spread: tl.tensor,
+    codes: tl.tensor, errors: tl.tensor, squares: tl.tensor,
     rows: tl.tensor, columns: tl.tensor, most: tl.tensor, first: tl.tensor, length: tl.tensor,
     ROWS: tl.constexpr, LENGTH: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -118,12 +117,10 @@ def _round_columns(
     zeros += skipped * most
     groups += variant * columns + first
     squares += skipped
-    spread += skipped
-    original += first
     order += first
     importance += first
     upper += first.to(tl.int64) * (columns + 1)
-    square, apart = tl.load(squares + row, inside, 0.0), tl.load(spread + row, inside, 0.0)
+    square = tl.load(squares + row, inside, 0.0)
     place = tl.arange(0, LENGTH)
     whole = (place < length)[:, None] & inside[None, :]
     # holds the run's remaining columns, and the errors of the columns already rounded
@@ -150,14 +147,11 @@ def _round_columns(
         tl.store(codes + row * columns + tl.load(order + column), code.to(tl.uint8), inside)
         wide = error.to(tl.float64)
         square += wide * wide
-        away = (tl.load(original + row * columns + column, inside, 0.0) - value).to(tl.float64)
-        apart += away * away
         factor = tl.load(upper + place, (place > column) & (place < length), 0.0)
         block = tl.where(current, error[None, :], block - error[None, :] * factor[:, None])
         upper += columns
     tl.store(errors + (row * length)[None, :] + place[:, None], block, whole)
     tl.store(squares + row, square, inside)
-    tl.store(spread + row, apart, inside)
 
 
 def fit_groups(
@@ -190,7 +184,7 @@ def round_columns(state: Columns, errors: torch.Tensor, first: int, last: int) -
     length = last - first
     sizes = {"ROWS": ROWS, "LENGTH": triton.next_power_of_2(length)}
     _round_columns[(triton.cdiv(rows, ROWS), variants)](
-        state.original, state.work, state.upper, state.order, state.groups, settings, state.scales, state.zeros,
-        reaches, state.importance, state.codes, errors, state.squares, state.spread,
+        state.work, state.upper, state.order, state.groups, settings, state.scales, state.zeros,
+        reaches, state.importance, state.codes, errors, state.squares,
         rows, columns, state.scales.shape[1], first, length, **sizes, **OPTIONS,
     )  # fmt: skip
