@@ -8,6 +8,7 @@ interrupted build goes on after it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections import deque
@@ -26,18 +27,20 @@ from quantize.calibration.hessians import HessianFiles, SavedHessian
 from quantize.calibration.saved_tensors import save_whole
 from quantize.dist.resume import Unfinished
 from quantize.errors import SolveError
-from quantize.executors.blocks import BlockFuture, BlockJob, SolvedBlocks
+from quantize.executors.blocks import BlockFuture, BlockJob, BlockRows, SolvedRows
 from quantize.files.digest import key_of
 from quantize.formats.gguf_reader import open_gguf
 from quantize.formats.tensor_file import TensorFile
 from quantize.gguf.convert import Header
 from quantize.measuring.gguf import Alignment
+from quantize.methods.factor import Damping
 from quantize.planning.feedback import FEEDBACK_VERSION, Target
 from quantize.planning.items import PlannedLevel
 from quantize.source.source_tensors import SourceTensors
 
 ARRANGED = "the converter changes the linear's inputs or values in a way that is not known"
 NO_TOKENS = "no calibration token reached it"
+RULES: tuple[Damping, ...] = ("auto", "own", "mean")
 SEVERAL = "it is made of linears with different inputs"
 Piece = tuple[Target, int]
 """A matrix of a tensor: its tensor, and its place in the stack."""
@@ -93,6 +96,7 @@ class _Sum:
     energy: float = 0.0
     solved: int = 0
     reason: str = ""
+    damping: dict[str, Any] = field(default_factory=dict)
 
     def row(self, target: Target) -> dict[str, Any]:
         """For the manifest."""
@@ -101,11 +105,28 @@ class _Sum:
         if self.solved and self.energy > 0:
             row["relative_error_before"] = float(f"{self.before / self.energy:.4g}")
             row["relative_error"] = float(f"{self.after / self.energy:.4g}")
+        row |= self.damping
         if self.solved < len(target.inputs):
             row["reason"] = self.reason
             if self.solved:
                 row["matrices"] = f"{self.solved} of {len(target.inputs)}"
         return row
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Matrices of one type with one input: the bytes of llama.cpp's quantizer, and where solved ones are saved."""
+
+    kind: str
+    pieces: list[Piece]
+    first: NDArray[np.uint8]
+    place: Path
+
+
+@dataclass(frozen=True)
+class _Pending:
+    parts: list[_Rows]
+    future: BlockFuture
 
 
 class ErrorFeedback:
@@ -137,7 +158,6 @@ class ErrorFeedback:
                     for matrix, names in enumerate(target.inputs):
                         self._by_linear.setdefault(names[0], []).append((target, matrix))
                 self._having[key].append(made)
-        self._held: tuple[SavedHessian, torch.Tensor] | None = None
 
     def run(self) -> dict[str, list[dict[str, Any]]]:
         """Solve everything.
@@ -150,15 +170,21 @@ class ErrorFeedback:
         """
         count = sum(map(len, self._by_linear.values()))
         self._reporter.say(f"error feedback on {len(self._sums)} tensors of {len(self._levels)} levels")
-        pending: deque[tuple[list[Piece], str, BlockFuture]] = deque()
+        pending: deque[_Pending] = deque()
         with self._reporter.progress("error feedback", count, "matrix") as advance:
             for saved in self._inputs():
-                for kind, pieces in self._pieces(saved).items():
-                    pending.append(self._begin(saved, kind, pieces))
-                    while len(pending) >= self._executor.ahead:
-                        advance(self._finish(*pending.popleft()))
+                rest = []
+                for one in (self._rows_of(kind, pieces) for kind, pieces in self._pieces(saved).items()):
+                    if (done := _solved_before(one.place)) is not None:
+                        advance(self._take(one, done))
+                    else:
+                        rest.append(one)
+                if rest:
+                    pending.append(_Pending(rest, self._begin(saved, rest)))
+                while len(pending) >= self._executor.ahead:
+                    advance(self._finish(pending.popleft()))
             while pending:
-                advance(self._finish(*pending.popleft()))
+                advance(self._finish(pending.popleft()))
         return {made.item.level: self._rows(made) for made in self._levels}
 
     def _inputs(self) -> Iterator[SavedHessian]:
@@ -167,15 +193,6 @@ class ErrorFeedback:
                 yield from self._files.inputs(index)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._saved.damaged(error) from None
-
-    def _hessian(self, saved: SavedHessian) -> torch.Tensor:
-        if self._held is None or self._held[0] is not saved:
-            self._held = None
-            try:
-                self._held = saved, saved.read(self._device)
-            except (OSError, ValueError, KeyError) as error:
-                raise self._saved.damaged(error) from None
-        return self._held[1]
 
     def _pieces(self, saved: SavedHessian) -> dict[str, list[Piece]]:
         """The matrices that multiply an input, by type."""
@@ -199,38 +216,48 @@ class ErrorFeedback:
         parts = [part for part in turn.parts if part.name == piece[0].name and part.expert in {None, piece[1]}]
         return bool(parts) and all((turn.swapped != one.swapped) == self._transposed[linear] for one in parts)
 
-    def _begin(self, saved: SavedHessian, kind: str, pieces: list[Piece]) -> tuple[list[Piece], str, BlockFuture]:
+    def _rows_of(self, kind: str, pieces: list[Piece]) -> _Rows:
         first = np.concatenate([self._having[target.name, kind][0].read((target, at)) for target, at in pieces])
         names = [f"{target.name} {matrix}" for target, matrix in pieces]
         digest = hashlib.sha256(first.data).hexdigest()
         key = key_of({"version": FEEDBACK_VERSION, "pieces": names, "type": kind, "first": digest})
-        place = self._saved.hessians / f"solved-{key[:32]}.safetensors"
-        if (done := _solved_before(place)) is not None:
-            return pieces, "", lambda: done
+        return _Rows(kind, pieces, first, self._saved.hessians / f"solved-{key[:32]}.safetensors")
 
+    def _begin(self, saved: SavedHessian, parts: list[_Rows]) -> BlockFuture:
         def job() -> BlockJob:
-            weights = [self._weight(piece) for piece in pieces]
-            stacked = torch.from_numpy(np.concatenate(weights)).to(self._device)
-            return BlockJob(kind, stacked, self._hessian(saved), first)
+            try:
+                hessian = saved.read(self._device)
+            except (OSError, ValueError, KeyError) as error:
+                raise self._saved.damaged(error) from None
+            return BlockJob(
+                hessian, [BlockRows(one.kind, functools.partial(self._weight, one.pieces), one.first) for one in parts]
+            )
 
-        return pieces, str(place), self._executor.submit_blocks(job)
+        return self._executor.submit_blocks(job)
 
-    def _weight(self, piece: Piece) -> NDArray[np.float32]:
-        target, matrix = piece
-        return self._alignment.conversion.tensor(target.name, matrix if len(target.shape) > 2 else None)
+    def _weight(self, pieces: list[Piece]) -> torch.Tensor:
+        file = self._alignment.conversion
+        weights = [file.tensor(target.name, at if len(target.shape) > 2 else None) for target, at in pieces]
+        return torch.from_numpy(np.concatenate(weights)).to(self._device)
 
-    def _finish(self, pieces: list[Piece], place: str, future: BlockFuture) -> int:
-        """Write what a job gave into every level that has these tensors so, and add it up."""
+    def _finish(self, pending: _Pending) -> int:
+        """Take what a job gave; returns the number of matrices."""
         try:
-            solved = future()
+            solved = pending.future()
         except SolveError as error:
-            for target, _ in pieces:
+            for target, _ in (piece for part in pending.parts for piece in part.pieces):
                 self._sum(target).reason = str(error)
-            return len(pieces)
-        if place:
-            _save_solved(Path(place), solved)
+            return sum(len(part.pieces) for part in pending.parts)
+        count = 0
+        for part, rows in zip(pending.parts, solved, strict=True):
+            _save_solved(part.place, rows)
+            count += self._take(part, rows)
+        return count
+
+    def _take(self, part: _Rows, solved: SolvedRows) -> int:
+        """Write rows into every level that has these tensors so, and add them up."""
         first = 0
-        for piece in pieces:
+        for piece in part.pieces:
             target, _ = piece
             rows = slice(first, first + target.shape[-2])
             for made in self._having[target.name, target.kind]:
@@ -239,9 +266,10 @@ class ErrorFeedback:
             total.before += float(solved.before[rows].sum())
             total.after += float(solved.after[rows].sum())
             total.energy += float(solved.energy[rows].sum())
+            total.damping = {"damping": solved.rule, "damp_percent": solved.damp_percent}
             total.solved += 1
             first = rows.stop
-        return len(pieces)
+        return len(part.pieces)
 
     def _sum(self, target: Target) -> _Sum:
         return self._sums[target.name, target.kind]
@@ -261,16 +289,18 @@ class ErrorFeedback:
         ]
 
 
-def _solved_before(place: Path) -> SolvedBlocks | None:
+def _solved_before(place: Path) -> SolvedRows | None:
     """What an interrupted build solved; None where there is nothing, or it is damaged."""
     try:
         file = TensorFile.guarded(place)
         data, before, after, energy = (file.read(name) for name in ("data", "before", "after", "energy"))
-    except (OSError, ValueError, KeyError):
+        rule, share = file.read("damping").tolist()
+        return SolvedRows(data.numpy(), before, after, energy, RULES[int(rule)], share)
+    except (OSError, ValueError, KeyError, IndexError):
         return None
-    return SolvedBlocks(data.numpy(), before, after, energy)
 
 
-def _save_solved(place: Path, solved: SolvedBlocks) -> None:
-    tensors = {"before": solved.before, "after": solved.after, "energy": solved.energy}
+def _save_solved(place: Path, solved: SolvedRows) -> None:
+    damping = torch.tensor([RULES.index(solved.rule), solved.damp_percent], dtype=torch.float64)
+    tensors = {"before": solved.before, "after": solved.after, "energy": solved.energy, "damping": damping}
     save_whole(place, {"data": torch.from_numpy(solved.data), **tensors})

@@ -2,62 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from quantize.errors import SolveError
 from quantize.formats.ggml_blocks import BLOCK_TYPES, Blocks, decode, encode
 from quantize.methods.block_scales import BlockGrid, Scaled, solve_blocks
+from quantize.methods.factor import Damping
+from quantize.methods.fixed_grid import prepare
 
 
 @dataclass(frozen=True)
-class BlockJob:
-    """Rows with one input and one block type, to be solved with the codes and scales of llama.cpp's quantizer.
+class BlockRows:
+    """Rows of one block type.
 
     Attributes:
         kind: the type, of :data:`quantize.formats.ggml_blocks.BLOCK_TYPES`.
-        weight: [N, K] float32. hessian: [K, K] float32. first: the quantizer's bytes, uint8 [N, bytes of a row].
+        weight: gives them, [N, K] float32. first: the bytes of llama.cpp's quantizer, uint8 [N, bytes of a row].
     """
 
     kind: str
-    weight: torch.Tensor
-    hessian: torch.Tensor
+    weight: Callable[[], torch.Tensor]
     first: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class SolvedBlocks:
-    """What became of a job.
+class BlockJob:
+    """Rows of several types that multiply one input, to be solved from the scales of llama.cpp's quantizer.
+
+    Attributes:
+        hessian: of the input, [K, K] float32.
+    """
+
+    hessian: torch.Tensor
+    parts: Sequence[BlockRows]
+
+
+@dataclass(frozen=True)
+class SolvedRows:
+    """What became of rows.
 
     Attributes:
         data: uint8 [N, bytes of a row]. before, after: R H R^T of each row with the quantizer's bytes and with these,
-            energy: W H W^T of each row; [N] float64.
+            energy: W H W^T of each row; [N] float64. rule, damp_percent: the damping that was used.
     """
 
     data: NDArray[np.uint8]
     before: torch.Tensor
     after: torch.Tensor
     energy: torch.Tensor
+    rule: Damping
+    damp_percent: float
 
 
-BlockFuture = Callable[[], SolvedBlocks]
-"""Gives the result of a job, after waiting for it; raises SolveError where it cannot be done."""
+BlockFuture = Callable[[], list[SolvedRows]]
+"""Gives the result for each part of a job, after waiting for it; raises SolveError where it cannot be done."""
 
 
-def solve_block_job(job: BlockJob) -> SolvedBlocks:
+def solve_block_job(job: BlockJob) -> list[SolvedRows]:
     """Solve a job in this process.
 
     Raises:
-        SolveError: as :func:`quantize.methods.block_scales.solve_blocks`.
+        SolveError: the Hessian is not finite, or not positive definite at any damping tried.
     """
-    device = job.weight.device
+    solved = []
     with torch.inference_mode():
-        grid, first = grid_of(job.kind, device), _on(decode(job.first, job.kind), device)
-        solved = solve_blocks(job.weight, job.hessian, first, grid)
-        return SolvedBlocks(encode(_off(solved.scaled, job.kind)), solved.before, solved.after, solved.energy)
+        if not bool(torch.isfinite(job.hessian).all()):
+            raise SolveError("its Hessian is not finite")
+        prepared = prepare(job.hessian)
+        factor = prepared.factor
+        for part in job.parts:
+            weight, grid = part.weight(), grid_of(part.kind, job.hessian.device)
+            first = _on(decode(part.first, part.kind), job.hessian.device)
+            found = solve_blocks(weight, prepared, first, grid)
+            data = encode(_off(found.scaled, part.kind))
+            sums = found.before, found.after, found.energy
+            solved.append(SolvedRows(data, *sums, factor.rule, factor.damp_percent))
+    return solved
 
 
 def grid_of(kind: str, device: torch.device) -> BlockGrid:

@@ -25,7 +25,7 @@ from quantize.calibration.statistics import InputStatistics
 from quantize.errors import BuildError, PlanError, QuantizeError
 from quantize.executors import ray_tasks
 from quantize.executors.api import Future, Gathered, Job, Solved, Streams, Windows
-from quantize.executors.blocks import BlockFuture, BlockJob, SolvedBlocks
+from quantize.executors.blocks import BlockFuture, BlockJob, SolvedRows
 from quantize.executors.local import named_digests
 from quantize.executors.quantizers import LocalQuantizers, Quantizers
 from quantize.executors.ray_quantizers import RayQuantizers
@@ -178,17 +178,15 @@ class RayExecutor:
 
     def submit_blocks(self, job: Callable[[], BlockJob]) -> BlockFuture:
         one = job()
-        device = one.weight.device
+        device = one.hessian.device
         solve = self._solve_blocks.options(**self._resources(device, self._threads))
-        tensors = [Packed.of(one.weight), Packed.of(one.hessian)]
-        task = solve.remote(*tensors, kind=one.kind, first=one.first, settings=_settings(device))
+        parts = [(part.kind, Packed.of(part.weight()), part.first) for part in one.parts]
+        task = solve.remote(Packed.of(one.hessian), parts, settings=_settings(device))
         self._tasks.add(task)
-
-        def wait() -> SolvedBlocks:
-            data, *sums = self._result(task)
-            return SolvedBlocks(data, *(packed.tensor() for packed in sums))
-
-        return wait
+        return lambda: [
+            SolvedRows(data, *(packed.tensor() for packed in sums), rule, share)
+            for data, *sums, rule, share in self._result(task)
+        ]
 
     def quantizers(self, folders: Sequence[Path], budget: int | None, reporter: Reporter) -> Quantizers:
         for folder in folders:

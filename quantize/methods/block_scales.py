@@ -14,18 +14,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quantize.errors import SolveError
-from quantize.methods._round_onto import FixedGrid, damping_of, descend_codes, round_onto
+from quantize.methods.fixed_grid import FixedGrid, Prepared, improve_onto, round_onto
 from quantize.methods.products import no_products
 from quantize.methods.sums import energy
 
 PANEL = 256  # columns whose R H is computed together
-DAMPING = 0.1
 ROUNDS = 2
 """Rounds of moving scales and then codes, after the first solve. More win less than 1 %."""
-SMALLEST = 2.0**-20
-"""Step, relative to the minimum, of a group whose scale is zero: all its codes stand for the same value."""
-NOTHING = 2.0**-100  # step of a group whose values are all zero
 SINGULAR = 1e-6
 
 
@@ -89,12 +84,9 @@ class Scaled:
             offset = torch.zeros_like(step)
         else:
             offset = self.dmin.repeat_interleave(groups, 1) * self.minima
-        instead = torch.where(offset == 0, torch.full_like(step, NOTHING), offset.abs() * SMALLEST)
-        step = torch.where(step == 0, instead, step)
-        lowest, highest = (0, len(grid.levels) - 1) if grid.levels is not None else (grid.lowest, grid.highest)
-        return FixedGrid(
-            step.t().contiguous(), (offset / step).t().contiguous(), grid.group, lowest, highest, grid.levels
-        )
+        # the solver takes a power of two of codes; Q8_0 has one less, which is taken back afterwards
+        lowest = grid.highest + 1 - (1 << (grid.highest - grid.lowest).bit_length())
+        return FixedGrid(step.t().contiguous(), offset.t().contiguous(), grid.group, lowest, grid.highest, grid.levels)
 
     def rows(self, chosen: torch.Tensor, other: Scaled) -> Scaled:
         """These rows where ``chosen`` [N], else those of ``other``."""
@@ -127,24 +119,21 @@ def held(codes: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     return codes.float() if grid.levels is None else grid.levels[codes.long()]
 
 
-def solve_blocks(weight: torch.Tensor, hessian: torch.Tensor, first: Scaled, grid: BlockGrid) -> BlockSolution:
+def solve_blocks(weight: torch.Tensor, prepared: Prepared, first: Scaled, grid: BlockGrid) -> BlockSolution:
     """Choose codes and scales anew, starting from the scales of ``first``; rows that get no better stay as they are.
 
     Args:
-        weight: [N, K] float32. hessian: [K, K], not damped.
-
-    Raises:
-        SolveError: the weight or the Hessian is not finite, or the Hessian cannot be factored.
+        weight: [N, K] float32. prepared: the Hessian, factored.
     """
-    if not bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(hessian).all()):
-        raise SolveError("its weight or its Hessian is not finite")
-    codes = round_onto(weight, hessian, first.fixed(grid), damping=DAMPING)
+    hessian = prepared.hessian
     damped = hessian.clone()
-    damped.diagonal().add_(damping_of(hessian, DAMPING))
-    found = replace(first, codes=codes.to(first.codes.dtype))
+    damped.diagonal().add_(prepared.factor.damping)
+    codes = round_onto(weight, prepared, first.fixed(grid)).clamp_(grid.lowest, grid.highest)
+    found = replace(first, codes=codes)
     for _ in range(ROUNDS):
         found = move_scales(weight, damped, found, grid)
-        found = replace(found, codes=descend_codes(weight, damped, found.codes.clone(), found.fixed(grid), 1))
+        codes = improve_onto(weight, prepared, found.fixed(grid), found.codes).clamp_(grid.lowest, grid.highest)
+        found = replace(found, codes=codes)
     found = move_scales(weight, damped, found, grid)
     start, end = (weight - one.values(grid) for one in (first, found))
     better = energy(end, damped) < energy(start, damped)
