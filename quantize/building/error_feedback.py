@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quantize.building.build import Build
+from quantize.building.build import Build, Hessians
 from quantize.calibration.forward import choose_device
 from quantize.calibration.hessians import HessianFiles, SavedHessian
 from quantize.calibration.saved_tensors import save_whole
-from quantize.dist.resume import Unfinished
 from quantize.errors import SolveError
 from quantize.executors.blocks import BlockFuture, BlockJob, BlockRows, SolvedRows
 from quantize.files.digest import key_of
@@ -75,7 +74,7 @@ class Made:
         if data.nbytes != nbytes:
             raise ValueError(f"{piece[0].name}: {data.nbytes} bytes instead of {nbytes}")
         with self.path.open("rb+", buffering=0) as file:
-            view = memoryview(np.ascontiguousarray(data).reshape(-1))
+            view = memoryview(data.tobytes())
             while view:
                 count = os.pwrite(file.fileno(), view, offset)
                 view, offset = view[count:], offset + count
@@ -134,13 +133,14 @@ class ErrorFeedback:
 
     Args:
         conversion: the full-width file that the levels are made of. header: what it is made of.
-        saved: where the pass saved its Hessians. levels: as llama.cpp's quantizer wrote them.
+        hessians: those of the pass. levels: as llama.cpp's quantizer wrote them.
     """
 
     def __init__(
-        self, build: Build, conversion: Path, header: Header, saved: Unfinished, levels: Sequence[Made]
+        self, build: Build, conversion: Path, header: Header, hessians: Hessians, levels: Sequence[Made]
     ) -> None:
-        self._executor, self._reporter, self._saved, self._levels = build.executor, build.reporter, saved, levels
+        self._executor, self._reporter, self._levels = build.executor, build.reporter, levels
+        self._saved = saved = hessians.saved
         self._blocks = build.plan.table.blocks
         self._device = choose_device(build.options.device)
         self._transposed = {linear.name: linear.transposed for linear in build.plan.table.linears}

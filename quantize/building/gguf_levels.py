@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from quantize import __version__
-from quantize.building.build import Build, Diagonals
+from quantize.building.build import Build, Diagonals, Hessians
 from quantize.building.error_feedback import ErrorFeedback, Made
 from quantize.dist.layout import FileEntry
 from quantize.dist.manifest import Manifest, Recorded, read_manifest, update, with_level
 from quantize.dist.manifest_schema import SCHEMA
-from quantize.dist.resume import Unfinished
 from quantize.errors import BuildError, GgufRunError
 from quantize.executors.quantizers import Quantizers
 from quantize.files.atomic import copy_file, sync_folder
@@ -70,13 +69,13 @@ def convert_source(build: Build) -> Converted:
 
 
 def build_levels(
-    build: Build, converted: Converted, diagonals: Diagonals | None, hessians: Unfinished | None = None
+    build: Build, converted: Converted, diagonals: Diagonals | None, hessians: Hessians | None = None
 ) -> dict[str, list[str]]:
     """Make every level that is left; each is put into place as soon as it is whole.
 
     Args:
-        diagonals: for the importance matrix, where the pass gathered one. hessians: where the pass saved those for
-            error feedback.
+        diagonals: for the importance matrix, where the pass gathered one. hessians: for error feedback, where it saved
+            them.
 
     Returns:
         By label, tensors that error feedback should have solved but could not.
@@ -112,7 +111,8 @@ def build_levels(
             rows = ErrorFeedback(build, path, header, hessians, lanes.to_solve).run()
         for made in lanes.to_solve:
             with reporter.stage("write"):
-                lanes.place(made.item, made.path, rows[made.item.level])
+                solved: Recorded = {"solve": "error_feedback", "tensors": rows[made.item.level]}
+                lanes.place(made.item, made.path, {**solved, "compute": dict(hessians.compute)})
             assert made.item.feedback
             planned = {target.name for target in made.item.feedback.targets}
             missed = [row for row in rows[made.item.level] if row["outcome"] != "solved" and row["tensor"] in planned]
@@ -311,18 +311,18 @@ class _Lanes:
             temporary.unlink(missing_ok=True)
             raise
 
-    def place(self, item: PlannedLevel, temporary: Path, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+    def place(self, item: PlannedLevel, temporary: Path, solved: Recorded | None = None) -> None:
         """Check a finished file, split it where it is too large, and put it where it belongs.
 
         Args:
-            rows: what error feedback did to each tensor, where the level was solved so.
+            solved: for the manifest, where the level was solved with error feedback.
         """
         try:
-            self._place(item, temporary, rows)
+            self._place(item, temporary, solved or {})
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _place(self, item: PlannedLevel, temporary: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _place(self, item: PlannedLevel, temporary: Path, solved: Recorded) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         size, limit = temporary.stat().st_size, self.levels.section.max_file_size
@@ -343,7 +343,7 @@ class _Lanes:
                 "files": described,
                 "tensor_types": dict(item.outcome.types) if item.outcome else {},
                 "fallbacks": list(item.outcome.fallbacks) if item.outcome else [],
-                **({"solve": "error_feedback", "tensors": list(rows)} if rows else {}),
+                **solved,
             })  # fmt: skip
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from quantize.branches.branch import Branch
 from quantize.branches.completion import Made, NotOnDisk, complete, versions
-from quantize.building.build import Build, Diagonals
+from quantize.building.build import Build, Diagonals, Hessians
 from quantize.building.calibration_pass import CalibrationPass, PassState
 from quantize.calibration.forward import choose_device, choose_dtype
 from quantize.calibration.store import StatisticsStore
 from quantize.calibration.tokens import load_tokenizer, sample_tokens
 from quantize.dist.manifest import Manifest
-from quantize.dist.resume import State, Unfinished, open_unfinished
+from quantize.dist.resume import State, open_unfinished
 from quantize.executors.memory import return_large_buffers
 from quantize.files.cache import cache_folder
 from quantize.files.digest import key_of
@@ -45,7 +45,7 @@ class Pass:
             **({"shards": plan.shards} if plan.shards > 1 else {}),
         }
         self.store = self._statistics_store(build.options.keep_statistics)
-        inputs = {
+        inputs: dict[str, Any] = {
             "versions": versions(self.compute["kernel"]),
             "compute": decides_bytes(self.compute),
             "source": plan.source.hashes,
@@ -68,9 +68,9 @@ class Pass:
         return None if self._diagonals is None else Diagonals(self._diagonals, self.compute)
 
     @property
-    def hessians(self) -> Unfinished | None:
-        """The folder with the Hessians for GGUF levels; None where the pass saves none."""
-        return self.unfinished if self.unfinished.state.hessians else None
+    def hessians(self) -> Hessians | None:
+        """Those for GGUF levels; None where the pass saves none."""
+        return Hessians(self.unfinished, self.compute) if self.unfinished.state.hessians else None
 
     def run(self) -> list[Branch]:
         """Have the executor solve every branch to its end, in the folder of the unfinished build.

@@ -184,8 +184,8 @@ class RayExecutor:
         task = solve.remote(Packed.of(one.hessian), parts, settings=_settings(device))
         self._tasks.add(task)
         return lambda: [
-            SolvedRows(data, *(packed.tensor() for packed in sums), rule, share)
-            for data, *sums, rule, share in self._result(task)
+            SolvedRows(data.copy(), before.tensor(), after.tensor(), energy.tensor(), rule, share)
+            for data, before, after, energy, rule, share in self._result(task)
         ]
 
     def quantizers(self, folders: Sequence[Path], budget: int | None, reporter: Reporter) -> Quantizers:

@@ -293,11 +293,13 @@ def _six_bits(packed: Integers) -> tuple[Integers, Integers]:
 def _packed_six_bits(scales: Integers, minima: Integers) -> Bytes:
     first = [numbers[:, :4] | ((numbers[:, 4:] >> 4) << 6) for numbers in (scales, minima)]
     low = (scales[:, 4:] & 15) | ((minima[:, 4:] & 15) << 4)
-    return np.concatenate([*first, low], axis=1).astype(np.uint8)
+    packed: Bytes = np.concatenate([*first, low], axis=1).astype(np.uint8)
+    return packed
 
 
 def _halves(blocks: Bytes, start: int) -> Halves:
-    return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2")
+    halves: Halves = np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2")
+    return halves
 
 
 def _put_half(blocks: Bytes, start: int, values: Halves) -> None:

@@ -241,9 +241,11 @@ def _move_block(panel: _Panel, place: int, it: Scaled, level: torch.Tensor, grid
         bends = [[(two * one).sum(1) for one in directions] for two in turned]
         now = [one[:, block] for one in unknowns]
         change = _halved(_least_squares(slopes, bends), now)
-        fall = 2 * sum(step * slope for step, slope in zip(change, slopes, strict=True))
-        for one, row in zip(change, bends, strict=True):
-            fall = fall - sum(one * two * bend for two, bend in zip(change, row, strict=True))
+        fall = torch.zeros_like(slopes[0])
+        for one, slope, row in zip(change, slopes, bends, strict=True):
+            fall += 2 * one * slope
+            for two, bend in zip(change, row, strict=True):
+                fall -= one * two * bend
         good = fall > 0
         if grid.minima:  # the quantizer never makes them negative, so kernels may count on it
             for step, value in zip(change, now, strict=True):
@@ -251,8 +253,7 @@ def _move_block(panel: _Panel, place: int, it: Scaled, level: torch.Tensor, grid
         taken = [torch.where(good, step, 0.0) for step in change]
         for one, step in zip(unknowns, taken, strict=True):
             one[:, block] += step
-        moved = sum(step[:, None] * one for step, one in zip(taken, directions, strict=True))
-    assert isinstance(moved, torch.Tensor)
+        moved = torch.stack([step[:, None] * one for step, one in zip(taken, directions, strict=True)]).sum(0)
     panel.change(place, moved)
 
 

@@ -166,7 +166,8 @@ class Plan:
         manifest = read_manifest(item.folder) or {}
         data: Recorded = manifest
         if isinstance(item, PlannedLevel):
-            data = (manifest.get("imatrix") or {}) if item.wants_imatrix else {}
+            own = item.recorded(manifest)
+            data = own if own.get("compute") else (manifest.get("imatrix") or {}) if item.wants_imatrix else {}
         elif item.engine:  # its key includes its packages
             return []
         then = circumstances_of(data.get("compute") or {}, data.get("versions") or {})
