@@ -35,6 +35,7 @@ from quantize.measuring.gguf import Alignment
 from quantize.methods.factor import Damping
 from quantize.planning.feedback import FEEDBACK_VERSION, Target
 from quantize.planning.items import PlannedLevel
+from quantize.planning.keys import SOLVER_VERSION
 from quantize.source.source_tensors import SourceTensors
 
 ARRANGED = "the converter changes the linear's inputs or values in a way that is not known"
@@ -220,7 +221,8 @@ class ErrorFeedback:
         first = np.concatenate([self._having[target.name, kind][0].read((target, at)) for target, at in pieces])
         names = [f"{target.name} {matrix}" for target, matrix in pieces]
         digest = hashlib.sha256(first.data).hexdigest()
-        key = key_of({"version": FEEDBACK_VERSION, "pieces": names, "type": kind, "first": digest})
+        version = [FEEDBACK_VERSION, SOLVER_VERSION]
+        key = key_of({"version": version, "pieces": names, "type": kind, "first": digest})
         return _Rows(kind, pieces, first, self._saved.hessians / f"solved-{key[:32]}.safetensors")
 
     def _begin(self, saved: SavedHessian, parts: list[_Rows]) -> BlockFuture:

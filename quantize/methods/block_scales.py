@@ -19,6 +19,7 @@ from quantize.methods.products import no_products
 from quantize.methods.sums import energy
 
 PANEL = 256  # columns whose R H is computed together
+# products are calls of torch.mm, because ``@`` is decomposed in Python under EvenProducts
 ROUNDS = 2
 """Rounds of moving scales and then codes, after the first solve. More win less than 1 %."""
 SINGULAR = 1e-6
@@ -160,7 +161,7 @@ def move_scales(weight: torch.Tensor, damped: torch.Tensor, it: Scaled, grid: Bl
     rest = weight - it.values(grid)
     for first in range(0, columns, PANEL):
         last = min(first + PANEL, columns)
-        panel = _Panel(first, damped[first:last, first:last], rest @ damped[:, first:last], rest)
+        panel = _Panel(first, damped[first:last, first:last], torch.mm(rest, damped[:, first:last]), rest)
         for start in range(first, last, grid.size):
             if grid.has_scales:
                 for place in range(start, start + grid.size, grid.group):
@@ -187,7 +188,7 @@ class _Panel:
         """Add ``change`` [N, width] to Q at the columns from ``place``."""
         width = change.shape[1]
         here = slice(place - self.first, place - self.first + width)
-        self.pressure -= change @ self.curvature[here]
+        self.pressure -= torch.mm(change, self.curvature[here])
         self.rest[:, place : place + width] -= change
 
 
@@ -196,7 +197,7 @@ def _move_group(panel: _Panel, place: int, it: Scaled, level: torch.Tensor, grid
     block, group = place // grid.size, place // grid.group
     pressure, curvature = panel.at(place, grid.group)
     along = level[:, place : place + grid.group] * it.d[:, block, None]
-    turned = along @ curvature
+    turned = torch.mm(along, curvature)
     with no_products():
         slope, bend = (pressure * along).sum(1), (turned * along).sum(1)
         step = _whole_step(slope, bend, it.scales[:, group], grid)
@@ -235,7 +236,7 @@ def _move_block(panel: _Panel, place: int, it: Scaled, level: torch.Tensor, grid
         assert it.minima is not None
         directions.append(-it.minima[:, here].repeat_interleave(grid.group, 1))
         unknowns.append(it.dmin)
-    turned = [one @ curvature for one in directions]
+    turned = [torch.mm(one, curvature) for one in directions]
     with no_products():
         slopes = [(pressure * one).sum(1) for one in directions]
         bends = [[(two * one).sum(1) for one in directions] for two in turned]

@@ -14,7 +14,8 @@ from quantize.planning.memory import input_of
 from quantize.planning.modules import LinearSpec, ModuleTable
 
 FEEDBACK_VERSION = 1
-"""Raise it when error feedback gives other bytes for the same Hessian and levels: such levels become stale."""
+"""Raise it when error feedback gives other bytes for the same Hessian and levels, the solver apart, which has a version
+of its own: such levels become stale."""
 PLAIN = frozenset({"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"})
 """Types that are not quantized."""
 NO_STATISTICS = "the calibration pass has no Hessian of its input"

@@ -25,7 +25,7 @@ from quantize.gguf.quantize import ANY, Outcome, predict, request
 from quantize.gguf.toolchain import VERSION, missing_library
 from quantize.planning.feedback import FEEDBACK_VERSION, Feedback, feedback_of
 from quantize.planning.items import PlannedLevel, State
-from quantize.planning.keys import STATISTICS_VERSION, differences
+from quantize.planning.keys import SOLVER_VERSION, STATISTICS_VERSION, differences
 from quantize.planning.modules import ModuleTable
 from quantize.recipe.levels import MMPROJ
 from quantize.recipe.methods import Gguf
@@ -247,6 +247,7 @@ def _solve_inputs(feedback: Feedback) -> dict[str, Any]:
     return {
         "method": "error_feedback",
         "version": FEEDBACK_VERSION,
+        "solver": SOLVER_VERSION,
         "linears": key_of({"names": sorted(feedback.linears)}),
     }
 
