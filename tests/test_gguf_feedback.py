@@ -266,6 +266,7 @@ class TestLevels:
         }  # fmt: skip
         assert "solve" in states[0]["why"]
 
+    @pytest.mark.full
     def test_a_level_above_the_size_is_solved_in_all_its_parts(self, small_llama: Path, tmp_path: Path) -> None:
         from gguf import GGUFReader
 
@@ -310,6 +311,7 @@ class TestLevels:
         assert 0 < len(again) < len(everything)
         assert not (tmp_path / "dist" / ".quantize" / "unfinished").exists()
 
+    @pytest.mark.full
     def test_damaged_hessians_are_one_error(
         self, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -65,9 +65,8 @@ class Made:
     def read(self, piece: Piece) -> NDArray[np.uint8]:
         """Bytes of a matrix, uint8 [N, bytes of a row]."""
         offset, nbytes = self._place(piece)
-        with self.path.open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), nbytes, offset)
-        return np.frombuffer(data, dtype=np.uint8).reshape(piece[0].shape[-2], -1)
+        data = np.fromfile(self.path, dtype=np.uint8, count=nbytes, offset=offset)
+        return data.reshape(piece[0].shape[-2], -1)
 
     def write(self, piece: Piece, data: NDArray[np.uint8]) -> None:
         """Replace the bytes of a matrix; the caller flushes the file."""
