@@ -27,6 +27,7 @@ from quantize.calibration.hessians import HessianFiles, SavedHessian
 from quantize.calibration.saved_tensors import save_whole
 from quantize.errors import SolveError
 from quantize.executors.blocks import BlockFuture, BlockJob, BlockRows, SolvedRows
+from quantize.executors.memory import give_back
 from quantize.files.digest import key_of
 from quantize.formats.gguf_reader import open_gguf
 from quantize.formats.tensor_file import TensorFile
@@ -191,6 +192,8 @@ class ErrorFeedback:
         try:
             for index in range(self._blocks):
                 yield from self._files.inputs(index)
+                self._alignment.conversion.give_back()
+                give_back()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._saved.damaged(error) from None
 
