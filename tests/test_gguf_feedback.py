@@ -277,7 +277,7 @@ class TestLevels:
         found = {tensor.name: bytes(tensor.data) for part in parts for tensor in GGUFReader(part).tensors}
         assert found == {name: bytes(tensor.data) for name, tensor in whole.tensors("Q8_0").items()}
 
-    def test_an_interrupted_solve_goes_on_and_gives_the_same_bytes(
+    def test_an_interrupted_solve_resumes_and_gives_the_same_bytes(
         self, built: Built, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         solved: list[Path] = []
@@ -329,7 +329,7 @@ class TestLevels:
         with pytest.raises(DamagedBuild, match="quantize clean"):
             Built(recipe, tmp_path / "dist")
 
-    def test_kept_statistics_take_the_place_of_the_forward_pass(
+    def test_saved_statistics_take_the_place_of_the_forward_pass(
         self, built: Built, recipe: Path, small_llama: Path, tmp_path: Path
     ) -> None:
         first = write(tmp_path / "first.yaml", small_llama, "llama.cpp")

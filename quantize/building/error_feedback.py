@@ -1,9 +1,9 @@
 """Error feedback on GGUF levels: the tensors of files that llama.cpp's quantizer wrote, solved in place.
 
 Each distinct input's Hessian, which the pass has saved, serves all tensors that multiply it, and a tensor of one type
-is solved once for all levels that have it so. A solved payload has the size of the one it replaces, so headers, offsets
-and sizes stay. What is solved also lies beside the Hessians until all levels are in their places, so that an
-interrupted build goes on after it.
+is solved once for all levels that have it in that type. A solved payload has the size of the one it replaces, so headers, offsets
+and sizes stay. Solved payloads are saved beside the Hessians until all levels are in their places, and an interrupted
+build resumes from them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Made:
 
 @dataclass
 class _Sum:
-    """What became of a tensor: sums over its matrices, and why some of them stay llama.cpp's."""
+    """The result for a tensor: sums over its matrices, and why some of them stay llama.cpp's."""
 
     before: float = 0.0
     after: float = 0.0

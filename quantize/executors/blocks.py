@@ -44,7 +44,7 @@ class BlockJob:
 
 @dataclass(frozen=True)
 class SolvedRows:
-    """What became of rows.
+    """The result for rows of one type.
 
     Attributes:
         data: uint8 [N, bytes of a row]. before, after: R H R^T of each row with the quantizer's bytes and with these,

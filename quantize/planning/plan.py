@@ -96,7 +96,7 @@ class Plan:
         """The linears whose inputs' Hessians the pass saves for error feedback."""
         if self.gguf is None or not self.feedback_work:
             return frozenset()
-        # of all levels, so that a build with some of them done goes on with the same
+        # of all levels, so that a build resumes from the same ones when some levels are done
         return frozenset[str]().union(*(item.feedback.linears for item in self.gguf.levels if item.feedback))
 
     @property
