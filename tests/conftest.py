@@ -23,8 +23,8 @@ Command = Callable[..., Result]
 HANGS = 1800  # seconds after which a child surely hangs, however slow the machine
 
 LONGEST = (
-    "test_quality", "test_ray", "test_gguf", "test_gguf_feedback", "test_engines", "test_threads", "test_resume", "test_moe",
-    "test_measure_gguf", "test_golden", "test_exit_codes", "test_verify", "test_loaders", "test_bad_input",
+    "test_quality", "test_ray", "test_gguf", "test_gguf_feedback", "test_engines", "test_threads", "test_resume",
+    "test_moe", "test_measure_gguf", "test_golden", "test_exit_codes", "test_verify", "test_loaders", "test_bad_input",
     "test_children", "test_moe_gguf", "test_fuzz", "test_rebuild", "test_integrity", "test_dist", "test_hostile",
     "test_memory", "test_card", "test_build", "test_hub", "test_report", "test_trust_hub", "test_solver",
 )  # fmt: skip

@@ -1,9 +1,9 @@
 """Error feedback on GGUF levels: the tensors of files that llama.cpp's quantizer wrote, solved in place.
 
 Each distinct input's Hessian, which the pass has saved, serves all tensors that multiply it, and a tensor of one type
-is solved once for all levels that have it in that type. A solved payload has the size of the one it replaces, so headers, offsets
-and sizes stay. Solved payloads are saved beside the Hessians until all levels are in their places, and an interrupted
-build resumes from them.
+is solved once for all levels that have it in that type. A solved payload has the size of the one it replaces, so
+headers, offsets and sizes stay. Solved payloads are saved beside the Hessians until all levels are in their places, and
+an interrupted build resumes from them.
 """
 
 from __future__ import annotations
