@@ -15,17 +15,29 @@ from quantize.methods.gptq import GptqParameters, Solution, round_to_nearest, so
 
 ROWS, COLUMNS = 8, 256
 GRID = [
-    GptqParameters(bits, group_size, desc_act, sym, damp_percent=0.05, mse=mse, act_group_aware=aware)
-    for bits, group_size, (desc_act, aware), sym, mse in itertools.product(
-        (2, 3, 4, 8),
-        (-1, 16, 32, 64, 128, 256),
-        ((False, False), (False, True), (True, False), ("static", False)),
-        (True, False),
-        (False, True),
+    GptqParameters(bits, group_size, desc_act, sym, 0.05, mse, aware, damping, signed, polish)
+    for (bits, group_size, (desc_act, aware), sym, mse), (damping, signed, polish) in zip(
+        itertools.product(
+            (2, 3, 4, 8),
+            (-1, 16, 32, 64, 128, 256),
+            ((False, False), (False, True), (True, False), ("static", False)),
+            (True, False),
+            (False, True),
+        ),
+        # as many as divide no length of the lists before, so that all values meet
+        itertools.cycle(
+            [
+                ("auto", True, True),
+                ("own", False, True),
+                ("mean", True, False),
+                ("own", True, True),
+                ("mean", False, True),
+            ]
+        ),
     )
 ]
 ACROSS = [
-    GptqParameters(bits, (-1, 16, 32)[place % 3], desc_act, sym, damp_percent=0.05, mse=mse, act_group_aware=aware)
+    GptqParameters(bits, (-1, 16, 32)[place % 3], desc_act, sym, 0.05, mse, aware, signed_scales=place % 5 != 0)
     for place, (bits, (desc_act, aware), sym, mse) in enumerate(
         itertools.product(
             (2, 3, 4, 8),
@@ -54,7 +66,14 @@ def problem(
 
 def reference_grid(group: np.ndarray, costs: np.ndarray, asked: GptqParameters) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point of each row: the whole range, or the one of those tried that costs least."""
-    tried = [range_grid(group, asked.bits, asked.sym, reach) for reach in (REACHES if asked.mse else REACHES[:1])]
+    signs = (1, -1) if asked.signed_scales and asked.sym and asked.mse else (1,)
+    tried = [
+        (sign * scale, zero)
+        for scale, zero in (
+            range_grid(group, asked.bits, asked.sym, at) for at in (REACHES if asked.mse else REACHES[:1])
+        )
+        for sign in signs
+    ]
     errors = []
     for scale, zero in tried:
         codes = np.clip(np.rint(group / scale[:, None]) + zero[:, None], 0, 2**asked.bits - 1)
@@ -88,16 +107,72 @@ def reference_order(diagonal: np.ndarray, size: int, asked: GptqParameters) -> l
     return sorted(columns, key=lambda column: (-strongest[column // size], column // size, -diagonal[column]))
 
 
+def reference_damping(diagonal: np.ndarray, asked: GptqParameters) -> np.ndarray:
+    """What is added to the diagonal."""
+    massive = diagonal.max() > 50 * np.sort(diagonal)[(len(diagonal) - 1) // 2]
+    own = asked.damping == "own" or (asked.damping == "auto" and massive)
+    mean = np.full_like(diagonal, diagonal.mean())
+    return asked.damp_percent * (diagonal + 0.01 * mean if own else mean)
+
+
+def reference_polish(
+    weight: np.ndarray,
+    damped: np.ndarray,
+    rounded: tuple[np.ndarray, ...],
+    asked: GptqParameters,
+    places: list[list[int]],
+) -> None:
+    """The descent, step by step, each from the error that it finds; ``places`` are the columns of each group."""
+    codes, scales, zeros = rounded
+    top = 2**asked.bits - 1
+    rest = weight - values_of(codes, scales, zeros, places)
+    for sweep in range(2):
+        for group, columns in enumerate(places):
+            inside = damped[np.ix_(columns, columns)]
+            if sweep == 0:
+                scale, zero = scales[group], zeros[group]
+                apart = codes[:, columns] - zero[:, None]
+                slope, bend = (apart * (rest @ damped[:, columns])).sum(axis=1), ((apart @ inside) * apart).sum(axis=1)
+                better = (scale + slope / np.where(bend > 0, bend, 1)).astype(np.float16).astype(np.float64)
+                by = better - scale
+                taken = (bend > 0) & (better * scale > 0) & (2 * by * slope - by**2 * bend > 0)
+                scales[group] = np.where(taken, better, scale)
+                rest[:, columns] -= np.where(taken, by, 0)[:, None] * apart
+                if not asked.sym:
+                    scale, slope, bend = scales[group], (rest @ damped[:, columns]).sum(axis=1), inside.sum()
+                    better = np.clip(np.rint(zero - slope / bend / scale), 1, top)
+                    by = scale * (zero - better)
+                    taken = 2 * by * slope - by**2 * bend > 0
+                    zeros[group] = np.where(taken, better, zero)
+                    rest[:, columns] -= np.where(taken, by, 0)[:, None]
+            for column in columns:
+                slope, bend, code = rest @ damped[:, column], damped[column, column], codes[:, column]
+                better = np.rint(np.clip(code + slope / bend / scales[group], 0, top))
+                by = scales[group] * (better - code)
+                taken = 2 * by * slope - by**2 * bend > 0
+                codes[:, column] = np.where(taken, better, code)
+                rest[:, column] -= np.where(taken, by, 0)
+
+
+def values_of(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, places: list[list[int]]) -> np.ndarray:
+    """The weight that is stored."""
+    values = np.empty_like(codes, dtype=np.float64)
+    for group, columns in enumerate(places):
+        values[:, columns] = scales[group][:, None] * (codes[:, columns] - zeros[group][:, None])
+    return values
+
+
 def reference(weight: np.ndarray, hessian: np.ndarray, asked: GptqParameters) -> tuple[np.ndarray, np.ndarray]:
-    """Algorithm 1 of the paper, column by column: codes [N, K] and the group of each column."""
+    """Algorithm 1 of the paper, column by column, and the descent: codes [N, K] and the group of each column."""
     rows, columns = weight.shape
     size = columns if asked.group_size == -1 else asked.group_size
     order = reference_order(np.diag(hessian), size, asked)
-    damped = hessian + asked.damp_percent * np.diag(hessian).mean() * np.eye(columns)
+    damped = hessian + np.diag(reference_damping(np.diag(hessian), asked))
     inverse = np.linalg.inv(damped[np.ix_(order, order)])
     upper = np.linalg.cholesky(inverse).T
     work = weight[:, order].copy()
     codes, g_idx = np.zeros((rows, columns), int), np.zeros(columns, int)
+    scales, zeros = (np.zeros((columns // size, rows)) for _ in range(2))
     costs = 1 / np.diag(upper) ** 2
     in_place = costs[np.argsort(order)]
     fixed = [
@@ -109,10 +184,15 @@ def reference(weight: np.ndarray, hessian: np.ndarray, asked: GptqParameters) ->
             scale, zero = fixed[group]
         elif step % size == 0:
             scale, zero = reference_grid(work[:, step : step + size], costs[step : step + size], asked)
-        code = np.clip(np.rint(work[:, step] / scale) + zero, 0, 2**asked.bits - 1)
+        scales[group], zeros[group] = scale, zero
+        code = np.rint(np.clip(work[:, step] / scale + zero, 0, 2**asked.bits - 1))
         error = (work[:, step] - scale * (code - zero)) / upper[step, step]
         work[:, step + 1 :] -= np.outer(error, upper[step, step + 1 :])
         codes[:, column], g_idx[column] = code, group
+    if asked.polish:
+        visited = order if asked.desc_act is True else list(range(columns))
+        places = [visited[at : at + size] for at in range(0, columns, size)]
+        reference_polish(weight, damped, (codes, scales, zeros), asked, places)
     return codes, g_idx
 
 
@@ -324,8 +404,9 @@ def test_dead_columns_are_rounded_to_nearest_and_recorded() -> None:
 
 def test_a_hessian_of_nothing_but_zeros_rounds_to_nearest() -> None:
     weight, hessian = problem(8, 128)
-    (solution,) = solve(weight, torch.zeros_like(hessian), [GptqParameters(4, 32)])
-    assert equal(solution, round_to_nearest(weight, torch.zeros_like(hessian), GptqParameters(4, 32)))
+    asked = GptqParameters(4, 32, polish=False)
+    (solution,) = solve(weight, torch.zeros_like(hessian), [asked])
+    assert equal(solution, round_to_nearest(weight, torch.zeros_like(hessian), asked))
     assert solution.dead_columns == 128
     assert float(solution.row_error.max()) < 1e-12
 

@@ -20,7 +20,8 @@ class LedgerEntry:
             (weights that matter need scales smaller or larger than any of float16, and are lost for the most part),
             ``unscaled`` (AWQ, where no operation before the linear can take a scale), or ``external`` (made by another
             engine; only what it reports is known. Older manifests call it ``foreign``).
-        damp_percent: the damping that was used.
+        damp_percent: the damping that was used. damping: what it is a share of: each channel's ``own`` diagonal, or
+            their ``mean``.
         dead_columns: input channels that were zero in every calibration token.
         relative_error: tr((W-Q) H (W-Q)^T) / tr(W H W^T).
         tokens: calibration tokens seen.
@@ -32,6 +33,7 @@ class LedgerEntry:
     module: str
     outcome: str
     damp_percent: float | None = None
+    damping: str | None = None
     dead_columns: int | None = None
     relative_error: float | None = None
     tokens: int | None = None

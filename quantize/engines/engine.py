@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 NATIVE = "native"
 """The name of our own solvers in a recipe."""
@@ -18,6 +18,10 @@ Layout = Literal["gptq", "awq", "compressed-tensors"]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+OURS: Mapping[str, tuple[Any, ...]] = {"damping": ("mean",), "signed_scales": (False,), "polish": (False,)}
+"""What an engine does in place of steps that only our own solver has."""
 
 
 class Ability(_Strict):
@@ -33,10 +37,15 @@ class Ability(_Strict):
     """
 
     layout: Layout
-    values: Mapping[str, tuple[Any, ...]] = {}
+    values: Mapping[str, tuple[Any, ...]] = Field(default={}, validate_default=True)
     reasons: Mapping[str, str] = {}
     true_sequential: bool = False
     needs: Literal["cpu", "cuda"] = "cpu"
+
+    @field_validator("values")
+    @classmethod
+    def _complete(cls, values: Mapping[str, tuple[Any, ...]]) -> Mapping[str, tuple[Any, ...]]:
+        return {**OURS, **values}
 
 
 class Engine(_Strict):

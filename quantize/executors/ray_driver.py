@@ -148,7 +148,7 @@ class RayExecutor:
         one = job()
         batches: dict[Any, list[int]] = {}
         for number, asked in enumerate(one.parameters):
-            batches.setdefault((asked.damp_percent, asked.order_key(one.weight.shape[1])), []).append(number)
+            batches.setdefault(asked.batch_key(one.weight.shape[1]), []).append(number)
         given = (one.weight, one.hessian, one.drift)
         tensors = [None if tensor is None else ray.put(Packed.of(tensor)) for tensor in given]
         device = one.weight.device

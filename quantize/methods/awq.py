@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from quantize.errors import SolveError
+from quantize.methods.factor import Damping
 from quantize.methods.gptq import GptqParameters, Solution, round_to_nearest, solve
 from quantize.methods.grid import Grid
 from quantize.methods.sums import mean, total
@@ -36,13 +37,17 @@ class AwqParameters:
     rounding: Literal["gptq", "nearest"] = "gptq"
     damp_percent: float = 0.1
     mse: bool = True
+    damping: Damping = "auto"
+    signed_scales: bool = True
+    polish: bool = True
 
     @property
     def rounded(self) -> GptqParameters:
         """How the scaled weight is rounded, as GPTQ parameters: group-aware order, trivial ``g_idx``."""
         return GptqParameters(
-            self.bits, self.group_size, sym=not self.zero_point, damp_percent=self.damp_percent, mse=self.mse
-        )
+            self.bits, self.group_size, sym=not self.zero_point, damp_percent=self.damp_percent, mse=self.mse,
+            damping=self.damping, signed_scales=self.signed_scales, polish=self.polish,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

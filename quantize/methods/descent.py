@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from quantize.methods.columns import between
@@ -20,7 +21,9 @@ from quantize.methods.compiled import compiled
 from quantize.methods.grid import as_half
 from quantize.methods.solve_state import Kernel
 
-BLOCK = 128
+BLOCK = 64
+WIDEST = 128
+"""Columns of a block, and of a group that is taken as one."""
 
 
 @dataclass
@@ -48,12 +51,14 @@ class Rounded:
 
     def values(self) -> torch.Tensor:
         """The weight that the codes stand for, [N, K]."""
-        columns = self.codes.shape[1]
-        group = torch.empty(columns, dtype=torch.int64, device=self.codes.device)
-        places = torch.arange(columns, device=self.codes.device)
-        group[places if self.order is None else self.order] = places // self.group_size
-        held = self.scales.new_tensor(0) + self.codes if self.levels is None else self.levels[self.codes.long()]
-        return self.scales.t()[:, group] * (held - self.zeros.t()[:, group])
+        rows, columns = self.codes.shape
+        held = self.codes.to(self.scales.dtype) if self.levels is None else self.levels[self.codes.long()]
+        if self.order is None:
+            groups = held.view(rows, -1, self.group_size)
+            return ((groups - self.zeros.t()[:, :, None]) * self.scales.t()[:, :, None]).view(rows, columns)
+        group = torch.empty_like(self.order)
+        group[self.order] = torch.arange(columns, device=self.codes.device) // self.group_size
+        return (held - self.zeros.t()[:, group]) * self.scales.t()[:, group]
 
 
 def descend(
@@ -73,21 +78,22 @@ def descend(
         By how much each row's error fell, [N] float64, and R at the end, [N, K].
     """
     rest = weight - rounded.values()
-    descent = _Descent(hessian, damping, rounded, rest, weight.new_zeros(len(weight), dtype=torch.float64), kernel)
+    descent = _Descent(hessian, damping, rounded, rest, weight.new_zeros(len(weight), dtype=torch.float64))
+    improve = descent.improve_numba if kernel == "numba" else descent.improve_torch
     columns, size = weight.shape[1], rounded.group_size
     for sweep in range(sweeps):
         refit = rounded.refit and sweep == 0
-        if size <= BLOCK:
-            width = BLOCK // size * size
+        if size <= WIDEST:
+            width = max(BLOCK // size, 1) * size
             for first in range(0, columns, width):
-                descent.block(first, min(first + width, columns), size, refit)
+                improve(first, min(first + width, columns), size, refit)
             continue
         for start in range(0, columns, size):
             if refit:
                 descent.refit(start // size)
             for first in range(start, start + size, BLOCK):
                 last = min(first + BLOCK, start + size)
-                descent.block(first, last, last - first, False)
+                improve(first, last, last - first, False)
     return descent.gains, rest
 
 
@@ -100,133 +106,113 @@ class _Descent:
     rounded: Rounded
     rest: torch.Tensor
     gains: torch.Tensor
-    kernel: Kernel
 
-    def block(self, first: int, last: int, size: int, refit: bool) -> None:
+    def improve_numba(self, first: int, last: int, size: int, refit: bool) -> None:
         """Improve columns ``first`` to ``last`` in the order of groups, whose groups have ``size`` columns there."""
         rounded = self.rounded
-        columns, curvature, pressure = self._around(first, last)
-        groups = slice(first // rounded.group_size, -(-last // rounded.group_size))
-        part = Rounded(
-            rounded.codes[:, columns].contiguous(),
-            rounded.scales[groups].contiguous(),
-            rounded.zeros[groups].contiguous(),
-            size, rounded.top, levels=rounded.levels, refit=refit, fit_zeros=refit and rounded.fit_zeros,
+        columns = self._columns(first, last)
+        beside = self.hessian[:, first:last] if rounded.order is None else self.hessian[:, columns]
+        levels = self.rest.new_empty(0) if rounded.levels is None else rounded.levels
+        tensors = (
+            self.rest @ beside, self.hessian, self.damping, columns, self.rest, rounded.codes, rounded.scales,
+            rounded.zeros, levels,
         )  # fmt: skip
-        improve = _improve_numba if self.kernel == "numba" else _improve_torch
-        self.rest[:, columns] -= improve(pressure, curvature, part, self.gains)
-        rounded.codes[:, columns] = part.codes
-        rounded.scales[groups], rounded.zeros[groups] = part.scales, part.zeros
+        top = np.dtype(str(self.rest.dtype).removeprefix("torch.")).type(rounded.top)  # as are all scalars in there
+        with compiled("descent_kernel") as kernels:
+            kernels.descend(
+                *(tensor.numpy() for tensor in tensors), top, size, first // rounded.group_size, refit,
+                refit and rounded.fit_zeros, self.gains.numpy(),
+            )  # fmt: skip
+
+    def improve_torch(self, first: int, last: int, size: int, refit: bool) -> None:
+        """The reference of the compiled kernel, and the implementation for GPUs: all rows of a column at a time."""
+        rounded = self.rounded
+        columns = self._columns(first, last)
+        curvature, pressure = self._around(columns)
+        held = self._held(columns)
+        limits = None if rounded.levels is None else between(rounded.levels)
+        changes = torch.zeros_like(pressure)
+        for start in range(0, len(columns), size):
+            group, members = (first + start) // rounded.group_size, slice(start, start + size)
+            if refit:
+                moved = self._refit(group, pressure[:, members], curvature[members, members], held[:, members])
+                changes[:, members] += moved
+                pressure -= moved @ curvature[members]
+            scale = rounded.scales[group]
+            for place in range(start, start + size):
+                diagonal = curvature[place, place]
+                position = held[:, place] + pressure[:, place] * diagonal.reciprocal() * scale.reciprocal()
+                if rounded.levels is None or limits is None:
+                    new = torch.round(position.clamp(0, rounded.top))
+                else:
+                    new = rounded.levels[torch.bucketize(position, limits)]
+                by = scale * (new - held[:, place])
+                fall = by * (2 * pressure[:, place] - by * diagonal)
+                taken = fall > 0
+                held[:, place] = torch.where(taken, new, held[:, place])
+                change = torch.where(taken, by, torch.zeros_like(by))
+                self.gains += torch.where(taken, fall, torch.zeros_like(fall))
+                changes[:, place] += change
+                pressure -= change[:, None] * curvature[place]
+        codes = held if limits is None else torch.bucketize(held.contiguous(), limits)
+        rounded.codes[:, columns] = codes.to(torch.uint8)
+        self.rest[:, columns] -= changes
 
     def refit(self, group: int) -> None:
         """Refit the scale and zero of a group that is wider than a block."""
-        rounded, size = self.rounded, self.rounded.group_size
-        columns, curvature, pressure = self._around(group * size, (group + 1) * size)
-        part = Rounded(
-            rounded.codes[:, columns], rounded.scales[group : group + 1], rounded.zeros[group : group + 1], size,
-            rounded.top, levels=rounded.levels, fit_zeros=rounded.fit_zeros,
-        )  # fmt: skip
-        held = _held(part, pressure.dtype)
-        self.rest[:, columns] -= _refit(pressure, curvature, held, part, 0, gains=self.gains)
+        size = self.rounded.group_size
+        columns = self._columns(group * size, (group + 1) * size)
+        curvature, pressure = self._around(columns)
+        self.rest[:, columns] -= self._refit(group, pressure, curvature, self._held(columns))
 
-    def _around(self, first: int, last: int) -> tuple[slice | torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The columns in natural order, damped H there, and damped R H there."""
+    def _columns(self, first: int, last: int) -> torch.Tensor:
+        """Columns in natural order by place in the order of groups."""
         order = self.rounded.order
-        columns = slice(first, last) if order is None else order[first:last]
+        return torch.arange(first, last, device=self.rest.device) if order is None else order[first:last]
+
+    def _around(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Damped H at ``columns`` [B], [B, B], and damped R H there, [N, B]."""
         beside, damping = self.hessian[:, columns], self.damping[columns]
-        pressure = (self.rest @ beside).addcmul_(self.rest[:, columns], damping)
-        curvature = beside[columns].clone(memory_format=torch.contiguous_format)
+        pressure = (self.rest @ beside) + self.rest[:, columns] * damping
+        curvature = beside[columns]
         curvature.diagonal().add_(damping)
-        return columns, curvature, pressure
+        return curvature, pressure
 
+    def _held(self, columns: torch.Tensor) -> torch.Tensor:
+        """What codes stand for before scale and zero, [N, B]."""
+        codes, levels = self.rounded.codes[:, columns], self.rounded.levels
+        return codes.to(self.rest.dtype) if levels is None else levels[codes.long()]
 
-def _improve_numba(pressure: torch.Tensor, curvature: torch.Tensor, part: Rounded, gains: torch.Tensor) -> torch.Tensor:
-    changes = torch.empty_like(pressure)
-    levels = pressure.new_empty(0) if part.levels is None else part.levels
-    tensors = (pressure, curvature, part.codes, part.scales, part.zeros, levels)
-    top = pressure.new_tensor(part.top).numpy()[()]  # of the weight's dtype, as are all scalars in the kernel
-    with compiled("descent_kernel") as kernels:
-        kernels.descend(
-            *(tensor.numpy() for tensor in tensors), top, part.group_size, part.refit, part.fit_zeros,
-            changes.numpy(), gains.numpy(),
-        )  # fmt: skip
-    return changes
+    def _refit(self, group: int, pressure: torch.Tensor, curvature: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        """Refit one group's scale, then its zero, in place; returns what its weights change by, [N, size].
 
-
-def _improve_torch(pressure: torch.Tensor, curvature: torch.Tensor, part: Rounded, gains: torch.Tensor) -> torch.Tensor:
-    """The reference of the compiled kernel, and the implementation for GPUs: all rows of a column at a time."""
-    changes = torch.zeros_like(pressure)
-    held = _held(part, pressure.dtype)
-    limits = None if part.levels is None else between(part.levels)
-    for first in range(0, pressure.shape[1], part.group_size):
-        group, columns = first // part.group_size, slice(first, first + part.group_size)
-        if part.refit:
-            inside = pressure[:, columns].contiguous()
-            moved = _refit(inside, curvature[columns, columns], held[:, columns], part, group, gains=gains)
-            changes[:, columns] += moved
-            pressure -= moved @ curvature[columns]
-        scale, zero = part.scales[group], part.zeros[group]
-        for column in range(first, first + part.group_size):
-            diagonal = curvature[column, column]
-            value = scale * (held[:, column] - zero)
-            position = (value + pressure[:, column] / diagonal) / scale + zero
-            if part.levels is None or limits is None:
-                new = torch.round(position.clamp(0, part.top))
-            else:
-                new = part.levels[torch.bucketize(position, limits)]
-            by = scale * (new - zero) - value
-            fall = 2 * by.double() * pressure[:, column] - by.double().square() * diagonal
-            better = fall > 0
-            held[:, column] = torch.where(better, new, held[:, column])
-            change = torch.where(better, by, torch.zeros_like(by))
-            gains += torch.where(better, fall, torch.zeros_like(fall))
-            changes[:, column] += change
-            pressure -= change[:, None] * curvature[column]
-    codes = held if limits is None else torch.bucketize(held.contiguous(), limits)
-    part.codes.copy_(codes.to(torch.uint8))
-    return changes
-
-
-def _refit(
-    pressure: torch.Tensor,
-    curvature: torch.Tensor,
-    held: torch.Tensor,
-    part: Rounded,
-    group: int,
-    *,
-    gains: torch.Tensor,
-) -> torch.Tensor:
-    """Refit one group's scale, then its zero, in place; returns what its weights change by, [N, size].
-
-    Args:
-        pressure: damped R H at the group's columns, [N, size]. curvature: damped H there. held: what its codes stand
-            for. gains: the rows' gains, which are added to.
-    """
-    scale, zero = part.scales[group], part.zeros[group]
-    apart = held - zero[:, None]
-    slope = (apart.double() * pressure).sum(dim=1)
-    bend = (apart.double() * (apart @ curvature)).sum(dim=1)
-    better = as_half(scale + (slope / torch.where(bend > 0, bend, torch.ones_like(bend))).to(scale.dtype))
-    by = better.double() - scale
-    fall = 2 * by * slope - by.square() * bend
-    taken = (bend > 0) & (better * scale > 0) & (fall > 0)
-    moved = torch.where(taken, by, torch.zeros_like(by)).to(scale.dtype)[:, None] * apart
-    gains += torch.where(taken, fall, torch.zeros_like(fall))
-    scale.copy_(torch.where(taken, better, scale))
-    if part.fit_zeros:
-        whole = curvature.double().sum()
-        slope = (pressure - moved @ curvature).double().sum(dim=1)
-        wanted = torch.round(zero - (slope / whole).to(scale.dtype) / scale)
-        better = wanted.clamp(1, part.top)
-        by = scale.double() * (zero - better)
-        fall = 2 * by * slope - by.square() * whole
-        taken = (whole > 0) & (fall > 0)
-        moved = moved + torch.where(taken, by, torch.zeros_like(by)).to(scale.dtype)[:, None]
-        gains += torch.where(taken, fall, torch.zeros_like(fall))
-        zero.copy_(torch.where(taken, better, zero))
-    return moved
-
-
-def _held(part: Rounded, dtype: torch.dtype) -> torch.Tensor:
-    """What codes stand for before scale and zero, [N, B]."""
-    return part.codes.to(dtype) if part.levels is None else part.levels[part.codes.long()]
+        Args:
+            pressure: damped R H at the group's columns, [N, size]. curvature: damped H there. held: what its codes
+                stand for.
+        """
+        rounded = self.rounded
+        scale, zero = rounded.scales[group], rounded.zeros[group]
+        apart = held - zero[:, None]
+        turned = apart @ curvature
+        slope = (apart.double() * pressure).sum(dim=1)
+        bend = (apart.double() * turned).sum(dim=1)
+        better = as_half(scale + (slope / torch.where(bend > 0, bend, torch.ones_like(bend))).to(scale.dtype))
+        by = better.double() - scale
+        fall = 2 * by * slope - by.square() * bend
+        taken = (bend > 0) & (better * scale > 0) & (fall > 0)
+        step = torch.where(taken, by, torch.zeros_like(by)).to(scale.dtype)[:, None]
+        moved = step * apart
+        self.gains += torch.where(taken, fall, torch.zeros_like(fall))
+        scale.copy_(torch.where(taken, better, scale))
+        if rounded.fit_zeros:
+            whole = curvature.double().sum()
+            slope = (pressure - step * turned).double().sum(dim=1)
+            wanted = torch.round(zero - (slope / whole).to(scale.dtype) / scale)
+            better = wanted.clamp(1, rounded.top)
+            by = scale.double() * (zero - better)
+            fall = 2 * by * slope - by.square() * whole
+            taken = (whole > 0) & (fall > 0)
+            moved = moved + torch.where(taken, by, torch.zeros_like(by)).to(scale.dtype)[:, None]
+            self.gains += torch.where(taken, fall, torch.zeros_like(fall))
+            zero.copy_(torch.where(taken, better, zero))
+        return moved

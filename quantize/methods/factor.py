@@ -18,7 +18,7 @@ massive channels own the mean."""
 RAISE_BY = 10.0
 DAMP_LIMIT = 10.0
 FLOOR = 0.01  # of the mean, added to a channel's own diagonal: a channel that was always zero has none
-MASSIVE = 2.0  # ratio of mean to median from which the channels' own diagonals are taken
+MASSIVE = 50.0  # ratio of the largest diagonal to the median from which the channels' own diagonals are taken
 FIRST_DAMP = 0.01  # first damping tried when the requested one was 0 and did not suffice
 
 
@@ -62,13 +62,15 @@ def group_aware_order(hessian: torch.Tensor, group_size: int) -> torch.Tensor:
 def damping_rule(diagonal: torch.Tensor, damping: Damping = "auto") -> tuple[Damping, torch.Tensor]:
     """The rule that ``damping`` comes to for a Hessian with this ``diagonal`` [K], and what damping is a share of, [K].
 
-    The mean drowns ordinary channels where a few are massive, as in most models of the Llama kind from a certain size;
-    damping by each channel's own diagonal leaves them their curvature. Where channels are alike, both are the same
-    size, and the mean regularizes weak channels better.
+    Where a few channels are massive, their mean drowns the curvature of the ordinary ones and hardly damps their own;
+    there, each channel is damped by its own diagonal. Where channels are alike, the mean regularizes weak channels
+    better, above all at 2 bits (docs/solver.md).
     """
     average = mean(diagonal) or 1.0
     if damping == "auto":
-        damping = "own" if average > MASSIVE * float(diagonal.double().median()) else "mean"
+        alive = diagonal[diagonal > 0].double()
+        massive = len(alive) > 0 and float(alive.max()) > MASSIVE * float(alive.median())
+        damping = "own" if massive else "mean"
     base = diagonal + FLOOR * average if damping == "own" else torch.full_like(diagonal, average)
     return damping, base
 

@@ -53,8 +53,12 @@ class GptqParameters:
     def group_size_of(self, columns: int) -> int:
         return columns if self.group_size == -1 else self.group_size
 
+    def batch_key(self, columns: int) -> tuple[float, Damping, tuple[str, int]]:
+        """Variants with equal keys share a factorization, and are solved side by side."""
+        return self.damp_percent, self.damping, self.order_key(columns)
+
     def order_key(self, columns: int) -> tuple[str, int]:
-        """Key of the column order; variants with equal keys share a factorization."""
+        """Key of the column order."""
         if self.desc_act:
             return "activation", 0
         if self.act_group_aware:
@@ -132,7 +136,7 @@ def solve(
         raise SolveError("its input statistics are not finite")
     batches: dict[tuple[float, Damping, tuple[str, int]], list[int]] = {}
     for index, variant in enumerate(variants):
-        batches.setdefault((variant.damp_percent, variant.damping, variant.order_key(columns)), []).append(index)
+        batches.setdefault(variant.batch_key(columns), []).append(index)
     for (damp_percent, damping, order), members in batches.items():
         asked = [variants[index] for index in members]
         try:

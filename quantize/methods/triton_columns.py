@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
 
 TINY, MOST = tl.constexpr(HALF_TINY), tl.constexpr(HALF_MAX)
 TRIED = tl.constexpr(len(REACHES))
-TRIALS = tl.constexpr(triton.next_power_of_2(len(REACHES)))
+TRIALS = tl.constexpr(triton.next_power_of_2(2 * len(REACHES)))
 MAGIC = tl.constexpr(1.5 * 2.0**23)  # float32 values of this size are integers, so adding it rounds, ties to even
 INFINITY = tl.constexpr(float("inf"))
 
@@ -52,7 +52,7 @@ def _between(low: tl.tensor, high: tl.tensor, top: tl.tensor, sym: tl.tensor) ->
 @triton.jit  # type: ignore[untyped-decorator]
 def _fit(
     rows: tl.tensor, inside: tl.tensor, importance: tl.tensor, size: tl.tensor,
-    top: tl.tensor, sym: tl.tensor, mse: tl.tensor, reaches: tl.tensor,
+    top: tl.tensor, sym: tl.tensor, mse: tl.tensor, signed: tl.tensor, reaches: tl.tensor,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Fit the grids of groups of ``size`` members starting at the pointers ``rows`` [ROWS]; ``inside`` masks lanes."""
     low = tl.zeros(inside.shape, tl.float32)
@@ -62,8 +62,11 @@ def _fit(
         low = tl.minimum(low, value)
         high = tl.maximum(high, value)
     number = tl.arange(0, TRIALS)
-    reach = tl.load(reaches + number, number < TRIED, 1.0)[:, None]
+    # with signed scales each range is tried with both signs, one after the other
+    step = tl.where(signed, number // 2, number)
+    reach = tl.load(reaches + step, step < TRIED, 1.0)[:, None]
     trial, origin = _between(low[None, :] * reach, high[None, :] * reach, top, sym)
+    trial = tl.where((signed & (number % 2 == 1))[:, None], -trial, trial)
     error = tl.zeros_like(trial)
     if mse:
         for member in range(size):
@@ -71,7 +74,7 @@ def _fit(
             code = _code(value, trial, origin, top)
             apart = trial * (code - origin) - value
             error += tl.load(importance + member) * (apart * apart)
-    wanted = (number < TRIED) & (mse | (number == 0))
+    wanted = (step < TRIED) & (mse | (number == 0))
     # a NaN error must not win
     error = tl.where(wanted[:, None] & (error < INFINITY), error, INFINITY)
     chosen = number[:, None] == tl.argmin(error, axis=0, tie_break_left=True)[None, :]
@@ -82,14 +85,15 @@ def _fit(
 def _fit_groups(
     weight: tl.tensor, importance: tl.tensor, reaches: tl.tensor, scales: tl.tensor, zeros: tl.tensor,
     rows: tl.tensor, columns: tl.tensor, size: tl.tensor, top: tl.tensor, sym: tl.tensor, mse: tl.tensor,
-    ROWS: tl.constexpr,
+    signed: tl.tensor, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     group = tl.program_id(1)
     inside = row < rows
     scale, zero = _fit(
-        weight + row * columns + group * size, inside, importance + group * size, size, top, sym != 0, mse != 0, reaches
-    )
+        weight + row * columns + group * size, inside, importance + group * size, size, top, sym != 0, mse != 0,
+        signed != 0, reaches,
+    )  # fmt: skip
     tl.store(scales + group * rows + row, scale, inside)
     tl.store(zeros + group * rows + row, zero, inside)
 
@@ -103,8 +107,9 @@ def _round_columns(
     ROWS: tl.constexpr, LENGTH: tl.constexpr,
 ) -> None:  # fmt: skip
     variant = tl.program_id(1)
-    size, levels = tl.load(settings + 4 * variant), tl.load(settings + 4 * variant + 1)
-    sym, mse = tl.load(settings + 4 * variant + 2) != 0, tl.load(settings + 4 * variant + 3) != 0
+    settings += 5 * variant
+    size, levels = tl.load(settings), tl.load(settings + 1)
+    sym, mse, signed = tl.load(settings + 2) != 0, tl.load(settings + 3) != 0, tl.load(settings + 4) != 0
     top = levels.to(tl.float32)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -132,7 +137,7 @@ def _round_columns(
             tl.store(work + (row * columns)[None, :] + place[:, None], block, whole)
             tl.debug_barrier()  # other threads read what this one wrote
             fitted, origin = _fit(
-                work + column + row * columns, inside, importance + column, size, top, sym, mse, reaches
+                work + column + row * columns, inside, importance + column, size, top, sym, mse, signed, reaches
             )
             tl.store(scales + grid, fitted, inside)
             tl.store(zeros + grid, origin, inside)
@@ -164,14 +169,17 @@ def fit_groups(
     reaches = torch.tensor(REACHES, device=weight.device, dtype=weight.dtype)
     _fit_groups[(triton.cdiv(rows, ROWS), groups)](
         weight.contiguous(), importance.contiguous(), reaches, scales, zeros,
-        rows, columns, size, float(grid.top), int(grid.sym), int(grid.mse), ROWS=ROWS, **OPTIONS,
+        rows, columns, size, float(grid.top), int(grid.sym), int(grid.mse), int(grid.signed), ROWS=ROWS, **OPTIONS,
     )  # fmt: skip
     return scales, zeros
 
 
 def settings_of(sizes: list[int], grids: list[Grid], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The variants' size, top, sym and mse, [V, 4] int32, and the range factors that a search tries, float32."""
-    rows = [[size, grid.top, int(grid.sym), int(grid.mse)] for size, grid in zip(sizes, grids, strict=True)]
+    """The variants' size, top, sym, mse and signed, [V, 5] int32, and the range factors of a search, float32."""
+    rows = [
+        [size, grid.top, int(grid.sym), int(grid.mse), int(grid.signed)]
+        for size, grid in zip(sizes, grids, strict=True)
+    ]
     return torch.tensor(rows, device=device, dtype=torch.int32), torch.tensor(REACHES, device=device)
 
 

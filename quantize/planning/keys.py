@@ -14,7 +14,7 @@ from quantize.errors import printable, shortened
 from quantize.recipe.methods import Awq, Gptq, Method, Variant
 from quantize.recipe.schema import Release
 
-SOLVER_VERSION = 5
+SOLVER_VERSION = 6
 """Raise it when the bytes for the same source, tokens and parameters change: finished variants become stale."""
 STATISTICS_VERSION = 2
 """Raise it when the statistics for the same source and windows change, saved ones and importance matrices included."""

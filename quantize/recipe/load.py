@@ -308,8 +308,11 @@ def branch_name(variant: Variant, defaults: Gptq | Awq) -> str:
         name += f"-rounding_{variant.rounding}"
     if variant.damp_percent != defaults.damp_percent and "damp_percent" not in own_ways:
         name += f"-damp_{variant.damp_percent:g}"
-    if variant.mse != defaults.mse and len(own_ways.get("mse", BOTH)) > 1:
-        name += f"-mse_{variant.mse}"
+    if variant.damping != defaults.damping and "damping" not in own_ways:
+        name += f"-damping_{variant.damping}"
+    for step in ("mse", "signed_scales", "polish"):
+        if getattr(variant, step) != getattr(defaults, step) and len(own_ways.get(step, BOTH)) > 1:
+            name += f"-{step}_{getattr(variant, step)}"
     if variant.engine != defaults.engine:
         name += f"-{variant.engine}"
     return name

@@ -51,6 +51,7 @@ def _desc_act(value: Any) -> Any:
 
 
 DescAct = Annotated[bool | Literal["static"], BeforeValidator(_desc_act)]
+Damping = Literal["auto", "own", "mean"]
 Propagate = Literal["auto", "source", "quantized"]
 Outcome = Literal["damp_raised", "dead_columns", "rtn_fallback", "scale_overflow", "scale_underflow", "starved_expert"]
 
@@ -97,7 +98,21 @@ class EngineChoice(Strict):
         return value
 
 
-class GptqParameters(Strict):
+class Solving(Strict):
+    """What both methods leave to the solver; the file format is the same whatever is chosen."""
+
+    damp_percent: float = Field(default=0.1, gt=0, lt=1)
+    damping: Damping = "auto"
+    """What ``damp_percent`` is a share of: each channel's own diagonal of the Hessian, or the mean of all."""
+    mse: bool = True
+    """Search for each group's range with the smallest error, weighted as in the solve; AWQ calls it weight clipping."""
+    signed_scales: bool = True
+    """Let the search turn a symmetric group's grid round by a negative scale."""
+    polish: bool = True
+    """After the solve, refit scales and improve codes by coordinate descent."""
+
+
+class GptqParameters(Solving):
     """The parameters of one GPTQ solve, with the names of the loaders and papers."""
 
     bits: Bits = 4
@@ -106,9 +121,6 @@ class GptqParameters(Strict):
     act_group_aware: bool = True
     """If ``desc_act`` is false: solve groups, and the columns in them, by activation. The file format is the same."""
     sym: bool = True
-    damp_percent: float = Field(default=0.1, gt=0, lt=1)
-    mse: bool = True
-    """Search for each group's range with the smallest error, weighted as in the solve."""
     propagate: Propagate = "auto"
     """Activations for the statistics: those of the source model, or of the blocks quantized so far."""
 
@@ -154,7 +166,10 @@ class GptqMatrix(Strict):
     desc_act: list[DescAct] = Field(default=[], min_length=1)
     sym: list[bool] = Field(default=[], min_length=1)
     damp_percent: list[float] = Field(default=[], min_length=1)
+    damping: list[Damping] = Field(default=[], min_length=1)
     mse: list[bool] = Field(default=[], min_length=1)
+    signed_scales: list[bool] = Field(default=[], min_length=1)
+    polish: list[bool] = Field(default=[], min_length=1)
     engine: list[str] = Field(default=[], min_length=1)
 
 
@@ -170,7 +185,7 @@ class Gptq(GptqParameters, EngineChoice):
     fail_on: list[Outcome] = []
 
 
-class AwqParameters(Strict):
+class AwqParameters(Solving):
     """The parameters of one AWQ variant, with the names of the loaders and the paper."""
 
     bits: Literal[4] = 4
@@ -178,9 +193,6 @@ class AwqParameters(Strict):
     zero_point: bool = True
     rounding: Literal["gptq", "nearest"] = "gptq"
     """Rounding of the scaled weights: by GPTQ with the same statistics, or to the nearest code."""
-    damp_percent: float = Field(default=0.1, gt=0, lt=1)
-    mse: bool = True
-    """Search for each group's range with the smallest error, which AWQ calls weight clipping."""
 
     @field_validator("group_size")
     @classmethod
