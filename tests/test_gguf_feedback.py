@@ -15,7 +15,7 @@ import torch
 from conftest import Command
 from outcome import assert_refused
 from reporting import Remembering
-from tiny import SMALL, small_wide_model
+from tiny import SMALL, small_wide_model, wide_model
 
 import quantize
 from quantize.building import error_feedback
@@ -375,6 +375,35 @@ class TestLevels:
             ours, plain = (one.tensors("Q4_0")[f"blk.0.{name}.weight"].data for one in (found, theirs))
             same = [np.array_equal(left, right) for left, right in zip(ours, plain, strict=True)]
             assert [place for place, equal in enumerate(same) if equal] == sorted(SILENT)
+
+    def test_a_transposed_weight_is_solved_by_its_real_inputs(self, tokenizer_folder: Path, tmp_path: Path) -> None:
+        """GPT-2 stores its linears [in, out]; the converter turns them."""
+        from gguf.quants import dequantize
+        from transformers import AutoModelForCausalLM
+
+        from quantize.calibration.tokens import load_tokenizer, sample_tokens
+
+        sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_ctx": 256}
+        folder = wide_model(tmp_path / "small", tokenizer_folder, architecture="gpt2", **sizes)
+        found = Built(write(tmp_path / "r.yaml", folder, levels=("Q4_0",)), tmp_path / "dist")
+        plan, rows = found.result.plan, found.rows("Q4_0")
+        ids = torch.from_numpy(sample_tokens(plan.recipe.calibration, load_tokenizer(plan.source)).ids)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        block, tensors, seen = model.transformer.h[0], found.tensors("Q4_0"), dict[str, torch.Tensor]()
+        places = {"attn_qkv": block.attn.c_attn, "attn_output": block.attn.c_proj, "ffn_up": block.mlp.c_fc}
+        for name, linear in places.items():
+            linear.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: inputs[0].double()}))
+        with torch.inference_mode():
+            model(ids)
+        for name, linear in places.items():
+            inputs, weight = seen[name].reshape(-1, linear.weight.shape[0]), linear.weight.detach().double().t()
+            tensor = tensors[f"blk.0.{name}.weight"]
+            rest = weight - torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).double()
+            error = float((inputs @ rest.t()).square().sum() / (inputs @ weight.t()).square().sum())
+            row = rows[f"blk.0.{name}.weight"]
+            assert row["outcome"] == "solved"
+            assert row["relative_error"] == pytest.approx(error, rel=0.02)
+            assert row["relative_error"] < 0.8 * row["relative_error_before"]
 
     @pytest.mark.full
     def test_rebuild_gives_the_same_bytes(self, built: Built, small_llama: Path, invoke: Command) -> None:
