@@ -29,6 +29,7 @@ from benchmarks import (
     ray_scaling,
     sequential,
     solver,
+    solver_gguf,
 )
 from benchmarks.ours import DEMO, Task, Variant
 
@@ -87,6 +88,7 @@ TABLES = {
     ),
     "kills": Table(lambda it: kills.campaign(it.model, it.kills, it.folder) if it.model else None, ("model",)),
     "gguf": Table(lambda it: gguf.compare(it.folder)),
+    "solver-gguf": Table(lambda it: solver_gguf.compare(it.small, it.held_out, it.folder), ALL),
     "engines-small": Table(
         lambda it: engines.compare(
             "engines-small", f"All engines on {it.name}", it.small, it.held_out, True, it.limit, it.folder

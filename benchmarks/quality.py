@@ -48,7 +48,7 @@ def compare(name: str, title: str, task: Task, cells: list[Variant], evaluation:
     assert plan.gguf
     for item in plan.gguf.levels:
         files = sorted(plan.finished(item)["files"])
-        outside[item.label] = _by_llama_cpp(item.folder / files[0], ids, folder)
+        outside[item.label] = by_llama_cpp(item.folder / files[0], ids, folder)
         print(
             f"{name}: {item.label}: {rows[item.label]['perplexity']:.3f}, llama.cpp {outside[item.label]:.3f}",
             flush=True,
@@ -95,7 +95,7 @@ def _by_transformers(folder: Path, ids: np.ndarray) -> float:
     return math.exp(float(torch.cat(losses).mean()))
 
 
-def _by_llama_cpp(file: Path, ids: np.ndarray, scratch: Path) -> float:
+def by_llama_cpp(file: Path, ids: np.ndarray, scratch: Path) -> float:
     import torch
 
     from quantize.gguf import worker_logits

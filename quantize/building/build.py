@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.dist.layout import Dist, publish
 from quantize.dist.ledger import oddities
 from quantize.dist.origins import remember_origins
+from quantize.dist.resume import Unfinished
 from quantize.options import BuildOptions
 from quantize.planning.items import PlannedVariant
 from quantize.planning.ownership import origin_of
@@ -60,6 +61,18 @@ class Diagonals:
     """
 
     by_linear: Mapping[str, tuple[NDArray[np.float32], int]]
+    compute: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Hessians:
+    """What a pass saved for error feedback on GGUF levels.
+
+    Attributes:
+        saved: the unfinished build in whose folder they lie. compute: how they were computed, for the manifest.
+    """
+
+    saved: Unfinished
     compute: Mapping[str, Any]
 
 

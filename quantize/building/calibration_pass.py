@@ -19,6 +19,7 @@ from quantize.branches.branch import Branch
 from quantize.building.awq_blocks import AwqBlocks
 from quantize.building.build import Build
 from quantize.building.gptq_blocks import GptqBlocks
+from quantize.calibration.hessians import HessianFiles
 from quantize.calibration.kinds import kind_of
 from quantize.calibration.parts import cut
 from quantize.calibration.statistics import InputStatistics
@@ -60,6 +61,7 @@ class CalibrationPass:
         self.build, self.plan, self.reporter, self.executor = build, build.plan, build.reporter, build.executor
         self.model, self.tokens, self.branches = state.model, state.tokens, state.branches
         self.diagonals, self.unfinished, self.store = state.diagonals, state.unfinished, state.store
+        self.hessians = HessianFiles(self.unfinished.hessians) if self.unfinished.state.hessians else None
         if self.store and self.model.hands_on and not self.unfinished.state.from_store:
             self.reporter.say(
                 "statistics are not kept: blocks of this architecture leave keys and values for later ones"
@@ -149,7 +151,7 @@ class CalibrationPass:
             return shared, [], sample if wanted else None
         store = self.store if self.store and not self.store.has(index) else None
         first = store is not None and kind_of(block) not in self._kinds
-        gather = bool(self.sharing or self.awq or self.diagonals is not None or store)
+        gather = bool(self.sharing or self.awq or self.diagonals is not None or store or self.hessians)
         with self.reporter.stage("forward"):
             gathered = streams.statistics(index, block, gather, wanted or first)
         shared, *own = gathered.streams
@@ -178,6 +180,9 @@ class CalibrationPass:
                         weight = self.model.stored_weight(index, linear)
                         squares = ((weight @ group.hessian) * weight).sum(dim=1).clamp(min=0)
                         self.diagonals[name + OUTPUTS] = squares.cpu().numpy(), group.tokens
+        if self.hessians:
+            with self.reporter.stage("write"):
+                self._save_hessians(index, shared, self.hessians)
         # other workers solve while AWQ is solved here
         common = gptq.begin(index, shared, self.sharing) if gptq and self.sharing else []
         drifting = []
@@ -195,6 +200,15 @@ class CalibrationPass:
                 if streams and index + 1 < len(self.model):
                     with self.reporter.stage("forward"):
                         streams.advance(index, block, number, weights)
+
+    def _save_hessians(self, index: int, groups: Sequence[InputStatistics], files: HessianFiles) -> None:
+        """For error feedback on GGUF levels, of the inputs that a token reached."""
+        inputs = []
+        for group in groups:
+            names = [self.model.checkpoint_name(index, linear.local) for linear in group.linears]
+            if group.tokens and not self.plan.hessians.isdisjoint(names):
+                inputs.append((names, group.hessian, group.tokens))
+        files.write(index, inputs)
 
     def _copy_unquantized(self) -> None:
         """Embeddings, norms, head: the source's bytes, in every branch. AWQ changes what lies in the blocks."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import threading
@@ -14,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from quantize import __version__
-from quantize.building.build import Build, Diagonals
+from quantize.building.build import Build, Diagonals, Hessians
+from quantize.building.error_feedback import ErrorFeedback, Made
 from quantize.dist.layout import FileEntry
 from quantize.dist.manifest import Manifest, Recorded, read_manifest, update, with_level
 from quantize.dist.manifest_schema import SCHEMA
@@ -68,11 +68,17 @@ def convert_source(build: Build) -> Converted:
     return Converted(path, header, {**checked, **({"notes": notes} if notes else {})})
 
 
-def build_levels(build: Build, converted: Converted, diagonals: Diagonals | None) -> list[str]:
+def build_levels(
+    build: Build, converted: Converted, diagonals: Diagonals | None, hessians: Hessians | None = None
+) -> dict[str, list[str]]:
     """Make every level that is left; each is put into place as soon as it is whole.
 
+    Args:
+        diagonals: for the importance matrix, where the pass gathered one. hessians: for error feedback, where it saved
+            them.
+
     Returns:
-        The labels of what was built.
+        By label, tensors that error feedback should have solved but could not.
 
     Raises:
         GgufError: llama.cpp refuses. BuildError: not enough disk.
@@ -96,11 +102,25 @@ def build_levels(build: Build, converted: Converted, diagonals: Diagonals | None
         np.savez(vectors, **arrays)
     quantizers = build.executor.quantizers([path.parent, work], plan.budget, reporter)
     with reporter.stage("levels"):
-        _Lanes(build, manifest, quantizers, _Inputs(path, vectors, importance)).run()
+        lanes = _Lanes(build, manifest, quantizers, _Inputs(path, vectors, importance))
+        lanes.run()
+    unsolved: dict[str, list[str]] = {}
+    if lanes.to_solve:
+        assert hessians is not None
+        with reporter.stage("error feedback"):
+            rows = ErrorFeedback(build, path, header, hessians, lanes.to_solve).run()
+        for made in lanes.to_solve:
+            with reporter.stage("write"):
+                solved: Recorded = {"solve": "error_feedback", "tensors": rows[made.item.level]}
+                lanes.place(made.item, made.path, {**solved, "compute": dict(hessians.compute)})
+            assert made.item.feedback
+            planned = {target.name for target in made.item.feedback.targets}
+            missed = [row for row in rows[made.item.level] if row["outcome"] != "solved" and row["tensor"] in planned]
+            unsolved[made.item.label] = [row["tensor"] for row in missed]
     for name in licence_files(plan.source):
         with build.dist.replacing(levels.folder / name) as temporary:
             copy_unchanged(plan.source, name, temporary)
-    return [item.label for item in todo]
+    return unsolved
 
 
 def _make_projector(build: Build, levels: LevelPlan, item: PlannedLevel, manifest: _LevelsManifest) -> None:
@@ -222,6 +242,7 @@ class _Lanes:
         self._waiting = [item for item in build.plan.level_work if not item.is_projector]
         self._lanes, self._threads = quantizers.lanes(max(1, len(self._waiting)))
         self._failures: list[Exception] = []
+        self.to_solve: list[Made] = []
         self._lock = threading.Lock()
         self._advance: Advance = lambda count: None
 
@@ -242,6 +263,7 @@ class _Lanes:
                 raise
         if self._failures:
             raise self._failures[0]
+        self.to_solve.sort(key=lambda made: made.item.level)
 
     def _work(self) -> None:
         while True:
@@ -279,13 +301,28 @@ class _Lanes:
             code, log = self.quantizers.run(asked, self._heard)
             if code:
                 raise failure(item.level, code, log)
-            self._place(item, temporary)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
+            if item.feedback and item.feedback.targets:
+                made = Made(item, temporary)
+                with self._lock:
+                    self.to_solve.append(made)
+                return
+            self.place(item, temporary)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
-    def _place(self, item: PlannedLevel, temporary: Path) -> None:
-        """Check a finished file, split it where it is too large, and put it where it belongs."""
+    def place(self, item: PlannedLevel, temporary: Path, solved: Recorded | None = None) -> None:
+        """Check a finished file, split it where it is too large, and put it where it belongs.
+
+        Args:
+            solved: for the manifest, where the level was solved with error feedback.
+        """
+        try:
+            self._place(item, temporary, solved or {})
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _place(self, item: PlannedLevel, temporary: Path, solved: Recorded) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         size, limit = temporary.stat().st_size, self.levels.section.max_file_size
@@ -306,6 +343,7 @@ class _Lanes:
                 "files": described,
                 "tensor_types": dict(item.outcome.types) if item.outcome else {},
                 "fallbacks": list(item.outcome.fallbacks) if item.outcome else [],
+                **solved,
             })  # fmt: skip
 
 

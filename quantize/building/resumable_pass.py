@@ -7,7 +7,7 @@ from typing import Any
 
 from quantize.branches.branch import Branch
 from quantize.branches.completion import Made, NotOnDisk, complete, versions
-from quantize.building.build import Build, Diagonals
+from quantize.building.build import Build, Diagonals, Hessians
 from quantize.building.calibration_pass import CalibrationPass, PassState
 from quantize.calibration.forward import choose_device, choose_dtype
 from quantize.calibration.store import StatisticsStore
@@ -45,7 +45,7 @@ class Pass:
             **({"shards": plan.shards} if plan.shards > 1 else {}),
         }
         self.store = self._statistics_store(build.options.keep_statistics)
-        inputs = {
+        inputs: dict[str, Any] = {
             "versions": versions(self.compute["kernel"]),
             "compute": decides_bytes(self.compute),
             "source": plan.source.hashes,
@@ -53,8 +53,12 @@ class Pass:
         }
         keys = {item.label: key_of(plan.key_inputs(item)) for item in self.todo}
         ways = ["kept", "gathered"] if self._needs_no_forward else ["gathered"]
-        imatrix = plan.gathers_imatrix
-        states = [State(inputs | {"statistics": way}, keys, imatrix, plan.table.blocks) for way in ways]
+        imatrix, hessians = plan.gathers_imatrix, bool(plan.hessians)
+        if hessians:
+            inputs["hessians"] = key_of({"of": sorted(plan.hessians)})
+        states = [
+            State(inputs | {"statistics": way}, keys, imatrix, plan.table.blocks, hessians=hessians) for way in ways
+        ]
         self.unfinished = open_unfinished(plan.dist, states)
         self._diagonals = self.unfinished.diagonals() if imatrix else None
 
@@ -62,6 +66,11 @@ class Pass:
     def diagonals(self) -> Diagonals | None:
         """For an importance matrix; None where the pass gathers none."""
         return None if self._diagonals is None else Diagonals(self._diagonals, self.compute)
+
+    @property
+    def hessians(self) -> Hessians | None:
+        """Those for GGUF levels; None where the pass saves none."""
+        return Hessians(self.unfinished, self.compute) if self.unfinished.state.hessians else None
 
     def run(self) -> list[Branch]:
         """Have the executor solve every branch to its end, in the folder of the unfinished build.
@@ -147,4 +156,6 @@ class Pass:
 
     def _what(self) -> str:
         parts = [f"{len(self.todo)} branch{'es' if len(self.todo) != 1 else ''}"] if self.todo else []
-        return " and ".join([*parts, *(["an importance matrix"] if self._diagonals is not None else [])])
+        parts += ["an importance matrix"] if self._diagonals is not None else []
+        parts += ["error feedback"] if self.plan.hessians else []
+        return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 2 else parts)

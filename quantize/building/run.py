@@ -13,12 +13,13 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from quantize.building.build import Build, BuildResult, Diagonals, claim
+from quantize.building.build import Build, BuildResult, claim
 from quantize.dist.layout import Dist, locked
 from quantize.dist.resume import Unfinished, find_unfinished
 from quantize.errors import BuildError, CalibrationError, DamagedBuild, PlanError, SourceChanged, SourceError
 from quantize.files.cache import cache_error, require_cache
 from quantize.files.child import without_secrets
+from quantize.files.digest import key_of
 from quantize.options import BuildOptions
 from quantize.planning.engines import require_engines
 from quantize.planning.items import PlannedVariant
@@ -31,6 +32,7 @@ from quantize.reporter import Reporter
 
 if TYPE_CHECKING:
     from quantize.building.gguf_levels import Converted
+    from quantize.building.resumable_pass import Pass
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -97,21 +99,21 @@ def _open(plan: Plan, held: Dist, options: BuildOptions, reporter: Reporter) -> 
 
 
 def _build(build: Build, result: BuildResult) -> None:
-    plan, diagonals, converted = build.plan, None, None
+    plan, converted, passed = build.plan, None, None
     if plan.level_work:
         from quantize.building.gguf_levels import convert_source
 
         converted = convert_source(build)
-    if plan.native_work or plan.gathers_imatrix:
-        diagonals = _build_branches(build, result)
+    if plan.needs_pass:
+        passed = _build_branches(build, result)
     if plan.engine_work:
         _build_by_engines(build, result)
     if converted:
-        _build_levels(build, converted, diagonals, result)
+        _build_levels(build, converted, passed, result)
 
 
-def _build_branches(build: Build, result: BuildResult) -> Diagonals | None:
-    """Solve the branches that are not fresh and put them into place; returns what the pass gives the GGUF levels."""
+def _build_branches(build: Build, result: BuildResult) -> Pass:
+    """Solve the branches that are not fresh and put them into place; returns the pass, which serves the GGUF levels."""
     from quantize.building.resumable_pass import Pass
 
     one = Pass(build)
@@ -128,7 +130,7 @@ def _build_branches(build: Build, result: BuildResult) -> Diagonals | None:
     for branch, data in zip(branches, manifests, strict=True):
         build.publish(branch.item, branch.folder)
         result.add(branch.item.label, data["ledger"])
-    return one.diagonals
+    return one
 
 
 def _keep_or_remove(build: Build, unfinished: Unfinished, error: BaseException) -> None:
@@ -164,23 +166,32 @@ def _build_by_engines(build: Build, result: BuildResult) -> None:
         result.add(made.item.label, data["ledger"])
 
 
-def _build_levels(build: Build, converted: Converted, diagonals: Diagonals | None, result: BuildResult) -> None:
+def _build_levels(build: Build, converted: Converted, passed: Pass | None, result: BuildResult) -> None:
     from quantize.building.gguf_levels import build_levels
 
     assert build.plan.gguf
     claim(build.plan, build.dist, build.plan.gguf.folder)
-    result.built += build_levels(build, converted, diagonals)
+    made = build_levels(build, converted, passed.diagonals if passed else None, passed.hessians if passed else None)
     for item in build.plan.level_work:
-        if item.outcome and item.outcome.fallbacks:
-            result.oddities[item.label] = {"fallback": list(item.outcome.fallbacks)}
+        result.built.append(item.label)
+        odd = {"fallback": list(item.outcome.fallbacks)} if item.outcome and item.outcome.fallbacks else {}
+        if unsolved := made.get(item.label):
+            odd["no error feedback"] = unsolved
+        if odd:
+            result.oddities[item.label] = odd
 
 
 def _remove_done(plan: Plan) -> None:
     """Free what unfinished builds hold whose every branch is in its place."""
     there = {item.label: plan.finished(item).get("key") for item in plan.variants}
     wanted = plan.gguf is not None and plan.gguf.needs_pass
+    unsolved = any(
+        item.feedback and item.feedback.targets and plan.finished(item).get("key") != key_of(item.key_inputs)
+        for item in (plan.gguf.levels if plan.gguf else ())
+    )
     for one in find_unfinished(plan.dist):
-        if one.state.branches.items() <= there.items() and not (one.state.imatrix and wanted):
+        needed = (one.state.imatrix and wanted) or (one.state.hessians and unsolved)
+        if one.state.branches.items() <= there.items() and not needed:
             one.remove()
 
 

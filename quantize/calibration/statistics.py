@@ -27,6 +27,12 @@ def panels(size: int) -> list[tuple[int, int]]:
     return [(first, min(first + width, size)) for first in range(0, size, width)]
 
 
+def mirror(hessian: torch.Tensor) -> None:
+    """Complete a matrix of which only the panels up to the diagonal are there, in place."""
+    for first, last in panels(hessian.shape[0]):
+        hessian[:first, first:last].copy_(hessian[first:last, :first].t())
+
+
 @dataclass
 class InputStatistics:
     """One distinct input of a block and the linears that read it.
@@ -61,8 +67,7 @@ class InputStatistics:
         """Mirror the lower panels to complete ``hessian``."""
         if not self.tokens:
             self.hessian.diagonal().fill_(1.0)
-        for first, last in panels(self.hessian.shape[0]):
-            self.hessian[:first, first:last].copy_(self.hessian[first:last, :first].t())
+        mirror(self.hessian)
 
     def release(self) -> None:
         """Free the memory."""

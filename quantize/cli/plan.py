@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -69,7 +70,13 @@ def plan(
         levels = planned.gguf.levels if planned.gguf else ()
         if planned.gguf:
             click.echo(f"{planned.gguf.repo}:")
-            click.echo(table([LEVEL_HEADING, *(_level_row(planned, item) for item in levels)], right=frozenset({1, 2})))
+            rows = [LEVEL_HEADING, *(_level_row(planned, item) for item in levels)]
+            if any(item.feedback for item in levels):
+                solved = ["error feedback", *map(_solved, levels)]
+                rows = [[*row[:3], cell, *row[3:]] for row, cell in zip(rows, solved, strict=True)]
+            click.echo(table(rows, right=frozenset({1, 2})))
+            for line in _not_solved(levels):
+                click.echo(line)
             for note in planned.gguf.notes:
                 click.echo(f"{planned.gguf.repo}: {note}")
         for line in made_otherwise(planned):
@@ -90,6 +97,8 @@ def plan(
                 spent = f"about {duration(cost.seconds)} on this machine's CPU"
                 line += f", {spent}, peak memory about {gigabytes(cost.peak_bytes)}"
                 line += f" (of a GPU's, with --device cuda, {gigabytes(cost.gpu_bytes)})" if cost.gpu_bytes else ""
+                if planned.hessians:
+                    line += f", {gigabytes(cost.kept_bytes)} of disk until it is done"
             click.echo(line)
             if by_engines:
                 click.echo(f"{by_engines} of them by other engines, whose time and memory are not estimated")
@@ -122,6 +131,25 @@ def _level_row(planned: Plan, item: PlannedLevel) -> list[str]:
         ("refused" if refused else item.state) if item.label in planned.selected else "skipped",
         item.why,
     ]
+
+
+def _solved(item: PlannedLevel) -> str:
+    """How many of the quantized tensors of a level are solved with error feedback."""
+    found = item.feedback
+    return f"{len(found.targets)} of {len(found.targets) + len(found.left)}" if found and found.targets else "-"
+
+
+def _not_solved(levels: Sequence[PlannedLevel]) -> Iterator[str]:
+    """Tensors that stay llama.cpp's although the recipe asks for error feedback, a line for each reason."""
+    from quantize.planning.feedback import grouped
+
+    reasons: dict[str, dict[str, None]] = {}
+    for item in levels:
+        for reason, names in grouped(item.feedback.left if item.feedback else {}).items():
+            reasons.setdefault(reason, {}).update(dict.fromkeys(names))
+    for reason, found in reasons.items():
+        shown = ", ".join(list(found)[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        yield f"  llama.cpp's own bytes: {shown}: {reason}"
 
 
 def _row(planned: Plan, item: PlannedVariant) -> list[str]:

@@ -39,6 +39,8 @@ class Recorded(TypedDict, total=False):
     files: dict[str, FileEntry]
     tensor_types: dict[str, str]
     fallbacks: list[str]
+    solve: str
+    tensors: list[dict[str, Any]]
     ledger: list[dict[str, Any]]
     left: list[dict[str, Any]]
     share_quantized: float

@@ -40,6 +40,7 @@ class State:
         branches: the key of each branch, by label. imatrix: whether an importance matrix is gathered.
         blocks: of the model. next_block: the first that is not finished.
         shape: of the hidden states, [samples, length, width].
+        hessians: whether Hessians are saved for GGUF levels.
     """
 
     inputs: Mapping[str, Any]
@@ -48,11 +49,13 @@ class State:
     blocks: int
     next_block: int = 0
     shape: tuple[int, ...] = ()
+    hessians: bool = False
 
     @property
     def key(self) -> str:
         """What its folder is called."""
-        return key_of({"inputs": self.inputs, "branches": self.branches, "imatrix": self.imatrix})[:16]
+        of = {"inputs": self.inputs, "branches": self.branches, "imatrix": self.imatrix}
+        return key_of({**of, **({"hessians": True} if self.hessians else {})})[:16]
 
     @property
     def from_store(self) -> bool:
@@ -66,12 +69,15 @@ class State:
 
     def serves(self, wanted: State) -> bool:
         """Whether a build that resumes from here gives what ``wanted`` asks for."""
-        if dict(self.inputs) != dict(wanted.inputs) or (wanted.imatrix and not self.imatrix):
+        if dict(self.inputs) != dict(wanted.inputs):
+            return False
+        if (wanted.imatrix and not self.imatrix) or (wanted.hessians and not self.hessians):
             return False
         there = dict(self.branches)
         if self.is_over:  # some of its branches may have reached their places already
             return wanted.branches.items() <= there.items()
-        return there == dict(wanted.branches) and self.imatrix == wanted.imatrix
+        same = self.imatrix == wanted.imatrix and self.hessians == wanted.hessians
+        return there == dict(wanted.branches) and same
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ class Unfinished:
     def title(self) -> str:
         """What is being built, in a few words."""
         labels = [*self.state.branches, *(["an importance matrix"] if self.state.imatrix else [])]
+        labels += ["Hessians of GGUF levels"] if self.state.hessians else []
         return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
 
     @property
@@ -141,6 +148,11 @@ class Unfinished:
     def branch(self, label: str) -> Path:
         """Where a branch is being made."""
         return self.folder / "branches" / label
+
+    @property
+    def hessians(self) -> Path:
+        """Where the Hessians for GGUF levels lie, and beside them in ``solved`` what is solved already."""
+        return self.folder / "hessians"
 
     def rows(self, label: str) -> list[LedgerEntry]:
         """The ledger of a branch as far as it goes."""

@@ -19,6 +19,7 @@ from torch import nn
 from quantize.calibration.states import StateFiles, States
 from quantize.calibration.statistics import InputStatistics
 from quantize.dist.resume import Unfinished
+from quantize.executors.blocks import BlockFuture, BlockJob
 from quantize.executors.quantizers import Quantizers
 from quantize.methods.gptq import GptqParameters, Solution
 from quantize.reporter import Reporter
@@ -145,6 +146,13 @@ class Executor(Protocol):
 
     def submit(self, job: Callable[[], Job]) -> Future:
         """Schedule a job; it runs now or when its result is requested. ``job`` is called once, when it starts."""
+
+    @property
+    def ahead(self) -> int:
+        """How many jobs of :meth:`submit_blocks` to schedule before waiting for the first."""
+
+    def submit_blocks(self, job: Callable[[], BlockJob]) -> BlockFuture:
+        """Schedule rows of GGUF tensors; as :meth:`submit`."""
 
     def quantizers(self, folders: Sequence[Path], budget: int | None, reporter: Reporter) -> Quantizers:
         """Those who make GGUF levels out of files in ``folders``, here within ``budget`` bytes of memory."""

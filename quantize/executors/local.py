@@ -12,6 +12,7 @@ from quantize.calibration.parts import Part, add_part
 from quantize.calibration.states import States
 from quantize.errors import SolveError
 from quantize.executors.api import Future, Gathered, Job, Solved, Streams, Windows
+from quantize.executors.blocks import BlockFuture, BlockJob, solve_block_job
 from quantize.executors.quantizers import LocalQuantizers, Quantizers
 from quantize.methods.asymmetric import toward_source
 from quantize.methods.gptq import solve
@@ -30,6 +31,13 @@ class LocalExecutor:
 
     def submit(self, job: Callable[[], Job]) -> Future:
         return lambda: solve_job(job())
+
+    @property
+    def ahead(self) -> int:
+        return 1
+
+    def submit_blocks(self, job: Callable[[], BlockJob]) -> BlockFuture:
+        return lambda: solve_block_job(job())
 
     def quantizers(self, folders: Sequence[Path], budget: int | None, reporter: Reporter) -> Quantizers:
         return LocalQuantizers(budget)

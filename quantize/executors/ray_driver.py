@@ -25,8 +25,10 @@ from quantize.calibration.statistics import InputStatistics
 from quantize.errors import BuildError, PlanError, QuantizeError
 from quantize.executors import ray_tasks
 from quantize.executors.api import Future, Gathered, Job, Solved, Streams, Windows
+from quantize.executors.blocks import BlockFuture, BlockJob, SolvedRows
 from quantize.executors.local import named_digests
 from quantize.executors.quantizers import LocalQuantizers, Quantizers
+from quantize.executors.ray_quantizers import RayQuantizers
 from quantize.executors.ray_tasks import first_line
 from quantize.methods.gptq import Solution
 from quantize.reporter import Reporter
@@ -115,6 +117,7 @@ class RayExecutor:
         self._cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
         self._gpus = sum(int(node["Resources"].get("GPU", 0)) for node in nodes)
         self._solve = ray.remote(ray_tasks.solve_packed)
+        self._solve_blocks = ray.remote(ray_tasks.solve_packed_blocks)
         self._tasks: set[Any] = set()
         self._streams: list[RayStreams] = []
 
@@ -169,12 +172,28 @@ class RayExecutor:
 
         return wait
 
+    @property
+    def ahead(self) -> int:
+        return max(1, self._gpus, sum(self._cpus) // self._threads)
+
+    def submit_blocks(self, job: Callable[[], BlockJob]) -> BlockFuture:
+        one = job()
+        device = one.hessian.device
+        solve = self._solve_blocks.options(**self._resources(device, self._threads))
+        parts = [(part.kind, Packed.of(part.weight()), part.first) for part in one.parts]
+        task = solve.remote(Packed.of(one.hessian), parts, settings=_settings(device))
+        self._tasks.add(task)
+        return lambda: [
+            SolvedRows(data.copy(), before.tensor(), after.tensor(), energy.tensor(), rule, share)
+            for data, before, after, energy, rule, share in self._result(task)
+        ]
+
     def quantizers(self, folders: Sequence[Path], budget: int | None, reporter: Reporter) -> Quantizers:
         for folder in folders:
             if not self._is_shared(folder):
                 reporter.say(f"GGUF levels are made on this machine: not every Ray node sees {folder}")
                 return LocalQuantizers(budget)
-        return RayQuantizers(self._cpus)
+        return RayQuantizers(ray, self._cpus, _get, LOST)
 
     def close(self) -> None:
         """Let nothing of the build run on."""
@@ -367,34 +386,3 @@ class RayStreams:
             states=[Packed.of(one.whole) for one in states],
         )
         return self._workers[number].begin.remote(request)
-
-
-class RayQuantizers:
-    """llama.cpp's quantizer as tasks, on nodes that see the files."""
-
-    def __init__(self, cpus: Sequence[int]) -> None:
-        self._cpus = [count for count in cpus if count] or [1]
-        self._task = ray.remote(ray_tasks.quantize_level)
-        self._running: set[Any] = set()
-
-    def lanes(self, count: int) -> tuple[int, int]:
-        lanes = max(1, min(sum(self._cpus), count))
-        return lanes, max(1, min(sum(self._cpus) // lanes, *self._cpus))
-
-    def run(self, request: Mapping[str, Any], on_line: Callable[[str], None]) -> tuple[int, str]:
-        paths = {name: str(Path(request[name]).absolute()) for name in ("source", "target", "imatrix") if request[name]}
-        task = self._task.options(num_cpus=request["threads"]).remote({**request, **paths})
-        self._running.add(task)
-        try:
-            code, log = _get(task)
-        except LOST as error:
-            raise BuildError(f"a GGUF level was lost by every Ray worker that tried it: {first_line(error)}") from None
-        finally:
-            self._running.discard(task)
-        for line in log.splitlines(keepends=True):
-            on_line(line)
-        return code, log
-
-    def stop(self) -> None:
-        for task in list(self._running):
-            ray.cancel(task)

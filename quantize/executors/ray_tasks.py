@@ -23,6 +23,7 @@ from quantize.calibration.parts import Packed, PackedStatistics, Part
 from quantize.calibration.states import StateFiles, States
 from quantize.errors import BuildError, DamagedBuild
 from quantize.executors.api import Job
+from quantize.executors.blocks import BlockJob, BlockRows, solve_block_job
 from quantize.executors.local import named_digests, solve_job
 from quantize.executors.memory import give_back, return_large_buffers
 from quantize.files.versions import versions_of
@@ -232,6 +233,23 @@ def solve_packed(
         )
         solved = solve_job(job, with_energy)
         return [pack_solution(solution) for solution in solved.solutions], Packed.of(solved.energy)
+
+
+def solve_packed_blocks(
+    hessian: Packed, parts: Sequence[tuple[str, Packed, NDArray[np.uint8]]], *, settings: Settings
+) -> list[tuple[Any, ...]]:
+    """As :func:`solve_block_job`; parts: type, weight, and the quantizer's bytes."""
+    with settle(settings) as place:
+
+        def rows(kind: str, weight: Packed, first: NDArray[np.uint8]) -> BlockRows:
+            # arrays that ray hands over cannot be written to
+            return BlockRows(kind, lambda: weight.tensor().to(place), first.copy())
+
+        solved = solve_block_job(BlockJob(hessian.tensor().to(place), [rows(*part) for part in parts]))
+        return [
+            (one.data, *map(Packed.of, (one.before, one.after, one.energy)), one.rule, one.damp_percent)
+            for one in solved
+        ]
 
 
 def quantize_level(request: Mapping[str, Any]) -> tuple[int, str]:

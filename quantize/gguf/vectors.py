@@ -75,6 +75,30 @@ def find_vectors(
     return Vectors(found, tuple(sorted(left_out)))
 
 
+def inputs_of(
+    target: str, sources: Iterable[str], shape: tuple[int, ...], widths: Mapping[str, int]
+) -> tuple[tuple[str, ...], ...] | None:
+    """The linears whose input each matrix of a GGUF weight multiplies; several that share one if it is made of several.
+
+    Args:
+        target: the GGUF weight. sources: the checkpoint's tensors that it was made of, in order. shape: the weight's,
+            in the row-major order of torch. widths: number of inputs of each linear with statistics.
+
+    Returns:
+        The names for each of the M matrices; None where this is not known.
+    """
+    linears = [name.removesuffix(".weight") for name in sources if name.endswith(".weight")]
+    known = linears and all(widths.get(name) == shape[-1] for name in linears)
+    if not known or len(shape) < 2 or not target.endswith(".weight") or target.endswith(ABSORBED):
+        return None
+    matrices = int(np.prod(shape[:-2]))
+    if len(linears) == 1:
+        return ((linears[0],),) * matrices
+    if matrices == 1:
+        return (tuple(linears),)
+    return tuple((name,) for name in linears) if len(linears) == matrices else None
+
+
 def _inputs(own: list[tuple[NDArray[np.float32], int]], shape: tuple[int, ...]) -> Vector | None:
     matrices, inputs = int(np.prod(shape[:-2])), shape[-1]
     if any(len(sums) != inputs for sums, _ in own):

@@ -9,6 +9,7 @@ values are taken for it.
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ class GgufFile:
             raise GgufRunError(f"{paths[0]}: cannot be read: {error}") from None
         self.path = paths[0]
         self._tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+        self._maps = [reader.data for reader in readers]
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -69,6 +71,13 @@ class GgufFile:
         if expert is not None:
             shape, data = shape[1:], data[expert]
         return dequantize(data, tensor.tensor_type).astype(np.float32, copy=False).reshape(shape)
+
+    def give_back(self) -> None:
+        """Return the memory of all that was read, which counts against a limit as long as it is mapped."""
+        for data in self._maps:
+            mapped = getattr(data, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def has_same(self, name: str, other: GgufFile) -> bool:
         """Whether both files have this tensor with the same type and bytes."""

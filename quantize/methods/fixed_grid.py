@@ -100,11 +100,21 @@ def round_onto(weight: torch.Tensor, prepared: Prepared, grid: FixedGrid, *, swe
         errors = round_columns(state, first, last)
         if last < columns:
             state.work[0, :, last:].addmm_(errors[0], factor.upper[first:last, last:], alpha=-1)
+    codes = state.codes[0].to(torch.int16) + grid.lowest
+    return improve_onto(weight, prepared, grid, codes, sweeps=sweeps) if sweeps else codes
+
+
+def improve_onto(
+    weight: torch.Tensor, prepared: Prepared, grid: FixedGrid, codes: torch.Tensor, *, sweeps: int = 1
+) -> torch.Tensor:
+    """``codes`` [N, K] in ``lowest`` .. ``highest`` after sweeps of coordinate descent, int16."""
+    scales, zeros, levels = _affine(grid)
     rounded = Rounded(
-        state.codes[0], scales, zeros, grid.group_size, grid.highest - grid.lowest, levels=levels, refit=False
-    )
-    if sweeps:
-        descend(weight, prepared.hessian, factor.damping, rounded, sweeps=sweeps, kernel=kernel)
+        (codes - grid.lowest).to(torch.uint8), scales, zeros, grid.group_size, grid.highest - grid.lowest,
+        levels=levels, refit=False,
+    )  # fmt: skip
+    kernel = kernel_of(weight.device, weight.dtype)
+    descend(weight, prepared.hessian, prepared.factor.damping, rounded, sweeps=sweeps, kernel=kernel)
     return rounded.codes.to(torch.int16) + grid.lowest
 
 

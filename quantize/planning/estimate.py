@@ -6,11 +6,13 @@ hundredths of a second; the fraction of that rate that each stage reaches was me
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantize.files.threads import thread_count
+from quantize.planning.feedback import Feedback, disk_bytes
 from quantize.planning.memory import PROCESS_BYTES, MemoryModel, distinct_inputs
 from quantize.planning.modules import ModuleTable
 from quantize.recipe.methods import GptqVariant, Variant
@@ -21,6 +23,9 @@ SHARE_FORWARD, SHARE_STATISTICS, SHARE_SOLVE = 0.55, 0.8, 0.25
 MSE_FACTOR = 1.4
 POLISH = 1.6  # cost of the descent after a solve, relative to the solve
 AWQ_SEARCH = 1.0  # cost of the scale search, relative to a solve
+FEEDBACK_SOLVES = 6.0
+"""Operations of error feedback on a GGUF tensor for each of its weights and inputs: columns, and sweeps over scales and
+codes."""
 SETUP_SECONDS = 15.0
 
 CONVERT_SECONDS = 15.0
@@ -38,7 +43,8 @@ class Estimate:
 
     Attributes:
         seconds: time of the whole build. peak_bytes: peak of memory.
-        kept_bytes: disk space, besides the branches, for the states needed to resume an interrupted build.
+        kept_bytes: disk space, besides the branches and levels, for what is needed to resume an interrupted build:
+            hidden states, and for error feedback Hessians and solved tensors.
         gpu_bytes: GPU memory of a build on a GPU, which holds two blocks because the next one is prefetched.
     """
 
@@ -56,6 +62,7 @@ def estimate(
     *,
     levels: Sequence[tuple[str, int]] = (),
     imatrix: bool = False,
+    feedback: Sequence[Feedback] = (),
     budget: int | None = None,
     shards: int = 1,
 ) -> Estimate:
@@ -63,18 +70,19 @@ def estimate(
 
     Args:
         levels: name of each level and bytes of its full-width file. imatrix: whether they need the pass.
+        feedback: the tensors of those that are solved with error feedback.
         budget: memory limit in bytes. shards: number of parts of the calibration windows.
 
     Raises:
         PlanError: the build cannot stay within the budget.
     """
-    passed = bool(variants) or imatrix
+    passed = bool(variants) or imatrix or bool(feedback)
     quantizing = sum(nbytes / (1e6 * _megabytes_per_second(level)) for level, nbytes in levels)
     quantizing = quantizing / thread_count() + (CONVERT_SECONDS if levels else 0.0)
     if not passed:
         return Estimate(quantizing, PROCESS_BYTES if levels else 0)
     tokens = calibration.samples * calibration.sequence_length
-    model = MemoryModel(checkpoint, table, calibration, variants, imatrix, shards)
+    model = MemoryModel(checkpoint, table, calibration, variants, imatrix or bool(feedback), shards, bool(feedback))
     inputs = distinct_inputs(table)
     forward = 2 * tokens * sum(linear.share * linear.in_features * linear.out_features for linear in table.linears)
     forward += 4 * tokens * calibration.sequence_length * model.width * table.blocks
@@ -85,9 +93,13 @@ def estimate(
     awq = len(variants) - len(gptq)  # each has its own scales, so its own Hessian and factor
     factors = len({(variant.damp_percent, variant.damping, bool(variant.desc_act)) for variant in gptq}) + awq
     solve += awq * AWQ_SEARCH * trailing + factors * sum(size**3 for _, size, _ in inputs)
+    solve += FEEDBACK_SOLVES * sum(
+        math.prod(one.shape) * one.shape[-1]
+        for one in {(one.name, one.kind): one for level in feedback for one in level.targets}.values()
+    )
     rate = _operations_per_second()
     own = sum(variant.propagate == "quantized" for variant in gptq)
-    passes = int(own < len(variants) or imatrix) + own
+    passes = int(own < len(variants) or imatrix or bool(feedback)) + own
     forwards = 1 + 2 * own
     solve += 2 * own * sum(size**3 for _, size, _ in inputs)
     drifts = own * statistics
@@ -97,7 +109,7 @@ def estimate(
     return Estimate(
         seconds / rate + SETUP_SECONDS + quantizing,
         model.within(budget).peak_bytes,
-        2 * model.streams * model.states_bytes,
+        2 * model.streams * model.states_bytes + disk_bytes(feedback, table.linears),
         model.gpu_bytes,
     )
 

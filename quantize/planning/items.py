@@ -11,6 +11,7 @@ from quantize.dist.manifest import Manifest, Recorded
 from quantize.engines import Engine
 from quantize.gguf.quantize import Outcome
 from quantize.planning.engines import engine_of, layout_of
+from quantize.planning.feedback import Feedback
 from quantize.planning.sizes import Layout
 from quantize.recipe.levels import MMPROJ
 from quantize.recipe.methods import Method, Variant
@@ -119,6 +120,7 @@ class PlannedLevel:
         key_inputs: what its bytes depend on.
         state: ``missing``, ``stale``, ``fresh`` or ``taken`` (its folder contains another model's release); ``why``
             gives the reason in one line.
+        feedback: the tensors that are solved with error feedback; None where all are llama.cpp's.
     """
 
     repo: str
@@ -129,6 +131,7 @@ class PlannedLevel:
     key_inputs: Mapping[str, Any]
     state: State
     why: str
+    feedback: Feedback | None = None
 
     @property
     def method(self) -> str:

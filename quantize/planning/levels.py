@@ -23,8 +23,10 @@ from quantize.files.digest import key_of, sha256_of_file
 from quantize.gguf.convert import Conversion, Header, outtype_of
 from quantize.gguf.quantize import ANY, Outcome, predict, request
 from quantize.gguf.toolchain import VERSION, missing_library
+from quantize.planning.feedback import FEEDBACK_VERSION, Feedback, feedback_of
 from quantize.planning.items import PlannedLevel, State
-from quantize.planning.keys import STATISTICS_VERSION, differences
+from quantize.planning.keys import SOLVER_VERSION, STATISTICS_VERSION, differences
+from quantize.planning.modules import ModuleTable
 from quantize.recipe.levels import MMPROJ
 from quantize.recipe.methods import Gguf
 from quantize.recipe.schema import Recipe
@@ -96,12 +98,13 @@ def plan_levels(
     repo: str,
     *,
     dist: Path,
+    table: ModuleTable,
     reporter: Reporter = SILENT,
 ) -> LevelPlan:
     """Plan the levels of a recipe.
 
     Args:
-        calibration: the calibration's identity, as in the keys of branches.
+        calibration: the calibration's identity, as in the keys of branches. table: the linears with statistics.
 
     Raises:
         GgufError: the file that the recipe names is not an importance matrix.
@@ -117,15 +120,20 @@ def plan_levels(
     lacking = missing_library()
     blank = LevelPlan(repo, section, conversion, model, folder, file, inputs, (), lacking)
     outcomes: dict[str, Outcome] = {}
+    feedback: dict[str, Feedback] = {}
     if lacking is None:
         try:
             header = conversion.header(reporter)
             outcomes = _outcomes(blank, header)
+            if section.solve == "error_feedback":
+                shapes = header.shapes()
+                feedback = {level: feedback_of(one, header, shapes, table) for level, one in outcomes.items()}
             blank = dataclasses.replace(blank, notes=header.notes)
         except GgufError as error:  # the recipe's other methods can still be built
             blank = dataclasses.replace(blank, lacking=str(error))
     levels = tuple(
-        _planned(blank, level, outcomes.get(level), bool(inputs) and _uses_imatrix(level)) for level in section.levels
+        _planned(blank, level, outcomes.get(level), bool(inputs) and _uses_imatrix(level), feedback.get(level))
+        for level in section.levels
     )
     blank = dataclasses.replace(blank, levels=levels)
     return _with_projector(blank, reporter) if blank.lacking is None and section.mmproj else blank
@@ -212,7 +220,9 @@ def _authorship(recipe: Recipe, source: Source) -> dict[str, Any]:
     return found
 
 
-def _planned(blank: LevelPlan, level: str, outcome: Outcome | None, with_imatrix: bool) -> PlannedLevel:
+def _planned(
+    blank: LevelPlan, level: str, outcome: Outcome | None, with_imatrix: bool, feedback: Feedback | None
+) -> PlannedLevel:
     file = f"{blank.model}-{level}.gguf"
     inputs = {
         "conversion": blank.conversion.identity,
@@ -223,11 +233,23 @@ def _planned(blank: LevelPlan, level: str, outcome: Outcome | None, with_imatrix
         "imatrix": dict(blank.imatrix_inputs) if with_imatrix else None,
         "file": file,
         "max_file_size": blank.section.max_file_size,
+        # a level without such tensors has llama.cpp's bytes either way
+        **({"solve": _solve_inputs(feedback)} if feedback and feedback.targets else {}),
     }
     if blank.lacking is not None:
         return PlannedLevel(blank.repo, level, blank.folder, file, None, inputs, "missing", blank.lacking)
     state, why = _state(blank.folder, level, inputs)
-    return PlannedLevel(blank.repo, level, blank.folder, file, outcome, inputs, state, why)
+    return PlannedLevel(blank.repo, level, blank.folder, file, outcome, inputs, state, why, feedback)
+
+
+def _solve_inputs(feedback: Feedback) -> dict[str, Any]:
+    """What error feedback adds to a level's key: beside its version, which inputs have a Hessian."""
+    return {
+        "method": "error_feedback",
+        "version": FEEDBACK_VERSION,
+        "solver": SOLVER_VERSION,
+        "linears": key_of({"names": sorted(feedback.linears)}),
+    }
 
 
 def _state(folder: Path, level: str, inputs: Mapping[str, Any]) -> tuple[State, str]:

@@ -58,6 +58,7 @@ class MemoryModel:
     Attributes:
         imatrix: whether an importance matrix is collected too.
         shards: number of parts of the windows, whose statistics are added up.
+        feedback: whether GGUF levels are solved with error feedback after the pass.
     """
 
     checkpoint: Checkpoint
@@ -66,6 +67,7 @@ class MemoryModel:
     variants: Sequence[Variant]
     imatrix: bool = False
     shards: int = 1
+    feedback: bool = False
 
     def within(self, budget: int | None) -> Memory:
         """The fastest settings within ``budget`` bytes; None sets no limit.
@@ -162,6 +164,10 @@ class MemoryModel:
             {"block": block, "statistics": statistics * min(self.shards, 2), "forward pass": running},
             {"block": block, "solver": solving},
         ]
+        if self.feedback:
+            moments.append(
+                max(({"GGUF solver": _feedback_bytes(*one)} for one in inputs), key=lambda it: sum(it.values()))
+            )
         common = {"process": PROCESS_BYTES, "hidden states": states}
         parts = common | max(moments, key=lambda moment: sum(moment.values()))
         return Memory(sum(parts.values()), parts, spilled, row_budget, batch_tokens)
@@ -185,8 +191,14 @@ class MemoryModel:
         widest = max(blocks.values(), key=lambda block: sum(one.in_features * one.out_features for one in block))
         rows: dict[tuple[str, str, int], int] = defaultdict(int)
         for one in widest:
-            rows[_input_of(one)] += one.out_features
+            rows[input_of(one)] += one.out_features
         return widest, [(size, count) for (_, _, size), count in rows.items()]
+
+
+def _feedback_bytes(size: int, rows: int) -> int:
+    """Bytes for solving GGUF tensors of ``rows`` rows with one input: H, damped, and its factor; the weight, what is
+    left of it, values, and codes."""
+    return 4 * size * size * 4 + 7 * size * rows * 4
 
 
 SURELY = 0.55
@@ -219,12 +231,12 @@ def distinct_inputs(table: ModuleTable) -> list[tuple[int, int, float]]:
     except output projections."""
     return list(
         {
-            (linear.block, *_input_of(linear)): (linear.block, linear.in_features, linear.share)
+            (linear.block, *input_of(linear)): (linear.block, linear.in_features, linear.share)
             for linear in table.linears
         }.values()
     )
 
 
-def _input_of(linear: LinearSpec) -> tuple[str, str, int]:
+def input_of(linear: LinearSpec) -> tuple[str, str, int]:
     parent, _, leaf = linear.local.rpartition(".")
     return parent, leaf if leaf in _OUTPUT_PROJECTIONS else "", linear.in_features

@@ -86,6 +86,24 @@ class Plan:
         wanting = any(item.wants_imatrix for item in self.level_work)
         return self.gguf is not None and wanting and self.gguf.needs_pass
 
+    @property
+    def feedback_work(self) -> list[PlannedLevel]:
+        """The GGUF levels of the work that are solved with error feedback."""
+        return [item for item in self.level_work if item.feedback and item.feedback.targets]
+
+    @cached_property
+    def hessians(self) -> frozenset[str]:
+        """The linears whose inputs' Hessians the pass saves for error feedback."""
+        if self.gguf is None or not self.feedback_work:
+            return frozenset()
+        # of all levels, so that a build resumes from the same ones when some levels are done
+        return frozenset[str]().union(*(item.feedback.linears for item in self.gguf.levels if item.feedback))
+
+    @property
+    def needs_pass(self) -> bool:
+        """Whether anything is left to do that needs the calibration pass."""
+        return bool(self.native_work or self.gathers_imatrix or self.hessians)
+
     def of(self, method: Method) -> list[PlannedVariant]:
         """The branches of one method's repo."""
         return [item for item in self.variants if item.method == method]
@@ -109,6 +127,7 @@ class Plan:
             [item.variant for item in self.native_work],
             levels=[(item.level, self.source.checkpoint.nbytes) for item in self.level_work],
             imatrix=self.gathers_imatrix,
+            feedback=[item.feedback for item in self.feedback_work if item.feedback],
             budget=self.budget,
             shards=self.shards,
         )
@@ -121,8 +140,9 @@ class Plan:
             PlanError: the budget is too small.
         """
         variants = [item.variant for item in self.native_work]
-        calibration, imatrix = self.recipe.calibration, self.gathers_imatrix
-        model = MemoryModel(self.source.checkpoint, self.table, calibration, variants, imatrix, self.shards)
+        calibration, feedback = self.recipe.calibration, bool(self.hessians)
+        shared = self.gathers_imatrix or feedback
+        model = MemoryModel(self.source.checkpoint, self.table, calibration, variants, shared, self.shards, feedback)
         return model.within(self.budget)
 
     @cached_property
@@ -146,7 +166,8 @@ class Plan:
         manifest = read_manifest(item.folder) or {}
         data: Recorded = manifest
         if isinstance(item, PlannedLevel):
-            data = (manifest.get("imatrix") or {}) if item.wants_imatrix else {}
+            own = item.recorded(manifest)
+            data = own if own.get("compute") else (manifest.get("imatrix") or {}) if item.wants_imatrix else {}
         elif item.engine:  # its key includes its packages
             return []
         then = circumstances_of(data.get("compute") or {}, data.get("versions") or {})
@@ -175,7 +196,8 @@ class Plan:
             "seconds": round(self.estimate.seconds, 1),
             "peak_bytes": self.estimate.peak_bytes,
             "gpu_bytes": self.estimate.gpu_bytes,
-            "memory": dict(self.memory.parts) if self.native_work or self.gathers_imatrix else {},
+            "memory": dict(self.memory.parts) if self.needs_pass else {},
+            "scratch_bytes": self.estimate.kept_bytes,
             "variants": [
                 {
                     "method": item.method,
@@ -199,6 +221,8 @@ class Plan:
                     "file": item.file,
                     "bytes": item.outcome.nbytes if item.outcome else None,
                     "fallbacks": list(item.outcome.fallbacks) if item.outcome else None,
+                    "error_feedback": {one.name: one.kind for one in item.feedback.targets} if item.feedback else None,
+                    "not_solved": dict(item.feedback.left) if item.feedback else None,
                     "state": item.state,
                     "why": item.why,
                     "made_otherwise": self.made_otherwise(item),

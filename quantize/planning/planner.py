@@ -86,7 +86,11 @@ def plan_recipe(
             folder = dist / repo.rsplit("/", 1)[-1] / str(variant.branch)
             state, why = _state(folder, lambda m=method, v=variant: variant_key_inputs(recipe, source, identity, m, v))
             planned.append(PlannedVariant(method, repo, variant, layout, folder, state, why))
-    gguf = plan_levels(recipe, source, identity, repos["gguf"], dist=dist, reporter=reporter) if recipe.gguf else None
+    gguf = (
+        plan_levels(recipe, source, identity, repos["gguf"], dist=dist, table=table, reporter=reporter)
+        if recipe.gguf
+        else None
+    )
     everything: list[PlannedVariant | PlannedLevel] = [*planned, *(gguf.levels if gguf else ())]
     for folder in {item.folder for item in everything}:
         if (problem := place_problem(dist, folder)) is not None:

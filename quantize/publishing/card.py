@@ -16,7 +16,7 @@ from quantize.engines import NATIVE
 from quantize.errors import RecipeError, shortened
 from quantize.formats.tensors import DTYPE_BYTES
 from quantize.planning.engines import layout_of
-from quantize.planning.items import PlannedVariant
+from quantize.planning.items import PlannedLevel, PlannedVariant
 from quantize.planning.left import grouped
 from quantize.planning.plan import Plan
 from quantize.publishing.bounds import out_of_bounds
@@ -72,7 +72,9 @@ def render_gguf_card(plan: Plan) -> str:
     # the level that most people use, if it is there
     example = next((row for row in rows if row["level"] == "Q4_K_M"), rows[0])
     notes = [*plan.gguf.notes, *(whole.get("conversion") or {}).get("notes", ())]
+    solved = [item.level for item in plan.gguf.levels if _by_error_feedback(item, manifest.get(item.level))]
     more = {
+        "solved": "all levels" if len(solved) == len(rows) else ", ".join(solved),
         "notes": [note[0].upper() + note[1:] for note in dict.fromkeys(notes)],
         "projector": projector and {
             "file": projector.file,
@@ -81,6 +83,13 @@ def render_gguf_card(plan: Plan) -> str:
         },
     }  # fmt: skip
     return _render(plan, "gguf", "gguf", rows, imatrix=plan.gguf.imatrix_file, split=split, example=example, **more)
+
+
+def _by_error_feedback(item: PlannedLevel, built: Recorded | None) -> bool:
+    """Whether a level's file was solved with error feedback, or will be, where it is not built."""
+    if built:
+        return bool(built.get("solve") == "error_feedback")
+    return bool(item.feedback and item.feedback.targets)
 
 
 def render(plan: Plan, method: str) -> str:

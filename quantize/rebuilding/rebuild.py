@@ -229,6 +229,7 @@ def _add_levels(recipe: dict[str, Any], manifest: Manifest, folder: Path) -> Non
         "tensor_types": one["tensor_types"],
         "max_file_size": one["max_file_size"],
         "imatrix": any(entry["imatrix"] for entry in inputs.values()),
+        "solve": "error_feedback" if any(entry.get("solve") for entry in inputs.values()) else "llama.cpp",
     }
     matrix = manifest.get("imatrix") or {}
     if "sha256" in (matrix.get("key_inputs") or {}):

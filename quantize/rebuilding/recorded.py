@@ -125,6 +125,7 @@ class _LevelInputs(_Part):
     tensor_types: dict[Name, Any]
     max_file_size: int
     imatrix: dict[str, Any] | None
+    solve: dict[str, Any] | None = None
 
 
 class _Level(_Part):

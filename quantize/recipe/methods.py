@@ -247,6 +247,9 @@ class Gguf(Strict):
     """Type of the full-width conversion that all levels are quantized from; auto follows the source."""
     tensor_types: dict[str, str] = {}
     """Regex of GGUF tensor names -> type, for all levels."""
+    solve: Literal["llama.cpp", "error_feedback"] = "llama.cpp"
+    """Who chooses codes and scales: llama.cpp's quantizer, or error feedback under the Hessian of the calibration pass,
+    for the types that it knows. Format, types and sizes are the same."""
     max_file_size: Size = 50_000_000_000
     """Larger levels are split into files of at most this size, because the hub accepts no larger ones."""
     nextn: bool = True
@@ -276,6 +279,20 @@ class Gguf(Strict):
         needing = [level for level in self.levels if LEVELS[level].needs_imatrix]
         if needing and not self.imatrix:
             raise ValueError(f"{', '.join(needing)} cannot be made without an importance matrix; set imatrix: true")
+        return self
+
+    @model_validator(mode="after")
+    def _solve(self) -> Gguf:
+        if self.solve == "error_feedback" and self.imatrix is not True:
+            why = (
+                "an importance matrix file holds only its diagonal, of another pass"
+                if self.imatrix
+                else "without an importance matrix there is no such pass"
+            )
+            raise ValueError(
+                f"solve: error_feedback needs the whole Hessian of this recipe's calibration pass, and {why}; set "
+                "imatrix: true, or solve: llama.cpp"
+            )
         return self
 
 
