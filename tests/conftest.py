@@ -27,7 +27,8 @@ PACKAGE = Path(__file__).parents[1] / "quantize"
 HANGS = 1800  # seconds after which a child surely hangs, however slow the machine
 
 LONGEST = (
-    "test_quality", "test_ray", "test_resume", "test_loaders", "test_children", "test_gguf", "test_gguf_feedback", "test_engines",
+    "test_quality", "test_ray", "test_resume", "test_loaders", "test_children", "test_gguf", "test_gguf_feedback",
+    "test_engines",
     "test_moe", "test_exit_codes", "test_threads", "test_measure_gguf", "test_bad_input", "test_golden",
     "test_gguf_architectures", "test_memory", "test_fuzz", "test_verify", "test_integrity", "test_hostile",
     "test_rebuild", "test_card", "test_hub", "test_moe_gguf", "test_build", "test_bounds", "test_report",

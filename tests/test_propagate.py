@@ -110,21 +110,21 @@ def test_a_branch_alone_equals_the_branch_in_company(
     assert weights(folder_of(alone, branch)) == weights(folder_of(built, branch))
 
 
-def test_auto_shares_the_sources_statistics_from_four_bits_up(tiny_llama: Path, tmp_path: Path) -> None:
+def test_auto_shares_the_sources_statistics_at_every_width(tiny_llama: Path, tmp_path: Path) -> None:
     body = "  group_size: 32\n  matrix: {bits: [8, 4, 3, 2]}\n"
     recipe = write_recipe(tmp_path / "recipe.yaml", tiny_llama, body)
     plan = quantize.plan(quantize.load_recipe(recipe), quantize.PlanOptions(dist=tmp_path / "dist"))
     chosen = {item.variant.bits: item.variant.propagate for item in plan.variants}
-    assert chosen == {8: "source", 4: "source", 3: "quantized", 2: "quantized"}
+    assert chosen == {8: "source", 4: "source", 3: "source", 2: "source"}
 
 
 def test_auto_and_what_it_becomes_are_the_same_branch(
     built: quantize.building.BuildResult, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    body = VARIANTS.replace("desc_act: true, propagate: quantized", "desc_act: true, propagate: auto")
+    body = VARIANTS.replace("bits: 4, group_size: 32", "bits: 4, group_size: 32, propagate: source")
     silent = write_recipe(tmp_path / "recipe.yaml", tiny_llama, body, **SETTINGS)
     again = quantize.plan(quantize.load_recipe(silent), quantize.PlanOptions(dist=built.plan.dist))
-    assert {item.branch: item.state for item in again.variants}["own"] == "fresh"
+    assert {item.branch: item.state for item in again.variants}["main"] == "fresh"
 
 
 def test_stages_share_out_the_time_of_the_build(built: quantize.building.BuildResult) -> None:

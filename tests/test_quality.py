@@ -42,9 +42,9 @@ gguf: null
 
 @pytest.fixture(scope="module")
 def result(request: pytest.FixtureRequest, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Three branches of one set of statistics; in a full run three bits have statistics of their own, as by default."""
+    """Three branches of one set of statistics; in a full run three bits have statistics of their own."""
     folder = tmp_path_factory.mktemp("quality")
-    propagate = "auto" if request.config.getoption("--full") else "source"
+    propagate = "quantized" if request.config.getoption("--full") else "source"
     (folder / "recipe.yaml").write_text(RECIPE.format(propagate=propagate))
     recipe = quantize.load_recipe(folder / "recipe.yaml")
     return quantize.build(recipe, quantize.BuildOptions(dist=folder / "dist", device="cpu"))
