@@ -248,7 +248,7 @@ def _solve_rows(weight: torch.Tensor, problem: _Problem, variants: Sequence[Gptq
             gains, rest = descend(weight, problem.hessian, factor.damping, rounded, kernel=problem.kernel)
         else:
             gains, rest = torch.zeros_like(state.squares[index]), weight - rounded.values()
-        damped = (rest.square() @ factor.damping[:, None].to(rest.dtype))[:, 0]
+        damped = (rest.double().square() @ factor.damping.double()[:, None])[:, 0]  # in float32 tiny rows are lost
         found.append(
             Solution(
                 codes=rounded.codes,
