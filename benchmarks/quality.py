@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,21 +94,22 @@ def _by_transformers(folder: Path, ids: np.ndarray) -> float:
 
 
 def by_llama_cpp(file: Path, ids: np.ndarray, scratch: Path) -> float:
+    """Perplexity of a GGUF file on windows ``ids`` [windows, length], as llama.cpp itself computes it."""
     import torch
 
+    from quantize.files.child import Task as Child
+    from quantize.files.child import run_child
     from quantize.gguf import worker_logits
+    from quantize.gguf.reasons import QUIET
 
     losses = []
+    arguments = {
+        "model": str(file), "ids": str(scratch / "ids.npy"), "logits": str(scratch / "out.npy"), "threads": int(THREADS),
+        "text": "",
+    }  # fmt: skip
     for window in ids:
         np.save(scratch / "ids.npy", window)
-        command = [
-            sys.executable,
-            worker_logits.__file__,
-            str(file),
-            str(scratch / "ids.npy"),
-            str(scratch / "out.npy"),
-        ]
-        subprocess.run([*command, str(THREADS), "x"], check=True, capture_output=True)
+        run_child(Child(Path(worker_logits.__file__), arguments, variables=QUIET))
         logits = torch.from_numpy(np.load(scratch / "out.npy"))[:-1]
         losses.append(-logits.log_softmax(-1).gather(-1, torch.from_numpy(window)[1:, None]).double())
     return math.exp(float(torch.cat(losses).mean()))
