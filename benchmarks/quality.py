@@ -104,8 +104,8 @@ def by_llama_cpp(file: Path, ids: np.ndarray, scratch: Path) -> float:
 
     losses = []
     arguments = {
-        "model": str(file), "ids": str(scratch / "ids.npy"), "logits": str(scratch / "out.npy"), "threads": int(THREADS),
-        "text": "",
+        "model": str(file), "ids": str(scratch / "ids.npy"), "logits": str(scratch / "out.npy"),
+        "threads": int(THREADS), "text": "",
     }  # fmt: skip
     for window in ids:
         np.save(scratch / "ids.npy", window)
