@@ -96,7 +96,7 @@ class Branch:
             module=module,
             outcome=next((outcome for outcome, is_so in happened.items() if is_so), "solved"),
             damp_percent=float(f"{solution.damp_percent:.6g}"),
-            damping=solution.damping or None,
+            damping=solution.damping,
             dead_columns=solution.dead_columns,
             relative_error=float(f"{total(solution.row_error[rows]) / whole:.6g}") if whole > 0 else 0.0,
             tokens=tokens,

@@ -18,8 +18,8 @@ from quantize.dist.ledger import LedgerEntry
 from quantize.errors import EngineRunError, SourceChanged, SourceError
 from quantize.formats import compressed, gptq
 from quantize.formats.reader import PARTS, decode
-from quantize.formats.safetensors_writer import TORCH_DTYPES, ShardWriter
-from quantize.formats.tensor_file import TensorFile
+from quantize.formats.safetensors_writer import ShardWriter
+from quantize.formats.tensor_file import DTYPES, TensorFile
 from quantize.planning.items import PlannedVariant
 from quantize.planning.modules import LinearSpec
 from quantize.planning.plan import Plan
@@ -108,7 +108,7 @@ class _Rewriting:
             parts = self._gptq(linear, parts)
         name, dtype = ("scales", torch.float16)
         if self.kind == compressed.METHOD:
-            name, dtype = "weight_scale", TORCH_DTYPES[linear.weight.dtype]
+            name, dtype = "weight_scale", DTYPES[linear.weight.dtype]
         parts[name] = parts[name].to(dtype).contiguous()
         if not bool(torch.isfinite(parts[name]).all()):
             raise ValueError(f"{linear.name}.{name} holds NaN or infinity")

@@ -16,13 +16,8 @@ import torch
 
 from quantize.formats.safetensors_digests import CHUNK, begin_checksum, checksum_of
 from quantize.formats.safetensors_header import header_of
+from quantize.formats.tensor_file import DTYPES
 from quantize.formats.tensors import INDEX_NAME, TensorSpec
-
-TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.uint8,
-}  # fmt: skip
 
 
 class ShardWriter:
@@ -78,7 +73,7 @@ class ShardWriter:
             KeyError: it is not in the layout. ValueError: its dtype or shape differs from the layout's.
         """
         shard, offset, spec = self._places[name]
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != TORCH_DTYPES[spec.dtype]:
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype]:
             raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} where the layout has {spec}")
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         _write_all(self._files[shard], data.data, offset)

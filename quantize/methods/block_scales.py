@@ -70,12 +70,7 @@ class Scaled:
 
     def values(self, grid: BlockGrid) -> torch.Tensor:
         """The weight, [N, K] float32."""
-        groups = grid.size // grid.group
-        step = (self.d.repeat_interleave(groups, 1) * self.scales).repeat_interleave(grid.group, 1)
-        values = step * held(self.codes, grid)
-        if self.dmin is None or self.minima is None:
-            return values
-        return values - (self.dmin.repeat_interleave(groups, 1) * self.minima).repeat_interleave(grid.group, 1)
+        return self.fixed(grid).values(self.codes)
 
     def fixed(self, grid: BlockGrid) -> FixedGrid:
         """The grid that these scales give each group of columns."""

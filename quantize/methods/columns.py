@@ -18,6 +18,8 @@ from quantize.methods.compiled import compiled
 from quantize.methods.grid import REACHES, Grid
 from quantize.methods.solve_state import Columns, Kernel
 
+OUTER = 128  # columns between updates of all remaining columns of W
+
 
 def kernel_of(device: torch.device, dtype: torch.dtype = torch.float32) -> Kernel:
     """The implementation for a device and dtype: its compiled kernel if available, else torch.
@@ -62,6 +64,17 @@ def fit_groups(
         for part, costs in zip(torch.split(weight, size, 1), torch.split(importance, size), strict=True)
     ]
     return torch.stack([scale for scale, _ in fitted]), torch.stack([zero for _, zero in fitted])
+
+
+def solve_columns(state: Columns, run: int = OUTER) -> None:
+    """Round all columns of a solve, and update the columns after a run with the errors of that run at once."""
+    columns = state.work.shape[2]
+    flat = state.work.view(-1, columns)
+    for first in range(0, columns, run):
+        last = min(first + run, columns)
+        errors = round_columns(state, first, last)
+        if last < columns:
+            flat[:, last:].addmm_(errors.view(len(flat), -1), state.upper[first:last, last:], alpha=-1)
 
 
 def round_columns(state: Columns, first: int, last: int) -> torch.Tensor:

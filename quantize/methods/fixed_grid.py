@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from quantize.methods.columns import kernel_of, round_columns
+from quantize.methods.columns import kernel_of, solve_columns
 from quantize.methods.descent import Rounded, descend
 from quantize.methods.factor import Factor, activation_order, factorize
-from quantize.methods.gptq import OUTER
 from quantize.methods.grid import Grid
 from quantize.methods.solve_state import Columns
 
@@ -81,25 +80,21 @@ def round_onto(weight: torch.Tensor, prepared: Prepared, grid: FixedGrid, *, swe
         kernel = "torch"
     scales, zeros, levels = _affine(grid)
     state = Columns(
-        work=weight[:, factor.order][None].clone(),
+        work=weight[:, factor.order].contiguous()[None],
         upper=factor.upper,
         importance=factor.upper.diagonal().square().reciprocal(),
         order=factor.order,
         groups=(factor.order // grid.group_size)[None],
         sizes=torch.zeros(1, dtype=torch.int64),
-        scales=scales[None].clone(),
-        zeros=zeros[None].clone(),
+        scales=scales[None],
+        zeros=zeros[None],
         grids=[Grid((grid.highest - grid.lowest).bit_length(), mse=False)],
         codes=torch.empty(1, rows, columns, device=device, dtype=torch.uint8),
         squares=torch.zeros(1, rows, device=device, dtype=torch.float64),
         kernel=kernel,
         levels=levels,
     )
-    for first in range(0, columns, OUTER):
-        last = min(first + OUTER, columns)
-        errors = round_columns(state, first, last)
-        if last < columns:
-            state.work[0, :, last:].addmm_(errors[0], factor.upper[first:last, last:], alpha=-1)
+    solve_columns(state)
     codes = state.codes[0].to(torch.int16) + grid.lowest
     return improve_onto(weight, prepared, grid, codes, sweeps=sweeps) if sweeps else codes
 

@@ -19,14 +19,13 @@ from typing import Literal
 import torch
 
 from quantize.errors import SolveError
-from quantize.methods.columns import fit_groups, kernel_of, round_columns
+from quantize.methods.columns import OUTER, fit_groups, kernel_of, solve_columns
 from quantize.methods.descent import Rounded, descend
 from quantize.methods.factor import Damping, Factor, activation_order, damping_rule, factorize, group_aware_order
 from quantize.methods.grid import HALF_MAX, HALF_TINY, Grid
 from quantize.methods.solve_state import Columns, Kernel
 from quantize.methods.sums import energy
 
-OUTER = 128  # columns between updates of all remaining columns of W
 ROW_BUDGET = 192 * 2**20  # bytes of W, over all variants, processed together
 GPU_ROW_BUDGET = 2**31  # on a GPU, which needs many rows at once to be busy
 
@@ -82,7 +81,7 @@ class Solution:
         g_idx: group of each column, [K] int32.
         row_error: tr((W - Q) H (W - Q)^T) split by rows, [N] float64, with H undamped.
         damp_percent: the damping that was used. damp_raised: whether it exceeds the requested one. damping: the rule
-            that it followed; empty if H was not factored.
+            that it followed; None if H was not factored.
         dead_columns: number of input channels that were always zero.
         fallback: None, or ``rtn`` if the weight was rounded to nearest instead.
         out_of_range: the share of each row's squared weights in groups whose scale would have to be smaller, or larger,
@@ -97,7 +96,7 @@ class Solution:
     damp_percent: float
     damp_raised: bool
     dead_columns: int
-    damping: str = ""
+    damping: Damping | None = None
     fallback: str | None = None
     out_of_range: torch.Tensor | None = None
 
@@ -229,12 +228,7 @@ def _solve_rows(weight: torch.Tensor, problem: _Problem, variants: Sequence[Gptq
     state, sizes = _prepare(weight, factor, variants, problem.kernel)
     # a group must not span two runs: its grid would be fitted before this run's errors reach its later columns
     run = max([OUTER, *(size for size in sizes if size < columns and size > OUTER and columns % OUTER)])
-    flat = state.work.view(-1, columns)
-    for first in range(0, columns, run):
-        last = min(first + run, columns)
-        errors = round_columns(state, first, last)
-        if last < columns:
-            flat[:, last:].addmm_(errors.view(len(flat), -1), factor.upper[first:last, last:], alpha=-1)
+    solve_columns(state, run)
     found = []
     for index, size in enumerate(sizes):
         g_idx = torch.empty(columns, dtype=torch.int32, device=weight.device)

@@ -76,13 +76,14 @@ def estimate(
     Raises:
         PlanError: the build cannot stay within the budget.
     """
-    passed = bool(variants) or imatrix or bool(feedback)
+    gathers = imatrix or bool(feedback)
+    passed = bool(variants) or gathers
     quantizing = sum(nbytes / (1e6 * _megabytes_per_second(level)) for level, nbytes in levels)
     quantizing = quantizing / thread_count() + (CONVERT_SECONDS if levels else 0.0)
     if not passed:
         return Estimate(quantizing, PROCESS_BYTES if levels else 0)
     tokens = calibration.samples * calibration.sequence_length
-    model = MemoryModel(checkpoint, table, calibration, variants, imatrix or bool(feedback), shards, bool(feedback))
+    model = MemoryModel(checkpoint, table, calibration, variants, gathers, shards, bool(feedback))
     inputs = distinct_inputs(table)
     forward = 2 * tokens * sum(linear.share * linear.in_features * linear.out_features for linear in table.linears)
     forward += 4 * tokens * calibration.sequence_length * model.width * table.blocks
@@ -99,7 +100,7 @@ def estimate(
     )
     rate = _operations_per_second()
     own = sum(variant.propagate == "quantized" for variant in gptq)
-    passes = int(own < len(variants) or imatrix or bool(feedback)) + own
+    passes = int(own < len(variants) or gathers) + own
     forwards = 1 + 2 * own
     solve += 2 * own * sum(size**3 for _, size, _ in inputs)
     drifts = own * statistics

@@ -63,12 +63,8 @@ class _Made(nn.Module):
 
     def __init__(self, model: Any, group: Group, name: str, specs: list[TensorSpec]) -> None:
         super().__init__()
-        self._model, self._group, self._name, self._specs = (
-            (model,),
-            group,
-            name,
-            specs,
-        )  # a tuple hides the model from torch
+        self._model = (model,)  # a tuple hides it from torch
+        self._group, self._name, self._specs = group, name, specs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Made:
         return self  # it holds no parameters
