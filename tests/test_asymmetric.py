@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from quantize.executors.api import Job
+from quantize.executors.local import solve_job
 from quantize.methods.asymmetric import toward_source
+from quantize.methods.gptq import GptqParameters, solve
 
 TOKENS, COLUMNS, ROWS = 4096, 64, 24
 
@@ -41,3 +44,16 @@ def test_a_channel_that_is_always_zero_keeps_its_weights() -> None:
     target = toward_source(weight, inputs.t() @ inputs, (source - inputs).t() @ inputs)
     assert torch.equal(target[:, 5], weight[:, 5])
     assert bool(torch.isfinite(target).all())
+
+
+def test_the_drift_is_damped_by_the_rule_of_the_branch() -> None:
+    weight, source, inputs = drifted(0.1)
+    source[:, 5], inputs[:, 5] = 40 * source[:, 5], 40 * inputs[:, 5]  # massive
+    hessian, drift = inputs.t() @ inputs, (source - inputs).t() @ inputs
+    own, mean = (toward_source(weight, hessian, drift, rule) for rule in ("own", "mean"))
+    assert torch.equal(toward_source(weight, hessian, drift), own)
+    assert not torch.equal(own, mean)
+    for rule, target in (("own", own), ("mean", mean)):
+        asked = [GptqParameters(8, 16, damping=rule)]
+        found = solve_job(Job(weight, hessian, drift, asked, False, None)).solutions[0]
+        assert torch.equal(found.codes, solve(target, hessian, asked)[0].codes)

@@ -97,7 +97,8 @@ def solve_job(job: Job, with_energy: bool = True) -> Solved:
         weight = job.weight
         if job.drift is not None:
             try:
-                weight = toward_source(weight, job.hessian, job.drift)
+                (own,) = job.parameters  # a stream of its own is one variant's
+                weight = toward_source(weight, job.hessian, job.drift, own.damping)
             except SolveError:
                 if not job.rtn_fallback:
                     raise

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import torch
 
-from quantize.methods.factor import factorize
+from quantize.methods.factor import Damping, factorize
 
 SHARE = 0.25
 DAMP_PERCENT = 0.1
 
 
-def toward_source(weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+def toward_source(
+    weight: torch.Tensor, hessian: torch.Tensor, drift: torch.Tensor, damping: Damping = "auto"
+) -> torch.Tensor:
     """Return the weight [N, K] to quantize in place of ``weight`` [N, K].
 
     Args:
-        hessian: H [K, K]. drift: D [K, K].
+        hessian: H [K, K]. drift: D [K, K]. damping: the rule by which H is damped.
 
     Raises:
         SolveError: H is not positive definite at any damping tried.
     """
-    upper = factorize(hessian, DAMP_PERCENT).upper
+    upper = factorize(hessian, DAMP_PERCENT, damping=damping).upper
     return weight + SHARE * ((weight @ drift) @ upper.t()) @ upper
