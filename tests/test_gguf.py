@@ -436,6 +436,8 @@ def test_without_llama_cpp_plan_says_how_to_get_it_and_gptq_goes_on(
     assert plan.returncode == 0
     assert "GGUF needs the packages llama_cpp and sentencepiece" in plan.stdout
     assert "GGUF levels cannot be built; a build of the others needs --only" in plan.stdout
+    planned = json.loads(invoke("plan", path, "--dist", tmp_path / "dist", "--json").stdout)
+    assert {level["state"] for level in planned["levels"]} == {"refused"}
     assert invoke("build", path, "--dist", tmp_path / "dist", "--only", "gptq/*", "--device", "cpu").returncode == 0
     refused(invoke, path, tmp_path / "other", "GGUF needs the packages")
 

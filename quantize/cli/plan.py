@@ -85,8 +85,7 @@ def plan(
             click.echo(f"{label}: unfit for use: {reason}")
         for label, reason in planned.obstacles.items():
             click.echo(f"{label} cannot be built yet: {reason}")
-        refused = len(planned.level_work) if planned.gguf and planned.gguf.lacking else 0
-        if refused:
+        if refused := sum(item.state == "refused" for item in planned.level_work):
             which = f"{refused} GGUF level{'s' if refused > 1 else ''}"
             click.echo(f"{which} cannot be built; a build of the others needs --only")
         left = len(planned.work) + len(planned.level_work) - refused
@@ -123,12 +122,11 @@ def _linears(planned: Plan) -> list[str]:
 
 def _level_row(planned: Plan, item: PlannedLevel) -> list[str]:
     outcome = item.outcome
-    refused = planned.gguf is not None and planned.gguf.lacking is not None
     return [
         item.file,
         gigabytes(outcome.nbytes) if outcome else "?",
         f"{len(outcome.fallbacks)} of {len(outcome.types)}" if outcome and outcome.fallbacks else "-",
-        ("refused" if refused else item.state) if item.label in planned.selected else "skipped",
+        item.state if item.label in planned.selected else "skipped",
         item.why,
     ]
 

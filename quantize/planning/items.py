@@ -16,8 +16,8 @@ from quantize.planning.sizes import Layout
 from quantize.recipe.levels import MMPROJ
 from quantize.recipe.methods import Method, Variant
 
-State = Literal["missing", "stale", "fresh", "taken"]
-"""``taken``: its folder contains another model's release."""
+State = Literal["missing", "stale", "fresh", "taken", "refused"]
+"""``taken``: its folder contains another model's release. ``refused``: llama.cpp cannot make it."""
 
 
 class Item(Protocol):
@@ -118,8 +118,8 @@ class PlannedLevel:
         folder: ``dist/<repo name>/main``; ``file`` is its name there.
         outcome: types, fallbacks, exact size; None if llama.cpp could not be run, with the reason in ``why``.
         key_inputs: what its bytes depend on.
-        state: ``missing``, ``stale``, ``fresh`` or ``taken`` (its folder contains another model's release); ``why``
-            gives the reason in one line.
+        state: ``missing``, ``stale``, ``fresh``, ``taken`` (its folder contains another model's release) or ``refused``
+            (llama.cpp cannot make it); ``why`` gives the reason in one line.
         feedback: the tensors that are solved with error feedback; None where all are llama.cpp's.
     """
 

@@ -237,7 +237,7 @@ def _planned(
         **({"solve": _solve_inputs(feedback)} if feedback and feedback.targets else {}),
     }
     if blank.lacking is not None:
-        return PlannedLevel(blank.repo, level, blank.folder, file, None, inputs, "missing", blank.lacking)
+        return PlannedLevel(blank.repo, level, blank.folder, file, None, inputs, "refused", blank.lacking)
     state, why = _state(blank.folder, level, inputs)
     return PlannedLevel(blank.repo, level, blank.folder, file, outcome, inputs, state, why, feedback)
 
